@@ -1,0 +1,88 @@
+# Everything runs inside virtual environments made here from the locks in constraints/.
+# ENGINE chooses the engine series of a target: 3.26 (default, .venv), 3.25 or 3.23 (.venv-<series>).
+
+PYTHON ?= python3
+ENGINE ?= 3.26
+SERIES := 3.23 3.25 3.26
+
+ifeq ($(filter $(ENGINE),$(SERIES)),)
+$(error ENGINE=$(ENGINE) is not known; choose one of: $(SERIES))
+endif
+
+venv_of = $(if $(filter 3.26,$(1)),.venv,.venv-$(1))
+VENV := $(call venv_of,$(ENGINE))
+STAMP := $(VENV)/.stamp
+ALL_STAMPS := $(foreach s,$(SERIES),$(call venv_of,$(s))/.stamp)
+PIP_FLAGS := --quiet --disable-pip-version-check --no-deps
+
+# make demo: results go under build/; set these in the environment to have them elsewhere.
+OQ_DATADIR ?= $(CURDIR)/build/oqdata
+OQ_DATABASE ?= local
+DEMO_JOB ?= examples/hazard_classical/job.ini
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types unit local conformance chaos clean venv \
+	.venv .venv-3.23 .venv-3.25
+
+help:
+	@echo "make demo         run $(DEMO_JOB) through the runtime"
+	@echo "make test         all test lanes, a table at the end"
+	@echo "make conformance  SAMPLE=n SEED=n JOBS=n, or ALL=1"
+	@echo "make chaos        RUNS=n SEED=n"
+	@echo "make lint | types | unit | local    one test lane"
+	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
+	@echo "make clean        remove build/ and caches (virtual environments stay)"
+
+# One rule per series: $(1) = series.
+define VENV_RULE
+$(call venv_of,$(1)): $(call venv_of,$(1))/.stamp
+
+$(call venv_of,$(1))/.stamp: constraints/engine-$(1).txt constraints/dev.txt runtime/pyproject.toml
+	@echo "making $(call venv_of,$(1)) with engine $(1)"
+	@rm -rf $(call venv_of,$(1))
+	@$(PYTHON) -m venv $(call venv_of,$(1)) || { \
+	  rm -rf $(call venv_of,$(1)); \
+	  echo "'$(PYTHON) -m venv' failed. On Debian or Ubuntu: apt-get install python3-venv" >&2; \
+	  echo "or name another Python (3.11 or later): make PYTHON=/path/to/python3 ..." >&2; \
+	  exit 1; }
+	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) \
+	  -r constraints/engine-$(1).txt -r constraints/dev.txt
+	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation -e runtime
+	@touch $$@
+endef
+$(foreach s,$(SERIES),$(eval $(call VENV_RULE,$(s))))
+
+venv: $(STAMP)
+
+demo: $(STAMP)
+	@mkdir -p "$(OQ_DATADIR)"
+	OQ_DATADIR="$(OQ_DATADIR)" OQ_DATABASE="$(OQ_DATABASE)" $(VENV)/bin/oq-run $(DEMO_JOB)
+
+# The contract lane also runs under the two older engine series.
+test: $(ALL_STAMPS)
+	@.venv/bin/python tests/lanes.py
+
+lint: $(STAMP)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+types: $(STAMP)
+	$(VENV)/bin/python -m mypy
+
+unit: $(STAMP)
+	$(VENV)/bin/python -m pytest tests/unit
+
+local: $(STAMP)
+	$(VENV)/bin/python -m pytest tests/local
+
+conformance: $(STAMP)
+	$(VENV)/bin/python -m tests.conformance $(if $(SAMPLE),--sample $(SAMPLE)) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS)) $(if $(ALL),--all)
+
+chaos: $(STAMP)
+	$(VENV)/bin/python -m tests.chaos $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
+
+clean:
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""The errors of the runtime: one root, one class per thing that a caller may want to tell apart."""
+
+
+class OqRuntimeError(Exception):
+    """Root of all errors raised by the runtime."""
+
+
+class ConfigError(OqRuntimeError):
+    """A setting is missing or makes no sense; the message names it and the remedy."""
+
+
+class UnsupportedEngine(OqRuntimeError):
+    """The installed engine is not one that the adapter knows."""
+
+
+class ProtocolError(OqRuntimeError):
+    """A message that is not of this protocol, or of another version of it."""
+
+
+class TransitionError(OqRuntimeError):
+    """An event that the state table does not allow; the state is unchanged."""
+
+
+class BrokerLost(OqRuntimeError):
+    """The broker process is gone, and with it the tasks that it held."""
+
+
+class WorkerDied(OqRuntimeError):
+    """A task lost its worker process as often as it may; the message has the history."""
+
+
+class NoWorkers(OqRuntimeError):
+    """No node is left to run a task on."""

@@ -1,0 +1,73 @@
+"""Start a session: a broker and a private agent, children of nobody, in a 0700 directory.
+
+They are started by a short-lived process of this module and so are adopted by init: the engine
+(3.26 and later) reaps and misreads every child that it has. Both end with the owner process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from oq_runtime.config import Config
+from oq_runtime.errors import OqRuntimeError
+
+
+def start(config: Config, owner: int) -> Path:
+    """Start broker and agent for ``owner`` (a pid) and return the session's directory.
+
+    Raises OqRuntimeError when the temporary directory is full or not writable.
+    """
+    command = [sys.executable, "-m", "oq_runtime.launch", str(owner), str(config.cores)]
+    # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
+    process = subprocess.Popen(
+        [*command, str(config.window_bytes)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, err = process.communicate()
+    try:
+        return Path(json.loads(out)["directory"])
+    except ValueError:
+        lines = err.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise OqRuntimeError(f"the session could not be started: {lines[-1]}") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("owner", type=int)
+    parser.add_argument("slots", type=int)
+    parser.add_argument("window_bytes", type=int)
+    args = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="oq-run-"))
+    control = f"ipc://{directory}/control"
+    common = ["--directory", str(directory), "--owner", str(args.owner)]
+    agent = _spawn(
+        directory, "agent", *common, "--control-url", control, "--slots", str(args.slots)
+    )
+    broker = _spawn(
+        directory, "broker", *common, "--agent", control, "--agent-pid", str(agent),
+        "--window-bytes", str(args.window_bytes),
+    )  # fmt: skip
+    print(json.dumps({"directory": str(directory), "agent": agent, "broker": broker}))
+
+
+def _spawn(directory: Path, name: str, *args: str) -> int:
+    with (directory / f"{name}.log").open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"oq_runtime.{name}", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            cwd="/",
+            env=os.environ,
+        )
+    return process.pid
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Run a list of jobs in one engine process and keep their datastores.
+
+The process imports the engine once and runs one job after the other, which makes the whole
+corpus bearable; the driver (``__main__``) starts a fresh process after a failure. In mode
+``processpool`` the engine's own pool is kept between the jobs; in mode ``zmq`` everything goes
+through the runtime. Not covered here: choosing jobs (``corpus``) and comparing (``compare``).
+
+Reads a JSON list of ``[key, path of the job file, key of the parent job or null]`` from stdin and
+prints one JSON object per finished job on the file descriptor given by ``--report-fd``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+
+def run_all(mode: str, out: Path, cases: list[list[str | None]], report) -> None:
+    from openquake.baselib import parallel, performance  # noqa: F401
+    from openquake.commonlib import logs
+    from openquake.engine import engine
+
+    if mode == "processpool":
+        shutdown = parallel.Starmap.shutdown
+        parallel.Starmap.shutdown = classmethod(lambda cls: None)
+    if not logs.dbcmd("SELECT name FROM sqlite_master WHERE name='job'"):
+        logs.dbcmd("upgrade_db")
+    ids: dict[str, int] = {}
+    for key, path, parent in cases:
+        started = time.monotonic()
+        target = out / f"{key}.hdf5"
+        log_file = out / f"{key}.log"
+        row = {"key": key, "state": "complete", "error": ""}
+        report({"key": key, "state": "started"})
+        parallel.Starmap.expected_outputs = 0
+        try:
+            [job] = engine.create_jobs(
+                [path], "warn", str(log_file), hc_id=ids[parent] if parent else None
+            )
+            job.params["exports"] = ""
+            ids[key] = job.calc_id
+            engine.run_jobs([job])
+            datastore = Path(logs.get_datadir()) / f"calc_{job.calc_id}.hdf5"
+            shutil.copyfile(datastore, target)
+        except Exception as exc:  # any failure of a job is the result to report
+            row["state"] = "failed"
+            row["error"] = f"{type(exc).__name__}: {str(exc).strip().splitlines()[-1:]}"
+        row["seconds"] = round(time.monotonic() - started, 2)
+        report(row)
+    if mode == "processpool":
+        shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mode", choices=("processpool", "zmq"), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--report-fd", type=int, required=True)
+    args = parser.parse_args()
+    os.environ["OQ_DISTRIBUTE"] = args.mode
+    args.out.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(args.report_fd, "w") as stream:
+
+        def report(row: dict) -> None:
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+
+        run_all(args.mode, args.out, json.load(sys.stdin), report)
+
+
+if __name__ == "__main__":
+    main()

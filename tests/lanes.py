@@ -1,0 +1,74 @@
+"""Run the test lanes one after the other and print a table of times and results.
+
+Used by ``make test``, which makes the virtual environments first. All lanes run even if an
+earlier one fails. A lane whose folder is missing is left out, with the reason; a lane whose
+interpreter is missing fails. The exit code is 1 if any lane failed, or if none ran.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ".venv"
+
+
+@dataclass(frozen=True)
+class Lane:
+    name: str
+    needs: str  # path under the root without which the lane is left out
+    commands: tuple[tuple[str, ...], ...]  # arguments after "python -m"
+    venv: str = VENV
+
+
+LANES = (
+    Lane("lint", "tests", (("ruff", "check", "."), ("ruff", "format", "--check", "."))),
+    Lane("types", "runtime/src", (("mypy",),)),
+    Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
+    Lane("local", "tests/local", (("pytest", "tests/local"),)),
+    Lane("contract", "tests/contract", (("pytest", "tests/contract"),)),
+    Lane("contract-3.25", "tests/contract", (("pytest", "tests/contract"),), ".venv-3.25"),
+    Lane("contract-3.23", "tests/contract", (("pytest", "tests/contract"),), ".venv-3.23"),
+    Lane("conformance", "tests/conformance/__main__.py", (("tests.conformance", "--fixed"),)),
+)
+
+
+def run(lane: Lane) -> str:
+    """Run one lane; return an empty string if it passed, else the reason."""
+    python = ROOT / lane.venv / "bin" / "python"
+    if not python.exists():
+        return f"no interpreter in {lane.venv}; run `make {lane.venv}`"
+    reason = ""
+    for command in lane.commands:
+        print(f"\n=== {lane.name}: {' '.join(command)}", flush=True)
+        code = subprocess.run([str(python), "-m", *command], cwd=ROOT, check=False).returncode
+        if code:
+            reason = reason or f"{' '.join(command)}: exit code {code}"
+    return reason
+
+
+def main() -> int:
+    rows: list[tuple[str, str, str, str]] = []
+    for lane in LANES:
+        if not (ROOT / lane.needs).exists():
+            rows.append((lane.name, "-", "left out", f"{lane.needs} is missing"))
+            continue
+        started = time.monotonic()
+        reason = run(lane)
+        seconds = f"{time.monotonic() - started:.1f} s"
+        rows.append((lane.name, seconds, "failed" if reason else "passed", reason))
+    print(f"\n{'lane':<15}{'time':>10}  {'result':<10}")
+    for name, seconds, result, reason in rows:
+        print(f"{name:<15}{seconds:>10}  {result:<10}{reason}".rstrip())
+    results = [row[2] for row in rows]
+    passed, failed = results.count("passed"), results.count("failed")
+    print(f"{passed} passed, {failed} failed", flush=True)
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
