@@ -17,7 +17,6 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-deps
 
 # make demo: results go under build/; set these in the environment to have them elsewhere.
 OQ_DATADIR ?= $(CURDIR)/build/oqdata
-OQ_DATABASE ?= local
 DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
@@ -57,7 +56,7 @@ venv: $(STAMP)
 
 demo: $(STAMP)
 	@mkdir -p "$(OQ_DATADIR)"
-	OQ_DATADIR="$(OQ_DATADIR)" OQ_DATABASE="$(OQ_DATABASE)" $(VENV)/bin/oq-run $(DEMO_JOB)
+	OQ_DATADIR="$(OQ_DATADIR)" $(VENV)/bin/oq-run $(DEMO_JOB)
 
 # The contract lane also runs under the two older engine series.
 test: $(ALL_STAMPS)

@@ -178,7 +178,9 @@ def choose(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
     names = [word for line in text.splitlines() for word in line.partition("#")[0].split()]
     keys = {name.removesuffix(".ini").replace("/", "__") for name in names}
     unknown = keys - {job.key for job in jobs}
-    if unknown:
+    if unknown and not args.jobs:
+        print(f"not in the corpus of this engine: {' '.join(sorted(unknown))}")
+    elif unknown:
         raise SystemExit(f"not in the corpus: {' '.join(sorted(unknown))}")
     return [job for job in jobs if job.key in keys]
 

@@ -3,7 +3,9 @@
 Covers every dataset and attribute of the HDF5 file: names, shapes, types and values; integers and
 strings must be equal, floats must agree within RTOL. Tables (groups with ``__pdcolumns__``) are
 compared as sets of rows, because the engine appends their rows in the order in which tasks end.
-The only values left out are those in IGNORED. Not covered: logs, exports and the job database.
+The only values left out are those in IGNORED and the ``slice_by_*`` positions of table rows. The
+names of datasets must agree also when their values are ignored. Not covered: logs, exports and the
+job database.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import h5py
 import numpy as np
 
 RTOL = 1e-5  # two reference runs differ by up to 1e-6: float32 sums in the order of arrival
-ATOL = 1e-12  # not needed for the corpus so far; 1e-6 and 0 were enough between two reference runs
+ATOL = 1e-12  # 1e-6 and 0 were enough between two reference runs of 33 jobs
 
 # regular expression for "dataset", "dataset.field", "table/column" or "group@attribute" -> reason
 IGNORED = {
@@ -82,7 +84,6 @@ def _names(path: str, one: h5py.Group, two: h5py.Group) -> list[str]:
     return [
         f"{where}{name}: only in the {'reference' if name in one else 'other'}"
         for name in sorted(set(one) ^ set(two))
-        if not ignored(f"{where}{name}")
     ]
 
 

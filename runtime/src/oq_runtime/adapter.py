@@ -65,7 +65,9 @@ def check_seams(parallel: ModuleType) -> None:
         ]
         if names != expected:
             wrong.append(f"{path}({', '.join(names)})")
-    wrong += [f"{name} is missing" for name in ("submit", "host_cores") if name not in vars(parallel)]
+    wrong += [
+        f"{name} is missing" for name in ("submit", "host_cores") if name not in vars(parallel)
+    ]
     if wrong or version not in SUPPORTED:
         detail = f" ({'; '.join(wrong)})" if wrong else ""
         raise errors.UnsupportedEngine(
@@ -157,9 +159,7 @@ class Session:
             else:
                 rest.append((message, payload))
         if self.socket not in ready and self.broker in ready:
-            raise errors.BrokerLost(
-                "the broker process of this job has ended; run the job again"
-            )
+            raise errors.BrokerLost("the broker process of this job has ended; run the job again")
         return rest
 
     def cancel(self) -> None:
@@ -241,11 +241,11 @@ class LocalSocket:
         self.receiver.local.append(pickle.loads(data))
 
 
-def install_parallel(parallel: ModuleType) -> None:
+def install_parallel(parallel: Any) -> None:
     """Take over ``oq_distribute = zmq`` in the engine's parallel module."""
     check_seams(parallel)
     engine_socket, starmap = parallel.Socket, parallel.Starmap
-    starmap_init, starmap_share = starmap.__init__, starmap.share
+    starmap_init = starmap.__init__
     shutdown = starmap.shutdown.__func__
     get_return_ip = parallel.get_return_ip
     Receiver.parallel = parallel
@@ -253,9 +253,9 @@ def install_parallel(parallel: ModuleType) -> None:
     def socket(end_point: str, socket_type: int, mode: str, timeout: int = 60) -> Any:
         if end_point == RECEIVER:
             return Receiver()
-        if socket_type == zmq.PUSH and (port := re.search(r":(\d+)$", end_point)):
-            if receiver := Receiver.by_port.get(int(port.group(1))):
-                return LocalSocket(receiver)
+        port = re.search(r":(\d+)$", end_point) if socket_type == zmq.PUSH else None
+        if port and (receiver := Receiver.by_port.get(int(port.group(1)))):
+            return LocalSocket(receiver)
         return engine_socket(end_point, socket_type, mode, timeout)
 
     def submit(self: Any, func: Any, args: Any, monitor: Any) -> None:
@@ -265,9 +265,6 @@ def install_parallel(parallel: ModuleType) -> None:
         starmap_init(self, *args, **kwargs)
         if self.distribute == "zmq":
             self.receiver = RECEIVER
-
-    def share(self: Any, **arrays: Any) -> None:
-        starmap_share(self, **arrays)
 
     def stop(cls: Any) -> None:
         if Session._current is not None and Session._current.pid == os.getpid():
@@ -284,12 +281,11 @@ def install_parallel(parallel: ModuleType) -> None:
     # the engine would ask each of these hosts for its memory, and wait a minute for a dead one
     parallel.host_cores[:] = []
     starmap.__init__ = init
-    starmap.share = share
     starmap.shutdown = classmethod(stop)
     logging.getLogger("oq_runtime").debug("the runtime is active")
 
 
-def install_workerpool(workerpool: ModuleType) -> None:
+def install_workerpool(workerpool: Any) -> None:
     """Replace the engine's client of its own worker pools."""
     engine_master = workerpool.WorkerMaster
 

@@ -81,9 +81,7 @@ class Agent:
     :param owner: pid with which this agent ends, or None for a daemon
     """
 
-    def __init__(
-        self, *, directory: Path, control_url: str, slots: int, owner: int | None
-    ) -> None:
+    def __init__(self, *, directory: Path, control_url: str, slots: int, owner: int | None) -> None:
         self.directory = directory
         self.core = core.Node(slots)
         self.context: zmq.Context[Any] = zmq.Context()
@@ -124,7 +122,7 @@ class Agent:
         for job in self.jobs.values():
             wanted = zmq.POLLIN | (zmq.POLLOUT if job.uploads else 0)
             self.poller.register(job.data, wanted)
-        wait_ms = max(0.0, self.next_beat_s - time.monotonic()) * 1000
+        wait_ms = max(0, round((self.next_beat_s - time.monotonic()) * 1000))
         ready = dict(self.poller.poll(wait_ms))
         if self.owner in ready:
             self.running = False

@@ -129,7 +129,7 @@ class Broker:
             self._handle(core.NodeGone(url, "its agent process ended"))
 
     def _step(self) -> None:
-        wait_ms = max(0.0, self.next_beat_s - time.monotonic()) * 1000
+        wait_ms = max(0, round((self.next_beat_s - time.monotonic()) * 1000))
         ready = dict(self.poller.poll(wait_ms))
         for descriptor, ended in list(self.watched.items()):
             if descriptor in ready:
@@ -153,9 +153,7 @@ class Broker:
                 transport.send(agent, protocol.Beat(job=self.job))
             self._handle(core.Tick())
 
-    def _from(
-        self, frames: list[zmq.Frame], take: Callable[[Any, list[zmq.Frame]], None]
-    ) -> None:
+    def _from(self, frames: list[zmq.Frame], take: Callable[[Any, list[zmq.Frame]], None]) -> None:
         try:
             take(protocol.decode(frames[0].buffer), frames[1:])
         except (ProtocolError, TransitionError, IndexError) as exc:

@@ -52,7 +52,8 @@ def main() -> None:
         directory, "broker", *common, "--agent", control, "--agent-pid", str(agent),
         "--window-bytes", str(args.window_bytes),
     )  # fmt: skip
-    print(json.dumps({"directory": str(directory), "agent": agent, "broker": broker}))
+    (directory / "pids").write_text(json.dumps([broker, agent]))
+    print(json.dumps({"directory": str(directory)}))
 
 
 def _spawn(directory: Path, name: str, *args: str) -> int:

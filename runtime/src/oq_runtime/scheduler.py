@@ -348,7 +348,8 @@ class Scheduler:
         try:
             state = TRANSITIONS[task.state][transition]
         except KeyError:
-            raise TransitionError(f"task {task.id} is {task.state.value}: no {transition}") from None
+            text = f"task {task.id} is {task.state.value}: no {transition}"
+            raise TransitionError(text) from None
         task.state = state
         if len(task.history) < HISTORY_LINES:
             task.history.append(f"attempt {task.attempt}: {note}")
@@ -439,9 +440,7 @@ class Scheduler:
             if task.state is not State.QUEUED:
                 continue  # cancelled or given up while it was queued
             # the relatively emptiest node; one on which the task killed its worker comes last
-            node = min(
-                free, key=lambda n: (n.name == task.avoid, -n.credit / n.slots, n.name)
-            )
+            node = min(free, key=lambda n: (n.name == task.avoid, -n.credit / n.slots, n.name))
             task.attempt += 1
             task.node = node.name
             self._move(task, "assign", f"assigned to {node.name}")

@@ -18,7 +18,9 @@ class Spool:
     """
 
     def __init__(self, directory: Path, *, memory_bytes: int = MEMORY_BYTES) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=memory_bytes, dir=directory)
+        self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115  closed by close()
+            max_size=memory_bytes, dir=str(directory)
+        )
         self._digest = hashlib.blake2b(digest_size=32)
         self.sizes: list[int] = []
         self.nbytes = 0

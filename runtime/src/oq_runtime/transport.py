@@ -22,7 +22,7 @@ LINGER_MS = 0
 
 def router(context: zmq.Context[Any], url: str) -> zmq.Socket[Any]:
     """Return a ROUTER bound to ``url`` that raises instead of dropping what it cannot route."""
-    socket = context.socket(zmq.ROUTER)
+    socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.SNDHWM, 0)
@@ -33,7 +33,7 @@ def router(context: zmq.Context[Any], url: str) -> zmq.Socket[Any]:
 
 def dealer(context: zmq.Context[Any], url: str, *, send_hwm: int = HWM) -> zmq.Socket[Any]:
     """Return a DEALER connected to ``url``."""
-    socket = context.socket(zmq.DEALER)
+    socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.SNDHWM, send_hwm)
     socket.setsockopt(zmq.RCVHWM, 0)
@@ -46,9 +46,7 @@ def send(socket: zmq.Socket[Any], message: protocol.Message, *frames: Any) -> No
     socket.send_multipart([protocol.encode(message), *frames], copy=False)
 
 
-def send_to(
-    socket: zmq.Socket[Any], peer: bytes, message: protocol.Message, *frames: Any
-) -> bool:
+def send_to(socket: zmq.Socket[Any], peer: bytes, message: protocol.Message, *frames: Any) -> bool:
     """Send a message to one peer of a ROUTER; False when that peer is gone."""
     try:
         socket.send_multipart([peer, protocol.encode(message), *frames], copy=False)

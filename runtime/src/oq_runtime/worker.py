@@ -105,9 +105,7 @@ def main() -> None:
         frames = agent.recv_multipart(copy=False)
         run = protocol.decode(frames[0].buffer)
         Stream.run, Stream.sent = run, 0
-        started = protocol.Started(
-            job=run.job, task=run.task, attempt=run.attempt, pid=os.getpid()
-        )
+        started = protocol.Started(job=run.job, task=run.task, attempt=run.attempt, pid=os.getpid())
         transport.send(agent, started)
         Stream.faults.at("before_start", run)
         execute(parallel, run, frames[1].buffer)

@@ -1,0 +1,173 @@
+"""The engine process of ``oq-run``: create the jobs, run them, say what became of them.
+
+Reads a JSON specification on stdin (the options of ``cli``) and writes one JSON object per line to
+the descriptor ``--report-fd``: ``created`` (job id), ``finished`` (the summary of a job), ``input``
+(one line on what is wrong with the input) or ``failed`` (one line on why a job stopped). Tracebacks
+go to the engine's log, which is in the job database.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import oq_runtime.activate  # noqa: F401  before the engine's parallel module is loaded
+from oq_runtime import transport
+from oq_runtime.errors import UnsupportedEngine
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used; the text is the whole message."""
+
+
+def first_line(exc: BaseException) -> str:
+    """Return the telling line of an exception: the last one, which follows the engine's frames."""
+    lines = [line.strip() for line in str(exc).strip().splitlines() if line.strip()]
+    name = type(exc).__name__
+    return f"{name}: {lines[-1]}" if lines else name
+
+
+def mend(logs: Any) -> None:
+    """Set to ``failed`` the jobs of this host whose engine process is gone.
+
+    The engine would wait for them for ever before it starts the next job.
+    """
+    query = (
+        "SELECT id, pid FROM job WHERE host=?x AND pid > 0 "
+        "AND status IN ('created', 'submitted', 'executing')"
+    )
+    for row in logs.dbcmd(query, socket.gethostname()):
+        if not psutil.pid_exists(row.pid):
+            logs.dbcmd("finish", row.id, "failed")
+
+
+def parent_job(logs: Any, wanted: int | str | None) -> int | str | None:
+    """Return the job that ``--hc`` names; raises InputError where there is none."""
+    if wanted is None or not str(wanted).lstrip("-").isdigit():
+        return wanted
+    import getpass
+
+    number = int(wanted)
+    job = logs.dbcmd("get_job", number, getpass.getuser() if number < 0 else None)
+    if job is None:
+        raise InputError(f"--hc {number}: there is no such job; list them with oq engine --lhc")
+    return int(job.id)
+
+
+def summary(logs: Any, job_id: int, seconds: float) -> dict[str, Any]:
+    """Read the figures of a finished job from the database and its datastore."""
+    import h5py
+
+    path = Path(logs.dbcmd("get_job", job_id).ds_calc_dir + ".hdf5")
+    tasks, busy_s = 0, 0.0
+    with h5py.File(path, "r") as file:
+        if "task_info" in file:
+            info = file["task_info"][:]
+            tasks, busy_s = len(info), float(info["duration"].sum())
+    lines = logs.dbcmd("list_outputs", job_id, True)
+    outputs = []
+    for line in lines:
+        number, _, name = line.partition("|")
+        if number.strip().isdigit():
+            outputs.append({"id": int(number), "name": name.strip()})
+    return {
+        "job": job_id,
+        "state": logs.dbcmd("get_job", job_id).status,
+        "seconds": round(seconds, 2),
+        "tasks": tasks,
+        "busy_seconds": round(busy_s, 2),
+        "datastore": str(path),
+        "bytes": path.stat().st_size,
+        "outputs": outputs,
+    }
+
+
+def run(spec: dict[str, Any], report: Any) -> int:
+    try:
+        from openquake.baselib import config
+        from openquake.commonlib import logs
+        from openquake.engine import engine
+    except UnsupportedEngine as exc:
+        raise InputError(str(exc)) from exc
+
+    datadir = Path(logs.get_datadir())
+    database = Path(os.path.expanduser(config.dbserver.file))
+    for folder in (datadir, database.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".oq-run-{os.getpid()}"
+            probe.write_bytes(b"oq-run" * 1000)
+            probe.unlink()
+        except OSError as exc:
+            raise InputError(
+                f"{folder}: {exc.strerror}; free space or set OQ_DATADIR to another directory"
+            ) from exc
+    if config.dbserver.host == "127.0.0.1" and not database.exists():
+        logs.dbcmd("upgrade_db")
+    mend(logs)
+    parent = parent_job(logs, spec["hc"])
+    try:
+        jobs = engine.create_jobs(spec["files"], spec["log_level"], spec["log_file"], hc_id=parent)
+    except Exception as exc:
+        raise InputError(f"{', '.join(spec['files'])}: {first_line(exc)}") from exc
+    for job in jobs:
+        job.params.update(spec["params"])
+        job.params["exports"] = spec["exports"]
+        if spec["export_dir"]:
+            job.params["export_dir"] = spec["export_dir"]
+        report({"kind": "created", "job": job.calc_id})
+    for job in jobs:
+        try:
+            job.get_oqparam()
+        except (Exception, SystemExit) as exc:
+            for created in jobs:
+                logs.dbcmd("finish", created.calc_id, "failed")
+            raise InputError(f"{job.params['inputs']['job_ini']}: {first_line(exc)}") from exc
+    started = time.monotonic()
+    try:
+        engine.run_jobs(jobs, precalc=len(jobs) > 1 and not parent)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit:
+        return 130
+    except Exception as exc:
+        traceback.print_exc(file=sys.stderr)
+        report({"kind": "failed", "job": jobs[-1].calc_id, "error": first_line(exc)})
+        return 1
+    for job in jobs:
+        figures = summary(logs, job.calc_id, time.monotonic() - started)
+        report({"kind": "finished", **figures})
+    return 0
+
+
+def main() -> None:
+    transport.die_with_parent()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    spec = json.load(sys.stdin)
+    with os.fdopen(int(sys.argv[1]), "w") as stream:
+
+        def report(row: dict[str, Any]) -> None:
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+
+        try:
+            code = run(spec, report)
+        except InputError as exc:
+            report({"kind": "input", "error": str(exc)})
+            code = 2
+        except KeyboardInterrupt:
+            code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
