@@ -124,11 +124,10 @@ class Session:
             if not self.poller.poll(100):
                 continue
             message = protocol.decode(self.socket.recv_multipart()[0])
-            if isinstance(message, protocol.Welcome):
-                if self.broker is None:
-                    self.broker = transport.pidfd(message.pid)
-                    if self.broker is not None:
-                        self.poller.register(self.broker, zmq.POLLIN)
+            if isinstance(message, protocol.Welcome) and self.broker is None:
+                self.broker = transport.pidfd(message.pid)
+                if self.broker is not None:
+                    self.poller.register(self.broker, zmq.POLLIN)
             if isinstance(message, protocol.Status) and message.nodes:
                 return sum(node.slots for node in message.nodes)
             time.sleep(0.01)

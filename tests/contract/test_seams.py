@@ -1,0 +1,96 @@
+"""The seams that the adapter takes hold of are in the installed engine; run once per series.
+
+Only ``openquake.baselib`` is imported, in a process of its own per test.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(120)
+
+ACTIVE = """
+from openquake.baselib import parallel, workerpool
+from oq_runtime import adapter
+# install_parallel has called check_seams before it replaced anything
+assert adapter.engine_version() in adapter.SUPPORTED, adapter.engine_version()
+assert parallel.submit["zmq"].__module__ == "oq_runtime.adapter", parallel.submit["zmq"]
+assert parallel.Socket.__module__ == "oq_runtime.adapter"
+assert workerpool.WorkerMaster.__module__ == "oq_runtime.adapter"
+assert parallel.submit["processpool"].__module__ == parallel.__name__
+assert parallel.submit["no"].__module__ == parallel.__name__
+"""
+
+PRISTINE = """
+from openquake.baselib import parallel
+from oq_runtime import adapter
+adapter.check_seams(parallel)
+assert parallel.submit["zmq"].__module__ == parallel.__name__
+"""
+
+FAKE_VERSION = """
+from openquake import baselib
+from oq_runtime.errors import UnsupportedEngine
+baselib.__version__ = "99.1.0"
+try:
+    from openquake.baselib import parallel
+except UnsupportedEngine as exc:
+    print(exc)
+else:
+    raise SystemExit("an unknown engine was accepted")
+"""
+
+FAKE_SEAM = """
+from openquake.baselib import parallel
+from oq_runtime import adapter
+from oq_runtime.errors import UnsupportedEngine
+def safely_call(func, args): pass
+parallel.safely_call = safely_call
+try:
+    adapter.check_seams(parallel)
+except UnsupportedEngine as exc:
+    print(exc)
+else:
+    raise SystemExit("a changed seam was accepted")
+"""
+
+
+def run(tmp_path: Path, code: str, *, active: bool = True) -> subprocess.CompletedProcess[str]:
+    cfg = tmp_path / "openquake.cfg"
+    cfg.write_text("[oq_runtime]\n" + ("code = import oq_runtime.activate\n" if active else ""))
+    env = {**os.environ, "OQ_CONFIG_FILE": str(cfg), "TMPDIR": str(tmp_path), "CI": "true"}
+    for name in ("OQ_DISTRIBUTE", "OQ_RUNTIME_SESSION", "OQ_RUNTIME_WORKER"):
+        env.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_seams_fit(tmp_path: Path) -> None:
+    run(tmp_path, PRISTINE, active=False)
+
+
+def test_the_hook_takes_over(tmp_path: Path) -> None:
+    run(tmp_path, ACTIVE)
+    assert not list(tmp_path.glob("oq-run-*")), "importing alone must start no session"
+
+
+def test_unknown_version_names_the_supported_ones(tmp_path: Path) -> None:
+    lines = run(tmp_path, FAKE_VERSION).stdout.splitlines()
+    assert len(lines) == 1
+    assert "99.1.0" in lines[0]
+    for version in ("3.23.5", "3.25.1", "3.26.2"):
+        assert version in lines[0]
+
+
+def test_changed_seam_is_named(tmp_path: Path) -> None:
+    lines = run(tmp_path, FAKE_SEAM, active=False).stdout.splitlines()
+    assert len(lines) == 1
+    assert "safely_call(func, args)" in lines[0]

@@ -1,0 +1,118 @@
+"""A private engine (configuration, data directory, database, TMPDIR) and a check for leftovers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+LIMIT_S = 5.0
+SHM = Path("/dev/shm")
+HERE = Path(__file__).parent
+
+
+def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
+    """Wait until ``condition()`` is true; False when that takes longer than ``limit_s``."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def session_processes(tmpdir: Path, module: str = "") -> list[psutil.Process]:
+    """The live processes of sessions under ``tmpdir``, of one module where it is given."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            if any(f"{tmpdir}/" in word for word in command) and process.pid != os.getpid():
+                if process.status() != psutil.STATUS_ZOMBIE and (
+                    not module or module in command
+                ):
+                    found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def sessions(tmpdir: Path) -> list[Path]:
+    return sorted(tmpdir.glob("oq-run-*"))
+
+
+def _shm() -> set[str]:
+    return {path.name for path in SHM.iterdir()}
+
+
+def _unused_shm(names: set[str]) -> list[str]:
+    """Those of the entries that nobody has mapped: other programs use /dev/shm as well."""
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            text = maps.read_text(errors="replace")
+        except OSError:
+            continue
+        mapped |= {name for name in names if f"{SHM}/{name}" in text}
+    return sorted(name for name in names - mapped if (SHM / name).exists())
+
+
+def leftovers_of(tmpdir: Path, shm_before: set[str]) -> list[str]:
+    """One line per process, directory or shared memory that outlived its session."""
+    lines = [f"process {p.pid}" for p in session_processes(tmpdir)]
+    lines += [f"directory {path}" for path in sessions(tmpdir)]
+    new = _shm() - shm_before
+    return lines + ([f"/dev/shm/{name}" for name in _unused_shm(new)] if new else [])
+
+
+@pytest.fixture(scope="session")
+def engine_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a private engine, without TMPDIR."""
+    home = tmp_path_factory.mktemp("engine")
+    (home / "oqdata").mkdir()
+    cfg = home / "openquake.cfg"
+    cfg.write_text(
+        f"[dbserver]\nmulti_user = false\nhost = 127.0.0.1\nfile = {home}/oqdata/db.sqlite3\n"
+        "[oq_runtime]\ncode = import oq_runtime.activate\n"
+    )
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OQ_", "COVERAGE"))
+    }
+    return env | {
+        "OQ_CONFIG_FILE": str(cfg),
+        "OQ_DATADIR": str(home / "oqdata"),
+        "OQ_DATABASE": "local",
+        "CI": "true",
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": str(HERE),
+        "COLUMNS": "200",
+    }
+
+
+@pytest.fixture
+def tmpdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("t")  # short: sockets have paths of at most 107 bytes
+
+
+@pytest.fixture
+def env(engine_home: dict[str, str], tmpdir: Path) -> dict[str, str]:
+    return engine_home | {"TMPDIR": str(tmpdir)}
+
+
+@pytest.fixture(autouse=True)
+def leftovers(tmpdir: Path) -> Iterator[None]:
+    """After each test: no process, no session directory, no shared memory is left."""
+    before = _shm()
+    yield
+    clean = wait_for(lambda: not leftovers_of(tmpdir, before))
+    lines = [] if clean else leftovers_of(tmpdir, before)
+    for process in session_processes(tmpdir):  # the next tests need the cores
+        process.send_signal(signal.SIGKILL)
+    assert not lines, lines

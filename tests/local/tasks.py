@@ -1,0 +1,59 @@
+"""Task functions; the workers import this module (PYTHONPATH), so it must stay free of pytest."""
+
+import os
+import signal
+import time
+
+
+def square(x, mon=None):
+    return {"sum": x * x}
+
+
+def parts(x, monitor):
+    """Three partial results."""
+    for i in range(3):
+        yield {"sum": x * (i + 1)}
+
+
+def splits(x, monitor):
+    """A result and two subtasks, one of them a generator."""
+    yield {"sum": x}
+    yield square, x
+    yield parts, x
+
+
+def fails(x, monitor):
+    if x == 3:
+        raise ValueError(f"task with x={x} went wrong")
+    return {"sum": x}
+
+
+def unpicklable(x, monitor):
+    return {"sum": lambda: x}
+
+
+def poison(x, monitor):
+    if x == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"sum": x}
+
+
+def slow(x, seconds, monitor):
+    time.sleep(seconds)
+    return {"sum": x}
+
+
+def grow(x, data, nbytes, monitor):
+    """Checksum of a big argument and a big result."""
+    return {"in": sum(data[::4099]), f"out{x}": bytes([x]) * nbytes}
+
+
+class Refused:
+    """Pickles, but cannot be unpickled."""
+
+    def __reduce__(self):
+        return _refuse, ()
+
+
+def _refuse():
+    raise RuntimeError("this argument cannot be unpickled")

@@ -1,0 +1,223 @@
+"""The engine's Starmap over the runtime: results, errors, deaths; only ``openquake.baselib``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import leftovers_of, session_processes, sessions, wait_for
+
+pytestmark = pytest.mark.timeout(180)
+
+HEAD = """
+import json, operator, os, sys, time
+import tasks
+from openquake.baselib import parallel
+from openquake.baselib.general import AccumDict
+def go(func, args, **kw):
+    return parallel.Starmap(func, args, **kw).reduce(acc=AccumDict(accum=0))
+def say(**row):
+    print(json.dumps(row), flush=True)
+if __name__ == "__main__":
+"""
+
+CASES = {
+    "sum": "go(tasks.square, [(i,) for i in range(40)])['sum']",
+    "partials": "go(tasks.parts, [(i,) for i in range(10)])['sum']",
+    "subtasks": "go(tasks.splits, [(i,) for i in range(10)])['sum']",
+    "lazy": "go(tasks.square, ((i,) for i in range(10)))['sum']",
+    "raises": "go(tasks.fails, [(i,) for i in range(8)])",
+    "after_error": "go(tasks.square, [(i,) for i in range(10)])['sum']",
+    "bad_result": "go(tasks.unpicklable, [(i,) for i in range(3)])",
+    "bad_argument": "go(tasks.square, [(lambda: 1,), (2,)])",
+    "refused_argument": "go(tasks.square, [(tasks.Refused(),), (2,)])",
+    "one_task": "go(tasks.parts, [(5,)])['sum']",
+    "one_task_splits": "go(tasks.splits, [(5,)])['sum']",
+    "big": (
+        "(lambda r: [r['in'], [(len(r[k]), set(r[k]) == {n}) for n, k in ((1, 'out1'), (2, 'out2'))]])"
+        "(go(tasks.grow, [(i, b'abcdefg' * 1_500_000, 50_000_000) for i in (1, 2)]))"
+    ),
+    "processpool": "go(tasks.square, [(i,) for i in range(10)], distribute='processpool')['sum']",
+    "back_to_zmq": "go(tasks.square, [(i,) for i in range(10)])['sum']",
+}
+
+
+def script(body: str) -> str:
+    return HEAD + "".join(f"    {line}\n" for line in body.strip().splitlines())
+
+
+def start(env: dict[str, str], tmpdir: Path, body: str, **more: str) -> subprocess.Popen[str]:
+    path = tmpdir / "script.py"
+    path.write_text(script(body))
+    return subprocess.Popen(
+        [sys.executable, str(path)],
+        env=env | {"OQ_DISTRIBUTE": "zmq", "OQ_NUM_CORES": "2"} | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmpdir,
+    )
+
+
+def run(env: dict[str, str], tmpdir: Path, body: str, **more: str) -> tuple[int, list[Any], str]:
+    """Run a script to its end: exit code, the rows that it said, stderr."""
+    process = start(env, tmpdir, body, **more)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+    return process.returncode, [json.loads(line) for line in out.splitlines()], err
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """All harmless and failing cases, one after the other in one session."""
+    tmpdir = tmp_path_factory.mktemp("t")
+    body = "".join(
+        f"try: say(case={name!r}, value={code})\n"
+        f"except Exception as exc: say(case={name!r}, error=f'{{type(exc).__name__}}: {{exc}}')\n"
+        for name, code in CASES.items()
+    )
+    body += "parallel.Starmap.shutdown()\n"
+    code, rows, err = run(engine_home | {"TMPDIR": str(tmpdir)}, tmpdir, body)
+    assert code == 0, err
+    yield {row["case"]: row.get("value", row.get("error")) for row in rows}
+    assert wait_for(lambda: not sessions(tmpdir) and not session_processes(tmpdir))
+
+
+@pytest.mark.parametrize(
+    "case, value",
+    [
+        ("sum", sum(i * i for i in range(40))),
+        ("partials", 6 * 45),
+        ("subtasks", 45 + 285 + 6 * 45),
+        ("lazy", 285),
+        ("after_error", 285),
+        ("one_task", 30),
+        ("one_task_splits", 5 + 25 + 30),
+        ("big", [2 * sum((b"abcdefg" * 1_500_000)[::4099]), [[50_000_000, True]] * 2]),
+        ("processpool", 285),
+        ("back_to_zmq", 285),
+    ],
+)
+def test_value(outcomes: dict[str, Any], case: str, value: Any) -> None:
+    assert outcomes[case] == value
+
+
+@pytest.mark.parametrize(
+    "case, pattern",
+    [
+        ("raises", r"ValueError: [\s\S]*task with x=3 went wrong"),
+        ("bad_result", r"(?i)error: [\s\S]*pickle[\s\S]*lambda|error: [\s\S]*lambda[\s\S]*pickle"),
+        ("bad_argument", r"(?i)error: [\s\S]*lambda"),
+        ("refused_argument", r"RuntimeError: [\s\S]*this argument cannot be unpickled"),
+    ],
+)
+def test_error(outcomes: dict[str, Any], case: str, pattern: str) -> None:
+    assert isinstance(outcomes[case], str) and re.search(pattern, outcomes[case]), outcomes[case]
+
+
+def test_uncaught_error_ends_the_process(env: dict[str, str], tmpdir: Path) -> None:
+    code, _, err = run(env, tmpdir, "go(tasks.fails, [(i,) for i in range(8)])")
+    assert code == 1
+    assert "task with x=3 went wrong" in err.splitlines()[-1]
+
+
+def test_poison_task_is_given_up(env: dict[str, str], tmpdir: Path) -> None:
+    body = """
+try: go(tasks.poison, [(i,) for i in range(6)])
+except Exception as exc: say(type=type(exc).__name__, text=str(exc))
+"""
+    code, rows, err = run(env, tmpdir, body)
+    assert code == 0, err
+    [row] = rows
+    assert row["type"] == "WorkerDied", row
+    for word in ("#3", "poison", "SIGKILL", socket.gethostname(), "3 attempts"):
+        assert word in row["text"], row["text"]
+    assert row["text"].count("SIGKILL") == 3, row["text"]
+
+
+@pytest.mark.parametrize("point", ["before_start", "after_first", "after_last", "before_end"])
+def test_death_at(env: dict[str, str], tmpdir: Path, point: str) -> None:
+    body = "say(value=go(tasks.parts, [(i,) for i in range(10)])['sum'])"
+    code, rows, err = run(env, tmpdir, body, OQ_RUNTIME_FAULT=f"{point}:3:1")
+    assert code == 0, err
+    assert rows == [{"value": 270}]
+
+
+SLOW = """
+say(started=True)
+try: say(value=go(tasks.slow, [(i, 0.5) for i in range(200)])['sum'])
+except Exception as exc: say(type=type(exc).__name__, text=str(exc))
+say(s=time.time())
+"""
+
+
+def running(env: dict[str, str], tmpdir: Path, body: str = SLOW) -> subprocess.Popen[str]:
+    """Start a long run and return when its workers are busy (the inner one imports is over)."""
+    process = start(env, tmpdir, body)
+    assert wait_for(lambda: len(session_processes(tmpdir, "oq_runtime.worker")) == 2, 60)
+    assert process.stdout is not None
+    process.stdout.readline()
+
+    def busy() -> bool:
+        return all(p.num_threads() > 1 for p in session_processes(tmpdir, "oq_runtime.worker"))
+
+    assert wait_for(busy, 60)  # ZeroMQ's threads: the worker has imported the engine
+    time.sleep(1.0)  # into the first tasks
+    return process
+
+
+@pytest.mark.parametrize(
+    "victim, error", [("oq_runtime.broker", "BrokerLost"), ("oq_runtime.agent", "NoWorkers")]
+)
+def test_death_of(env: dict[str, str], tmpdir: Path, victim: str, error: str) -> None:
+    process = running(env, tmpdir)
+    [target] = session_processes(tmpdir, victim)
+    killed_s = time.time()
+    target.kill()
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert process.returncode == 0, err
+    assert rows[0]["type"] == error, rows
+    assert rows[-1]["s"] - killed_s < 5, "the error came late"
+
+
+def test_death_of_the_engine(env: dict[str, str], tmpdir: Path) -> None:
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    process = running(env, tmpdir)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert wait_for(lambda: not leftovers_of(tmpdir, before), 5), leftovers_of(tmpdir, before)
+
+
+def test_death_of_a_random_worker(env: dict[str, str], tmpdir: Path) -> None:
+    process = running(env, tmpdir, SLOW.replace("range(200)", "range(20)"))
+    session_processes(tmpdir, "oq_runtime.worker")[0].kill()
+    out, err = process.communicate(timeout=90)
+    assert json.loads(out.splitlines()[0]) == {"value": 190}, (out, err)
+
+
+def test_two_sessions_side_by_side(env: dict[str, str], tmpdir: Path) -> None:
+    body = "say(value=go(tasks.square, [(i,) for i in range(40)])['sum'], pid=os.getpid())"
+    both = [start(env, tmpdir, body) for _ in range(2)]
+    rows = [json.loads(process.communicate(timeout=120)[0]) for process in both]
+    assert [row["value"] for row in rows] == [20540] * 2
+    assert os.getpid() not in [row["pid"] for row in rows]
