@@ -27,7 +27,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
 	@echo "make test         all test lanes, a table at the end"
-	@echo "make conformance  SAMPLE=n SEED=n JOBS=n, or ALL=1"
+	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make chaos        RUNS=n SEED=n"
 	@echo "make lint | types | unit | local    one test lane"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
@@ -48,6 +48,8 @@ $(call venv_of,$(1))/.stamp: constraints/engine-$(1).txt constraints/dev.txt run
 	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) \
 	  -r constraints/engine-$(1).txt -r constraints/dev.txt
 	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation -e runtime
+	@# numba compiles the engine on its first import, for about a minute: not in the middle of a job
+	@$(if $(filter 3.26,$(1)),CI=true $(call venv_of,$(1))/bin/python -c "import openquake.engine.engine")
 	@touch $$@
 endef
 $(foreach s,$(SERIES),$(eval $(call VENV_RULE,$(s))))

@@ -1,7 +1,7 @@
 """Run a list of jobs in one engine process and keep their datastores.
 
 The process imports the engine once and runs one job after the other, which makes the whole
-corpus bearable; the driver (``__main__``) starts a fresh process after a failure. In mode
+corpus bearable; the driver (``__main__``) starts a fresh process when one dies or hangs. In mode
 ``processpool`` the engine's own pool is kept between the jobs; in mode ``zmq`` everything goes
 through the runtime. Not covered here: choosing jobs (``corpus``) and comparing (``compare``).
 

@@ -26,18 +26,27 @@ def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
     return True
 
 
-def session_processes(tmpdir: Path, module: str = "") -> list[psutil.Process]:
-    """The live processes of sessions under ``tmpdir``, of one module where it is given."""
+def session_processes(tmpdir: Path, name: str = "") -> list[psutil.Process]:
+    """The live processes that belong to ``tmpdir``, or only those with a log ``<name>*.log``.
+
+    Workers rename themselves and lose command line and environment doing so; what stays is their
+    stderr, a file of the session.
+    """
     found = []
     for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
         try:
-            command = process.cmdline()
-            if any(f"{tmpdir}/" in word for word in command) and process.pid != os.getpid():
-                if process.status() != psutil.STATUS_ZOMBIE and (
-                    not module or module in command
-                ):
-                    found.append(process)
-        except psutil.Error:
+            log = os.readlink(f"/proc/{process.pid}/fd/2")
+            ours = log.startswith(f"{tmpdir}/oq-run-")
+            if name:
+                ours = ours and Path(log).name.startswith(name)
+            elif not ours:
+                ours = any(f"{tmpdir}/" in word for word in process.cmdline())
+                ours = ours or process.environ().get("TMPDIR") == str(tmpdir)
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
             continue
     return found
 
@@ -64,7 +73,7 @@ def _unused_shm(names: set[str]) -> list[str]:
 
 def leftovers_of(tmpdir: Path, shm_before: set[str]) -> list[str]:
     """One line per process, directory or shared memory that outlived its session."""
-    lines = [f"process {p.pid}" for p in session_processes(tmpdir)]
+    lines = [f"process {p}" for p in session_processes(tmpdir)]
     lines += [f"directory {path}" for path in sessions(tmpdir)]
     new = _shm() - shm_before
     return lines + ([f"/dev/shm/{name}" for name in _unused_shm(new)] if new else [])
@@ -88,7 +97,6 @@ def engine_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return env | {
         "OQ_CONFIG_FILE": str(cfg),
         "OQ_DATADIR": str(home / "oqdata"),
-        "OQ_DATABASE": "local",
         "CI": "true",
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": str(HERE),

@@ -168,22 +168,22 @@ say(s=time.time())
 
 
 def running(env: dict[str, str], tmpdir: Path, body: str = SLOW) -> subprocess.Popen[str]:
-    """Start a long run and return when its workers are busy (the inner one imports is over)."""
+    """Start a long run and return when its two workers are ready and have begun."""
     process = start(env, tmpdir, body)
-    assert wait_for(lambda: len(session_processes(tmpdir, "oq_runtime.worker")) == 2, 60)
+
+    def ready() -> bool:  # ZeroMQ's threads are there: the worker has imported the engine
+        workers = session_processes(tmpdir, "worker-")
+        return len(workers) == 2 and all(p.num_threads() > 1 for p in workers)
+
+    assert wait_for(ready, 60)
     assert process.stdout is not None
     process.stdout.readline()
-
-    def busy() -> bool:
-        return all(p.num_threads() > 1 for p in session_processes(tmpdir, "oq_runtime.worker"))
-
-    assert wait_for(busy, 60)  # ZeroMQ's threads: the worker has imported the engine
     time.sleep(1.0)  # into the first tasks
     return process
 
 
 @pytest.mark.parametrize(
-    "victim, error", [("oq_runtime.broker", "BrokerLost"), ("oq_runtime.agent", "NoWorkers")]
+    "victim, error", [("broker", "BrokerLost"), ("agent", "NoWorkers")]
 )
 def test_death_of(env: dict[str, str], tmpdir: Path, victim: str, error: str) -> None:
     process = running(env, tmpdir)
@@ -210,7 +210,7 @@ def test_death_of_the_engine(env: dict[str, str], tmpdir: Path) -> None:
 
 def test_death_of_a_random_worker(env: dict[str, str], tmpdir: Path) -> None:
     process = running(env, tmpdir, SLOW.replace("range(200)", "range(20)"))
-    session_processes(tmpdir, "oq_runtime.worker")[0].kill()
+    session_processes(tmpdir, "worker-")[0].kill()
     out, err = process.communicate(timeout=90)
     assert json.loads(out.splitlines()[0]) == {"value": 190}, (out, err)
 

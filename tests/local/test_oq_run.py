@@ -1,0 +1,211 @@
+"""``oq-run`` from outside: bad input, one real job, an interrupt."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import session_processes, wait_for
+
+pytestmark = pytest.mark.timeout(240)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LIMIT_INTERRUPT_S = 5.0
+
+
+def corpus(job: str) -> Path:
+    spec = importlib.util.find_spec("openquake.qa_tests_data")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / job
+
+
+def start(env: dict[str, str], *args: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "oq_runtime.cli", *map(str, args)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(env: dict[str, str], *args: object) -> tuple[int, str, str]:
+    process = start(env, *args)
+    try:
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+        process.communicate()
+    return process.returncode, out, err
+
+
+def one_line(err: str) -> str:
+    """The message of a refused job: one line, besides those of the engine's log."""
+    assert "Traceback" not in err, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("oq-run:")]
+    assert len(ours) == 1, err
+    rest = [line for line in lines if line not in ours and not line.startswith("[")]
+    assert not rest, err
+    return ours[0]
+
+
+def jobs(env: dict[str, str]) -> list[tuple[int, str, int]]:
+    path = Path(env["OQ_DATADIR"]) / "db.sqlite3"
+    with sqlite3.connect(path) as connection:
+        return connection.execute("SELECT id, status, is_running FROM job ORDER BY id").fetchall()
+
+
+def example(tmp_path: Path, name: str = "hazard_classical") -> Path:
+    folder = tmp_path / name
+    shutil.copytree(EXAMPLES / name, folder)
+    return folder
+
+
+# ---- refused before the engine starts
+
+
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.write_text(""), "empty"),
+        (lambda path: path.write_text(" \n\n"), "empty"),
+        (lambda path: path.mkdir(), "directory"),
+        (lambda path: path.write_bytes(bytes(range(256)) * 10), "not a text file"),
+        (lambda path: path.write_bytes(b"[general]\n\0\0"), "not a text file"),
+    ],
+    ids=["missing", "empty", "blank", "directory", "binary", "zeros"],
+)
+def test_bad_file(env: dict[str, str], tmp_path: Path, make, word: str) -> None:
+    path = tmp_path / "job.ini"
+    make(path)
+    code, out, err = run(env, path)
+    assert (code, out) == (2, "")
+    line = one_line(err)
+    assert str(path) in line and word in line
+
+
+@pytest.mark.parametrize("cores", ["0", "99999", "-2", "two", "1.5"])
+def test_bad_cores(env: dict[str, str], cores: str) -> None:
+    code, out, err = run(env, EXAMPLES / "hazard_classical/job.ini", f"--cores={cores}")
+    assert (code, out) == (2, "")
+    assert re.search(r"--cores=\S+: give a number from 1 to \d+", one_line(err))
+
+
+def test_bad_parameter_option(env: dict[str, str]) -> None:
+    code, _, err = run(env, EXAMPLES / "hazard_classical/job.ini", "-p", "nonsense")
+    assert code == 2
+    assert "name=value" in one_line(err)
+
+
+def test_bad_log_file(env: dict[str, str], tmp_path: Path) -> None:
+    job = EXAMPLES / "hazard_classical/job.ini"
+    code, _, err = run(env, job, "--log-file", tmp_path / "missing" / "log")
+    assert code == 2
+    assert "--log-file" in one_line(err)
+
+
+# ---- refused by the engine; each costs its import
+
+
+def edited(tmp_path: Path, old: str, new: str, file: str = "job.ini") -> Path:
+    folder = example(tmp_path)
+    path = folder / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return folder / "job.ini"
+
+
+def test_unknown_calculation_mode(env: dict[str, str], tmp_path: Path) -> None:
+    job = edited(tmp_path, "= classical\n", "= astrological\n")
+    code, _, err = run(env, job, "--no-progress")
+    assert code == 2
+    line = one_line(err)
+    assert "calculation_mode" in line and "astrological" in line
+
+
+def test_missing_source_model(env: dict[str, str], tmp_path: Path) -> None:
+    folder = example(tmp_path)
+    (folder / "source_model_low.xml").unlink()
+    code, _, err = run(env, folder / "job.ini", "--no-progress")
+    assert code in (1, 2)
+    assert "source_model_low.xml" in one_line(err)
+
+
+def test_malformed_xml(env: dict[str, str], tmp_path: Path) -> None:
+    folder = example(tmp_path)
+    path = folder / "source_model_low.xml"
+    path.write_text(path.read_text()[:-40])
+    code, _, err = run(env, folder / "job.ini", "--no-progress")
+    assert code in (1, 2)
+    assert "source_model_low.xml" in one_line(err)
+    assert not [job for job in jobs(env) if job[1] == "executing" or job[2]]
+
+
+def test_no_such_parent(env: dict[str, str]) -> None:
+    job = EXAMPLES / "hazard_classical/job.ini"
+    code, _, err = run(env, job, "--hc", "99999", "--no-progress")
+    assert code == 2
+    assert "--hc 99999" in one_line(err)
+
+
+def test_unwritable_data_directory(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    job = EXAMPLES / "hazard_classical/job.ini"
+    more = {"OQ_DATADIR": str(tmp_path / "file" / "oqdata")}
+    code, _, err = run(env | more, job, "--no-progress")
+    assert code == 2
+    assert str(tmp_path / "file") in one_line(err)
+
+
+# ---- real jobs
+
+
+def test_small_job(env: dict[str, str]) -> None:
+    code, out, err = run(env, corpus("classical/case_01/job.ini"), "--json")
+    assert code == 0, err
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert result["exit"] == 0 and result["error"] == ""
+    [job] = result["jobs"]
+    assert job["state"] == "complete"
+    assert {output["name"] for output in job["outputs"]} >= {"Hazard Curves"}
+    assert Path(job["datastore"]).stat().st_size == job["bytes"]
+    assert (job["job"], "complete", 0) in jobs(env)
+
+
+def test_interrupt(env: dict[str, str], tmpdir: Path) -> None:
+    process = start(env, EXAMPLES / "hazard_classical/job.ini", "--no-progress")
+    descriptor = process.stderr
+    assert descriptor is not None
+    for line in descriptor:  # wait for the first tasks of the calculation
+        if re.search(r"Sent \d+ classical", line):
+            break
+    else:
+        pytest.fail("the job never sent its tasks")
+    time.sleep(1.0)
+    started_s = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    took_s = time.monotonic() - started_s
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "oq-run: interrupted" in err
+    assert wait_for(lambda: not session_processes(tmpdir))
+    identifier, status, is_running = jobs(env)[-1]
+    assert (status in ("aborted", "failed"), is_running) == (True, 0), (identifier, status)
+    assert took_s < LIMIT_INTERRUPT_S, f"{took_s:.1f} s"
