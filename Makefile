@@ -79,7 +79,7 @@ local: $(STAMP)
 
 conformance: $(STAMP)
 	$(VENV)/bin/python -m tests.conformance $(if $(SAMPLE),--sample $(SAMPLE)) \
-	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS)) $(if $(ALL),--all)
+	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
 
 chaos: $(STAMP)
 	$(VENV)/bin/python -m tests.chaos $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
