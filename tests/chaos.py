@@ -176,7 +176,9 @@ def drill(runs: int, seed: int, home: Path) -> int:
         if number % len(JOBS) == 0:
             fault = next(faults)
         if fault == "kill":
-            moments = [rng.uniform(0.0, ref.seconds * 0.8) for _ in range(rng.randint(1, MAX_KILLS))]
+            moments = [
+                rng.uniform(0.0, ref.seconds * 0.8) for _ in range(rng.randint(1, MAX_KILLS))
+            ]
             outcome = run(job, env, moments, rng)
             what = f"SIGKILL at {', '.join(outcome.kills) or 'no moment (the job was faster)'}"
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -61,14 +62,16 @@ def _shm() -> set[str]:
 
 def _unused_shm(names: set[str]) -> list[str]:
     """Those of the entries that nobody has mapped: other programs use /dev/shm as well."""
-    mapped = set()
+    inodes = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            inodes[str((SHM / name).stat().st_ino)] = name
     for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            text = maps.read_text(errors="replace")
-        except OSError:
-            continue
-        mapped |= {name for name in names if f"{SHM}/{name}" in text}
-    return sorted(name for name in names - mapped if (SHM / name).exists())
+        with contextlib.suppress(OSError):  # semaphores are mapped under another, deleted name
+            for line in maps.read_text(errors="replace").splitlines():
+                if "/dev/shm/" in line:
+                    inodes.pop(line.split()[4], None)
+    return sorted(name for name in inodes.values() if (SHM / name).exists())
 
 
 def leftovers_of(tmpdir: Path, shm_before: set[str]) -> list[str]:

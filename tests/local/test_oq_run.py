@@ -172,6 +172,17 @@ def test_unwritable_data_directory(env: dict[str, str], tmp_path: Path) -> None:
     assert str(tmp_path / "file") in one_line(err)
 
 
+def test_damaged_database(env: dict[str, str], tmp_path: Path) -> None:
+    cfg = tmp_path / "openquake.cfg"
+    (tmp_path / "db.sqlite3").write_bytes(b"not a database " * 1000)
+    text = Path(env["OQ_CONFIG_FILE"]).read_text()
+    cfg.write_text(re.sub(r"file = .*", f"file = {tmp_path}/db.sqlite3", text))
+    job = EXAMPLES / "hazard_classical/job.ini"
+    code, _, err = run(env | {"OQ_CONFIG_FILE": str(cfg)}, job, "--hc", "5", "--no-progress")
+    assert code in (1, 2)
+    assert "database" in one_line(err)
+
+
 # ---- real jobs
 
 

@@ -57,12 +57,15 @@ def script(body: str) -> str:
     return HEAD + "".join(f"    {line}\n" for line in body.strip().splitlines())
 
 
-def start(env: dict[str, str], tmpdir: Path, body: str, **more: str) -> subprocess.Popen[str]:
+def start(
+    env: dict[str, str], tmpdir: Path, body: str, stdin: int | None = None, **more: str
+) -> subprocess.Popen[str]:
     path = tmpdir / "script.py"
     path.write_text(script(body))
     return subprocess.Popen(
         [sys.executable, str(path)],
         env=env | {"OQ_DISTRIBUTE": "zmq", "OQ_NUM_CORES": "2"} | more,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -182,9 +185,7 @@ def running(env: dict[str, str], tmpdir: Path, body: str = SLOW) -> subprocess.P
     return process
 
 
-@pytest.mark.parametrize(
-    "victim, error", [("broker", "BrokerLost"), ("agent", "NoWorkers")]
-)
+@pytest.mark.parametrize("victim, error", [("broker", "BrokerLost"), ("agent", "NoWorkers")])
 def test_death_of(env: dict[str, str], tmpdir: Path, victim: str, error: str) -> None:
     process = running(env, tmpdir)
     [target] = session_processes(tmpdir, victim)
@@ -221,3 +222,42 @@ def test_two_sessions_side_by_side(env: dict[str, str], tmpdir: Path) -> None:
     rows = [json.loads(process.communicate(timeout=120)[0]) for process in both]
     assert [row["value"] for row in rows] == [20540] * 2
     assert os.getpid() not in [row["pid"] for row in rows]
+
+
+def test_death_of_the_broker_while_submitting(env: dict[str, str], tmpdir: Path) -> None:
+    # more lazy arguments than a socket queues: sending must not wait for a dead broker
+    process = start(env, tmpdir, """
+def lazy():
+    for i in range(3000):
+        if i == 10:
+            say(at=i)
+            sys.stdin.readline()
+        yield (i,)
+try: say(value=go(tasks.square, lazy())['sum'])
+except Exception as exc: say(type=type(exc).__name__)
+""", stdin=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    [broker] = session_processes(tmpdir, "broker")
+    broker.kill()
+    try:
+        out, err = process.communicate("\n", timeout=10)
+    finally:
+        process.kill()
+        process.communicate()
+    assert json.loads(out)["type"] == "BrokerLost", err
+
+
+def test_long_temporary_directory(env: dict[str, str], tmpdir: Path) -> None:
+    # longer than the path of a socket may be: it works, or one of our errors says what to do
+    long = tmpdir / ("x" * 100)
+    long.mkdir()
+    body = """
+try: say(value=go(tasks.square, [(i,) for i in range(4)])['sum'])
+except Exception as exc: say(module=type(exc).__module__, text=str(exc))
+"""
+    code, [row], err = run(env, tmpdir, body, TMPDIR=str(long))
+    assert row.get("value") == 14 or (
+        row["module"] == "oq_runtime.errors" and "TMPDIR" in row["text"]
+    ), (row, err)
+    assert wait_for(lambda: not sessions(long))

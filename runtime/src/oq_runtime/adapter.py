@@ -33,6 +33,7 @@ RECEIVER = "oq-runtime://"
 FIRST_PORT = 100_000
 #: seconds for the session to have its first worker slots
 READY_SECS = 60.0
+BROKER_LOST = "the broker process of this job has ended; run the job again"
 
 #: what is called or replaced, with its positional parameters
 SEAMS = {
@@ -97,6 +98,8 @@ class Session:
         self.socket = transport.dealer(self.context, f"ipc://{directory}/engine")
         self.poller = zmq.Poller()
         self.poller.register(self.socket, zmq.POLLIN)
+        self.sending = zmq.Poller()
+        self.sending.register(self.socket, zmq.POLLOUT)
         self.tasks = itertools.count()
         self.inbox: dict[int, deque[Any]] = {}
         self.broker: int | None = None
@@ -128,15 +131,28 @@ class Session:
                 self.broker = transport.pidfd(message.pid)
                 if self.broker is not None:
                     self.poller.register(self.broker, zmq.POLLIN)
+                    self.sending.register(self.broker, zmq.POLLIN)
             if isinstance(message, protocol.Status) and message.nodes:
                 return sum(node.slots for node in message.nodes)
             time.sleep(0.01)
             transport.send(self.socket, protocol.StatusQuery())
         raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s")
 
+    def send(self, message: protocol.Message, *frames: Any) -> None:
+        """Send to the broker; raises BrokerLost when it is gone and the queue to it is full."""
+        data = [protocol.encode(message), *frames]
+        while True:
+            try:
+                self.socket.send_multipart(data, zmq.DONTWAIT, copy=False)
+                return
+            except zmq.Again:
+                ready = dict(self.sending.poll())
+                if self.broker in ready and self.socket not in ready:
+                    raise errors.BrokerLost(BROKER_LOST) from None
+
     def status(self) -> list[tuple[str, int, int]]:
         """Return ``[(host, busy slots, slots), ...]``."""
-        transport.send(self.socket, protocol.StatusQuery())
+        self.send(protocol.StatusQuery())
         while True:
             for message, _ in self.receive():
                 if isinstance(message, protocol.Status):
@@ -158,13 +174,16 @@ class Session:
             else:
                 rest.append((message, payload))
         if self.socket not in ready and self.broker in ready:
-            raise errors.BrokerLost("the broker process of this job has ended; run the job again")
+            raise errors.BrokerLost(BROKER_LOST)
         return rest
 
     def cancel(self) -> None:
         """Cancel whatever this process has submitted."""
         self.inbox.clear()
-        transport.send(self.socket, protocol.Cancel())
+        try:
+            self.send(protocol.Cancel())
+        except errors.BrokerLost:
+            Session._current = None
 
 
 class Receiver:
@@ -200,7 +219,7 @@ class Receiver:
         mon.task_no = task_no
         self.monitors[task] = mon
         header = protocol.Submit(task=task, map=self.port, func=name, weight=float(len(payload)))
-        transport.send(session.socket, header, payload)
+        session.send(header, payload)
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -217,7 +236,7 @@ class Receiver:
                 yield self.parallel.Result(exc, self.monitors[message.task], "lost task\n")
                 continue
             if message.last:
-                transport.send(session.socket, protocol.Consumed(task=message.task))
+                session.send(protocol.Consumed(task=message.task))
                 del self.monitors[message.task]
             yield pickle.loads(payload)
 

@@ -201,7 +201,11 @@ class Agent:
         if not isinstance(message, protocol.Chunk):
             return
         key = (message.task, message.attempt)
-        payload = job.payloads.setdefault(key, bytearray(message.part_bytes))
+        if message.offset == 0:
+            job.payloads[key] = bytearray(message.part_bytes)
+        payload = job.payloads.get(key)
+        if payload is None:
+            return  # of an attempt that was aborted meanwhile
         chunk = frames[1].buffer
         assert isinstance(payload, bytearray)
         payload[message.offset : message.offset + len(chunk)] = chunk
@@ -352,14 +356,14 @@ def main() -> None:
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--owner", type=int)
     args = parser.parse_args()
-    agent = Agent(
-        directory=args.directory,
-        control_url=args.control_url,
-        slots=args.slots,
-        owner=args.owner,
-    )
-    signal.signal(signal.SIGTERM, lambda *_: agent.stop())
     try:
+        agent = Agent(
+            directory=args.directory,
+            control_url=args.control_url,
+            slots=args.slots,
+            owner=args.owner,
+        )
+        signal.signal(signal.SIGTERM, lambda *_: agent.stop())
         agent.run()
     finally:
         if args.owner is not None:

@@ -207,7 +207,10 @@ class Broker:
             self._handle(core.Consumed(self.numbers.pop((client, task))))
 
     def _from_agent(self, url: str, message: Any) -> None:
-        self._handle(core.NodeSeen(url))
+        if url in self.core.nodes or isinstance(message, protocol.Welcome | protocol.Leased):
+            self._handle(core.NodeSeen(url))
+        else:  # it was lost and is back: it needs a new lease
+            transport.send(self.agents[url], protocol.Hello(job=self.job, pid=os.getpid(), role=""))
         match message:
             case protocol.Welcome(host=host):
                 self.hosts[url] = host
@@ -269,6 +272,9 @@ class Broker:
                 grant = protocol.Grant(job=self.job, task=task, attempt=attempt)
                 transport.send(self.agents[node], grant)
             case core.AbortAttempt(node, task, attempt):
+                found = self.core.tasks.get(task)
+                if found is None or found.attempt != attempt:
+                    self.staging.pop((task, attempt), None)
                 if node in self.agents:
                     abort = protocol.Abort(job=self.job, task=task, attempt=attempt)
                     transport.send(self.agents[node], abort)
@@ -344,15 +350,15 @@ def main() -> None:
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--window-bytes", type=int, required=True)
     args = parser.parse_args()
-    broker = Broker(
-        directory=args.directory,
-        agents=args.agent,
-        agent_pid=args.agent_pid,
-        owner=args.owner,
-        window_bytes=args.window_bytes,
-    )
-    signal.signal(signal.SIGTERM, lambda *_: broker.stop())
     try:
+        broker = Broker(
+            directory=args.directory,
+            agents=args.agent,
+            agent_pid=args.agent_pid,
+            owner=args.owner,
+            window_bytes=args.window_bytes,
+        )
+        signal.signal(signal.SIGTERM, lambda *_: broker.stop())
         broker.run()
     finally:
         shutil.rmtree(args.directory, ignore_errors=True)

@@ -13,6 +13,7 @@ import os
 import selectors
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -31,14 +32,11 @@ from oq_runtime.progress import Display, StatusReader
 EXIT_FAILED, EXIT_INPUT, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 2, 3, 130
 #: seconds that an interrupted engine process has to end by itself
 STOP_SECS = 3.0
-MEND = """
-import sys
-from openquake.commonlib import logs
-for job in map(int, sys.argv[1:]):
-    found = logs.dbcmd("get_job", job)
-    if found is not None and found.status in ("created", "submitted", "executing"):
-        logs.dbcmd("finish", job, "failed")
-"""
+#: what the engine does for a job that fails, for one whose engine process cannot any more
+MEND = (
+    "UPDATE job SET status='failed', is_running=0, stop_time=datetime('now') "
+    "WHERE id=? AND status IN ('created', 'submitted', 'executing')"
+)
 
 
 class BadInput(click.ClickException):
@@ -157,6 +155,7 @@ class Run:
         self.finished: list[dict[str, Any]] = []
         self.retries = 0
         self.error = ""
+        self.database: str | None = None
         self.interrupted_s: float | None = None
 
     def execute(self) -> int:
@@ -180,7 +179,7 @@ class Run:
         env["OQ_NUM_CORES"] = str(self.slots)
         report_in, report_out = os.pipe()
         process = subprocess.Popen(
-            [sys.executable, "-m", "oq_runtime.job", str(report_out)],
+            [sys.executable, "-m", "oq_runtime.job", str(report_out), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -245,6 +244,7 @@ class Run:
         match row["kind"]:
             case "created":
                 self.jobs.append(row["job"])
+                self.database = row["database"]
             case "finished":
                 self.finished.append(row)
             case "input" | "failed":
@@ -265,10 +265,12 @@ class Run:
             code = EXIT_FAILED
         elif code == EXIT_FAILED and self.error.startswith("NoWorkers"):
             code = EXIT_NO_WORKERS
-        if code not in (0, EXIT_INPUT) and self.jobs:
-            # a killed engine process leaves its jobs "executing"
-            mend = [sys.executable, "-c", MEND, *map(str, self.jobs)]
-            subprocess.run(mend, capture_output=True, timeout=60, check=False)
+        if code and not self.error:
+            self.error = f"the engine process ended with exit code {code}"
+        if code not in (0, EXIT_INPUT) and self.database:
+            # directly: importing the engine for this would take seconds
+            with contextlib.closing(sqlite3.connect(self.database, timeout=2)) as db, db:
+                db.executemany(MEND, [(job,) for job in self.jobs])
         return code
 
     def print_summary(self) -> None:

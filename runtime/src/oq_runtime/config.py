@@ -65,6 +65,6 @@ def check_cores(text: str | int) -> int:
 
 def _positive(section: Mapping[str, str], key: str, default: int) -> int:
     text = section.get(key) or str(default)
-    if not text.isdigit() or int(text) == 0:
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
         raise ConfigError(f"[oq_runtime] {key}={text}: give a whole number above 0")
     return int(text)

@@ -29,5 +29,9 @@ class WorkerDied(OqRuntimeError):
     """A task lost its worker process as often as it may; the message has the history."""
 
 
+class NodeLost(OqRuntimeError):
+    """A task lost its node, or its results on the way from it, too often."""
+
+
 class NoWorkers(OqRuntimeError):
     """No node is left to run a task on."""

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import time
 import traceback
@@ -111,10 +112,14 @@ def run(spec: dict[str, Any], report: Any) -> int:
             raise InputError(
                 f"{folder}: {exc.strerror}; free space or set OQ_DATADIR to another directory"
             ) from exc
-    if config.dbserver.host == "127.0.0.1" and not database.exists():
-        logs.dbcmd("upgrade_db")
-    mend(logs)
-    parent = parent_job(logs, spec["hc"])
+    local = os.environ.get("OQ_DATABASE", config.dbserver.host) == "127.0.0.1"
+    try:
+        if local and not database.exists():
+            logs.dbcmd("upgrade_db")
+        mend(logs)
+        parent = parent_job(logs, spec["hc"])
+    except sqlite3.Error as exc:
+        raise InputError(f"the job database {database}: {exc}; repair or move it away") from exc
     try:
         jobs = engine.create_jobs(spec["files"], spec["log_level"], spec["log_file"], hc_id=parent)
     except Exception as exc:
@@ -124,7 +129,8 @@ def run(spec: dict[str, Any], report: Any) -> int:
         job.params["exports"] = spec["exports"]
         if spec["export_dir"]:
             job.params["export_dir"] = spec["export_dir"]
-        report({"kind": "created", "job": job.calc_id})
+        where = str(database) if local else None
+        report({"kind": "created", "job": job.calc_id, "database": where})
     for job in jobs:
         try:
             job.get_oqparam()
@@ -151,6 +157,8 @@ def run(spec: dict[str, Any], report: Any) -> int:
 
 def main() -> None:
     transport.die_with_parent()
+    if os.getppid() != int(sys.argv[2]):
+        sys.exit("oq-run has ended")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     spec = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w") as stream:
@@ -166,6 +174,10 @@ def main() -> None:
             code = 2
         except KeyboardInterrupt:
             code = 130
+        except Exception as exc:
+            traceback.print_exc(file=sys.stderr)
+            report({"kind": "failed", "job": None, "error": first_line(exc)})
+            code = 1
     sys.exit(code)
 
 

@@ -17,6 +17,9 @@ from pathlib import Path
 from oq_runtime.config import Config
 from oq_runtime.errors import OqRuntimeError
 
+#: bytes of a socket's path, see unix(7)
+SOCKET_PATH_BYTES = 107
+
 
 def start(config: Config, owner: int) -> Path:
     """Start broker and agent for ``owner`` (a pid) and return the session's directory.
@@ -26,7 +29,10 @@ def start(config: Config, owner: int) -> Path:
     command = [sys.executable, "-m", "oq_runtime.launch", str(owner), str(config.cores)]
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
-        [*command, str(config.window_bytes)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, str(config.window_bytes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     out, err = process.communicate()
     try:
@@ -43,6 +49,9 @@ def main() -> None:
     parser.add_argument("window_bytes", type=int)
     args = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="oq-run-"))
+    if len(os.fsencode(directory / "control")) > SOCKET_PATH_BYTES:
+        directory.rmdir()
+        sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
     control = f"ipc://{directory}/control"
     common = ["--directory", str(directory), "--owner", str(args.owner)]
     agent = _spawn(

@@ -207,7 +207,15 @@ AnyMessage = (
     | Ready | Run | Part
 )  # fmt: skip
 
+
+class _Version(msgspec.Struct):
+    """The one field that headers of all versions share."""
+
+    v: int
+
+
 _encoder = msgspec.msgpack.Encoder()
+_versions = msgspec.msgpack.Decoder(_Version)
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
 
 
@@ -227,10 +235,21 @@ def decode(frame: bytes | memoryview) -> Any:
     try:
         message = _decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        _check_version(frame)
         raise ProtocolError(f"not a message of protocol {PROTOCOL_VERSION}: {exc}") from exc
     if message.v != PROTOCOL_VERSION:
-        raise ProtocolError(f"peer speaks protocol {message.v}, this is {PROTOCOL_VERSION}")
+        _check_version(frame)
     return message
+
+
+def _check_version(frame: bytes | memoryview) -> None:
+    """Raise ProtocolError when the frame is a header of another version, whatever its fields."""
+    try:
+        version = _versions.decode(frame).v
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"peer speaks protocol {version}, this is {PROTOCOL_VERSION}")
 
 
 def chunks(part: bytes | memoryview) -> Sequence[tuple[int, memoryview]]:

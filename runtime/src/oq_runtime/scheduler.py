@@ -10,7 +10,7 @@ sender is told to abort.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -22,7 +22,7 @@ SUSPECT_AFTER_S = 10.0
 LOST_AFTER_S = 30.0
 #: attempts of a task that may end with the death of its worker process
 MAX_DEATHS = 3
-#: attempts that may be lost with their nodes before the task is given up
+#: attempts that may be lost with their nodes, or damaged on the way, before the task is given up
 MAX_NODE_LOSSES = 10
 #: bytes of results that may be staged in the broker; one larger attempt is let through alone
 WINDOW_BYTES = 1 << 30
@@ -221,7 +221,7 @@ class Task:
     deaths: int = 0
     node_losses: int = 0
     avoid: str = ""
-    history: list[str] = field(default_factory=list)
+    history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY_LINES))
 
 
 @dataclass(slots=True)
@@ -311,6 +311,7 @@ class Scheduler:
                         self.committed += 1
                         effects.append(Commit(node, task, attempt))
                     else:
+                        current.node_losses += 1  # charged like a loss: the task did no harm
                         self._retry(current, f"damaged on the way from {node}", effects)
             case Died(node, task, attempt, reason):
                 if current := self._current(node, task, attempt, effects):
@@ -318,13 +319,14 @@ class Scheduler:
                     current.avoid = node
                     self._retry(current, f"{reason} on {node}", effects)
             case Consumed(task):
-                self.staged.pop(task, None)
+                if task in self.tasks and self.tasks[task].state is State.COMMITTED:
+                    self.staged.pop(task, None)
             case Cancelled(group):
                 for task in [t for t in self.live if self.tasks[t].group == group]:
                     self._cancel(self.tasks[task], effects)
             case Tick():
-                pass
-        self._age(now, effects)
+                self._lose_silent(now, effects)
+        self._give_up_without_nodes(now, effects)
         self._grant(effects)
         self._dispatch(now, effects)
         return effects
@@ -351,8 +353,7 @@ class Scheduler:
             text = f"task {task.id} is {task.state.value}: no {transition}"
             raise TransitionError(text) from None
         task.state = state
-        if len(task.history) < HISTORY_LINES:
-            task.history.append(f"attempt {task.attempt}: {note}")
+        task.history.append(f"attempt {task.attempt}: {note}")
 
     def _free(self, task: Task, effects: list[Effect]) -> None:
         """Take the task from its node and drop what was staged of its attempt."""
@@ -360,14 +361,15 @@ class Scheduler:
             self.nodes[task.node].running.discard(task.id)
         if task.state is State.WAITING:
             self.waiting.remove(task.id)
-        if task.state is State.UPLOADING:
+        if task.state in (State.WAITING, State.UPLOADING):
             self.staged.pop(task.id, None)
             effects.append(DropStaged(task.id, task.attempt))
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
         self._free(task, effects)
         if task.deaths >= self.max_deaths or task.node_losses >= MAX_NODE_LOSSES:
-            self._give_up(task, "WorkerDied", note, effects)
+            error = "WorkerDied" if task.deaths >= self.max_deaths else "NodeLost"
+            self._give_up(task, error, note, effects)
             return
         self._move(task, "retry", note)
         self.retries[task.group] += 1
@@ -399,11 +401,14 @@ class Scheduler:
                 task.node_losses += 1
                 self._retry(task, f"node {name} lost ({reason})", effects)
 
-    def _age(self, now: float, effects: list[Effect]) -> None:
+    def _lose_silent(self, now: float, effects: list[Effect]) -> None:
+        # only on a tick, which comes after all waiting beats were read
         for node in list(self.nodes.values()):
             if now - node.seen_s > LOST_AFTER_S:
                 self._lose(node.name, f"silent for {now - node.seen_s:.0f} s", effects)
-        if any(node.slots for node in self.nodes.values()):
+
+    def _give_up_without_nodes(self, now: float, effects: list[Effect]) -> None:
+        if not self.live or any(node.slots for node in self.nodes.values()):
             self.no_nodes_since_s = None
         elif self.no_nodes_since_s is None:
             self.no_nodes_since_s = now
@@ -422,7 +427,7 @@ class Scheduler:
         while self.waiting:
             task = self.tasks[self.waiting[0]]
             staged = sum(self.staged.values())
-            if staged and staged + task.nbytes > self.window_bytes:
+            if self.staged and staged + task.nbytes > self.window_bytes:
                 return
             self.waiting.pop(0)
             self._move(task, "grant", f"upload of {task.nbytes} bytes")
