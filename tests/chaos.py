@@ -103,11 +103,12 @@ def run(job: Path, env: dict[str, str], kill_at: list[float], rng: random.Random
             time.sleep(0.05)
             if workers_s is None:
                 workers_s = time.monotonic() if workers(Path(env["TMPDIR"])) else None
-            elif time.monotonic() - workers_s >= pending[0]:
-                if alive := workers(Path(env["TMPDIR"])):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        rng.choice(alive).kill()
-                    kills.append(f"{pending.pop(0):.1f}s")
+            elif time.monotonic() - workers_s >= pending[0] and (
+                alive := workers(Path(env["TMPDIR"]))
+            ):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rng.choice(alive).kill()
+                kills.append(f"{pending.pop(0):.1f}s")
             if time.monotonic() - started_s > LIMIT_S:
                 break
         try:

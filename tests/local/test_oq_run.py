@@ -211,7 +211,7 @@ def test_interrupt(env: dict[str, str], tmpdir: Path) -> None:
     time.sleep(1.0)
     started_s = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     took_s = time.monotonic() - started_s
     assert process.returncode == 130, err
     assert "Traceback" not in err

@@ -45,7 +45,8 @@ CASES = {
     "one_task": "go(tasks.parts, [(5,)])['sum']",
     "one_task_splits": "go(tasks.splits, [(5,)])['sum']",
     "big": (
-        "(lambda r: [r['in'], [(len(r[k]), set(r[k]) == {n}) for n, k in ((1, 'out1'), (2, 'out2'))]])"
+        "(lambda r: [r['in'],"
+        " [(len(r[k]), set(r[k]) == {n}) for n, k in ((1, 'out1'), (2, 'out2'))]])"
         "(go(tasks.grow, [(i, b'abcdefg' * 1_500_000, 50_000_000) for i in (1, 2)]))"
     ),
     "processpool": "go(tasks.square, [(i,) for i in range(10)], distribute='processpool')['sum']",
@@ -256,7 +257,7 @@ def test_long_temporary_directory(env: dict[str, str], tmpdir: Path) -> None:
 try: say(value=go(tasks.square, [(i,) for i in range(4)])['sum'])
 except Exception as exc: say(module=type(exc).__module__, text=str(exc))
 """
-    code, [row], err = run(env, tmpdir, body, TMPDIR=str(long))
+    _, [row], err = run(env, tmpdir, body, TMPDIR=str(long))
     assert row.get("value") == 14 or (
         row["module"] == "oq_runtime.errors" and "TMPDIR" in row["text"]
     ), (row, err)
