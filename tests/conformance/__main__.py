@@ -92,6 +92,10 @@ class Side:
 
     def _batch(self, cases: list[list[str | None]]) -> None:
         """Run the cases in one process, as far as it lives, and record their rows."""
+        # a job that was killed stays "executing", and the engine would wait for it for ever
+        shutil.rmtree(self.oqdata)
+        self.oqdata.mkdir()
+        (self.out / "db.sqlite3").unlink(missing_ok=True)
         reader, writer = os.pipe()
         command = [sys.executable, "-m", "tests.conformance.runner", "--mode", self.mode]
         command += ["--out", str(self.out), "--report-fd", str(writer)]
@@ -119,8 +123,6 @@ class Side:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            for datastore in self.oqdata.glob("calc_*.hdf5"):
-                datastore.unlink()  # copied by the runner, and no later process needs it
 
 
 def _read_rows(stream: RawIOBase, process: subprocess.Popen[str], keys: list[str]) -> Iterator[Row]:
