@@ -67,7 +67,9 @@ class Display:
                 note += f", {phase.retries} retried"
             if self.progress is not None:
                 if phase.name not in self.bars:
-                    self.bars[phase.name] = self.progress.add_task(phase.name, note=note)
+                    self.bars[phase.name] = self.progress.add_task(
+                        phase.name, total=phase.total, note=note
+                    )
                 bar = self.bars[phase.name]
                 rate = self.progress.tasks[list(self.bars).index(phase.name)].speed
                 rated = f"{rate:.1f}/s, {note}" if rate else note
