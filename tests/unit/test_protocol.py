@@ -26,13 +26,18 @@ SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
 def values(hint: Any) -> st.SearchStrategy[Any]:
     if hint in SIMPLE:
         return SIMPLE[hint]
+    if typing.get_origin(hint) is typing.Annotated:
+        return st.integers(hint.__metadata__[0].ge, 2**63 - 1)
     if typing.get_origin(hint) is list:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3)
     return structs(hint)
 
 
 def structs(kind: Any) -> st.SearchStrategy[Any]:
-    fields = {name: values(hint) for name, hint in typing.get_type_hints(kind).items()}
+    fields = {
+        name: values(hint)
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
+    }
     if issubclass(kind, protocol.Message):
         fields["v"] = st.just(protocol.PROTOCOL_VERSION)
     fields = {name: fields[name] for name in kind.__struct_fields__}
@@ -59,6 +64,13 @@ def test_round_trip(kind: type[protocol.Message]) -> None:
             assert type(decoded) is kind and decoded == message
 
     check()
+
+
+def test_an_attempt_without_parts_is_refused() -> None:
+    # every attempt ends with the engine's end of task; none would never be whole
+    frame = protocol.encode(protocol.Ended(task=1, attempt=1, parts=0, nbytes=0))
+    with pytest.raises(ProtocolError, match="parts"):
+        protocol.decode(frame)
 
 
 @given(st.binary(max_size=300))

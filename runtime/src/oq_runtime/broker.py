@@ -200,6 +200,7 @@ class Broker:
             cancelled = self.core.tasks[number].state is core.State.CANCELLED
             if submission.client == peer and cancelled:
                 self._forget(number)
+                del self.numbers[peer, submission.task]
 
     def _client_ended(self, peer: bytes) -> None:
         self._cancel(peer, -1)
@@ -317,14 +318,11 @@ class Broker:
 
     def _status(self) -> protocol.Status:
         for phase in self.phases.values():
-            phase.running = phase.retries = 0
+            phase.running, phase.retries = 0, self.core.retries[phase.name]
         for node in self.core.nodes.values():
             for task in node.running:
                 if task in self.submissions:
                     self.phases[self.submissions[task].func].running += 1
-        for task_id, state in self.core.tasks.items():
-            if state.attempt > 1:
-                self.phases[self.core.tasks[task_id].func].retries += state.attempt - 1
         nodes = [
             protocol.Node(
                 host=self.hosts.get(url, url),

@@ -157,9 +157,12 @@ class Run:
         self.error = ""
         self.database: str | None = None
         self.interrupted_s: float | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def execute(self) -> int:
         """Run the jobs and return the exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._interrupt)
         try:
             directory = launch.start(Config(cores=self.slots), os.getpid())
         except (OqRuntimeError, OSError) as exc:
@@ -178,7 +181,7 @@ class Run:
         env["OQ_DISTRIBUTE"] = "zmq"
         env["OQ_NUM_CORES"] = str(self.slots)
         report_in, report_out = os.pipe()
-        process = subprocess.Popen(
+        process = self.process = subprocess.Popen(
             [sys.executable, "-m", "oq_runtime.job", str(report_out), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -188,13 +191,13 @@ class Run:
             start_new_session=True,  # signals of the terminal come through this process
         )
         os.close(report_out)
+        if self.interrupted_s is not None:  # before there was a process to tell
+            process.send_signal(signal.SIGINT)
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(json.dumps(self.spec).encode())
         log = threading.Thread(target=self._copy_log, args=(process.stdout,), daemon=True)
         log.start()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: self._interrupt(process))
         status = StatusReader(directory)
         display = Display(None if self.quiet else self.console)
         try:
@@ -251,10 +254,11 @@ class Run:
                 self.error = row["error"]
                 self.finished.append(row) if row["kind"] == "failed" else None
 
-    def _interrupt(self, process: subprocess.Popen[bytes]) -> None:
+    def _interrupt(self, *_: object) -> None:
         if self.interrupted_s is None:
             self.interrupted_s = time.monotonic()
-            process.send_signal(signal.SIGINT)
+            if self.process is not None:
+                self.process.send_signal(signal.SIGINT)
 
     def _verdict(self, code: int) -> int:
         if self.interrupted_s is not None:

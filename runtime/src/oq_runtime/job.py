@@ -8,14 +8,18 @@ go to the engine's log, which is in the job database.
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import os
+import re
 import signal
 import socket
 import sqlite3
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,41 @@ class InputError(Exception):
 
 def first_line(exc: BaseException) -> str:
     """Return the telling line of an exception: the last one, which follows the engine's frames."""
+    if isinstance(exc, InputError):
+        return str(exc)
     lines = [line.strip() for line in str(exc).strip().splitlines() if line.strip()]
     name = type(exc).__name__
     return f"{name}: {lines[-1]}" if lines else name
+
+
+class Ignored(logging.Handler):
+    """Collects the names of the parameters that the engine does not know and only warns about."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.names: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.fullmatch(r"The parameter '(.+)' is unknown, ignoring", record.getMessage()):
+            self.names.append(found.group(1))
+
+    def __enter__(self) -> Ignored:
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
+
+
+def unknown(names: list[str], known: Iterable[str]) -> str:
+    """Say which parameters are unknown, each with the nearest known name where there is one."""
+    choices = [name for name in known if not name.startswith(("_", "is_valid_"))]
+    told = []
+    for name in sorted(names):
+        near = difflib.get_close_matches(name, choices, 1)
+        told.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    plural = "s" if len(told) > 1 else ""
+    return f"unknown parameter{plural} {', '.join(told)}; correct or remove"
 
 
 def mend(logs: Any) -> None:
@@ -96,6 +132,7 @@ def run(spec: dict[str, Any], report: Any) -> int:
     try:
         from openquake.baselib import config
         from openquake.commonlib import logs
+        from openquake.commonlib.oqvalidation import OqParam
         from openquake.engine import engine
     except UnsupportedEngine as exc:
         raise InputError(str(exc)) from exc
@@ -133,7 +170,10 @@ def run(spec: dict[str, Any], report: Any) -> int:
         report({"kind": "created", "job": job.calc_id, "database": where})
     for job in jobs:
         try:
-            job.get_oqparam()
+            with Ignored() as ignored:
+                job.get_oqparam()
+            if ignored.names:
+                raise InputError(unknown(ignored.names, dir(OqParam)))
         except (Exception, SystemExit) as exc:
             for created in jobs:
                 logs.dbcmd("finish", created.calc_id, "failed")

@@ -190,7 +190,9 @@ class Node:
             case AbortAsked(job, task, attempt):
                 self._abort(job, task, attempt, effects)
             case WorkerReady(worker) | WorkerEnded(worker):
-                if found := self.workers.get(worker):
+                found = self.workers.get(worker)
+                again = isinstance(event, WorkerReady) and found and found.task >= 0
+                if found and not again:
                     found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
                     self._fill(self.leases[found.job], effects)
             case WorkerGone(worker, reason):

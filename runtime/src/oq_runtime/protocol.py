@@ -15,7 +15,7 @@ opaque bytes (pickles that only the engine and the workers open); they are forwa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -161,8 +161,8 @@ class Ended(Message, frozen=True, tag="ended"):
 
     task: int
     attempt: int
-    parts: int
-    nbytes: int
+    parts: Annotated[int, msgspec.Meta(ge=1)]
+    nbytes: Annotated[int, msgspec.Meta(ge=0)]
     digest: bytes = b""
 
 

@@ -262,7 +262,7 @@ class Scheduler:
         self.staged: dict[int, int] = {}  # granted or committed and not consumed: task -> bytes
         self.live: set[int] = set()
         self.submitted = self.committed = self.cancelled = self.given_up = 0
-        self.retries: Counter[int] = Counter()
+        self.retries: Counter[str] = Counter()  # per function
         self.no_nodes_since_s: float | None = None
         self.lost: list[str] = []
 
@@ -372,7 +372,7 @@ class Scheduler:
             self._give_up(task, error, note, effects)
             return
         self._move(task, "retry", note)
-        self.retries[task.group] += 1
+        self.retries[task.func] += 1
         task.node = ""
         heapq.heappush(self.queue, (-task.weight, task.id))
 
