@@ -2,10 +2,11 @@
 
     python -m tests.chaos --runs N --seed S [--keep DIR]
 
-Per example one undisturbed run through ``oq-run`` gives the datastore and the duration to compare
-with. Then N runs, the examples in turn, alternate between SIGKILLs of random workers at random
-moments and the four named fault points with a random task. One line per run; a final line
-``runs=N complete=N equal=N longest_delay=S``; exit code 1 unless every run was complete and equal.
+Per example three undisturbed runs through ``oq-run`` give the datastore and the duration (the
+slowest) to compare with. Then N runs, the examples in turn, alternate between SIGKILLs of random
+workers at random moments and the four named fault points with a random task. A run may take the
+undisturbed time and, per lost attempt, the longest task and 2 s. One line per run; a final line
+``runs=N complete=N equal=N in_time=N longest_delay=S``; exit code 1 unless all are N.
 The kills of a run are fewer than the deaths that a task may suffer, so that it must survive them.
 Not covered: the death of broker, agent and engine (tests/local).
 """
@@ -25,6 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import psutil
 
 from tests.conformance.compare import compare
@@ -32,6 +34,9 @@ from tests.conformance.compare import compare
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = [ROOT / "examples/hazard_classical/job.ini", ROOT / "examples/event_based_risk/job.ini"]
 POINTS = ["before_start", "after_first", "after_last", "before_end"]
+REFERENCE_RUNS = 3
+#: seconds that the loss of an attempt may cost besides the work that is done again
+RECOVERY_S = 2.0
 #: a task is given up after its third death; two kills can never poison one
 MAX_KILLS = 2
 LIMIT_S = 1800.0
@@ -46,6 +51,7 @@ class Outcome:
     datastore: Path | None
     seconds: float
     tasks: int
+    lost: int
     kills: list[str]
     error: str
 
@@ -128,9 +134,15 @@ def run(job: Path, env: dict[str, str], kill_at: list[float], rng: random.Random
         datastore=Path(done[-1]["datastore"]) if done else None,
         seconds=seconds,
         tasks=done[-1]["tasks"] if done else 0,
+        lost=result.get("retries", 0),
         kills=kills,
         error=str(result["error"]).splitlines()[0] if result["error"] else "",
     )
+
+
+def longest_task_s(datastore: Path) -> float:
+    with h5py.File(datastore, "r") as file:
+        return float(file["task_info"]["duration"].max())
 
 
 def leftovers(tmpdir: Path) -> list[str]:
@@ -157,18 +169,20 @@ def drill(runs: int, seed: int, home: Path) -> int:
     tmpdir = Path(env["TMPDIR"])
     reference: dict[Path, Outcome] = {}
     for job in JOBS[: min(runs, len(JOBS))]:
-        ref = reference[job] = run(job, env, [], rng)
-        state = "complete" if ref.complete else f"failed: {ref.error}"
-        print(f"reference {job.parent.name}: {state}, {ref.seconds:.1f} s, {ref.tasks} tasks",
-              flush=True)  # fmt: skip
-        if not ref.complete:
-            print(f"runs={runs} complete=0 equal=0 longest_delay=0.0")
-            return 1
+        for _ in range(REFERENCE_RUNS):
+            ref = run(job, env, [], rng)
+            state = "complete" if ref.complete else f"failed: {ref.error}"
+            print(f"reference {job.parent.name}: {state}, {ref.seconds:.1f} s, {ref.tasks} tasks",
+                  flush=True)  # fmt: skip
+            if not ref.complete:
+                print(f"runs={runs} complete=0 equal=0 in_time=0 longest_delay=0.0")
+                return 1
+            reference[job] = max(reference.get(job, ref), ref, key=lambda found: found.seconds)
     # per pair of runs (both jobs) the same kind of fault: each job meets each of them
     faults = itertools.cycle(["kill", POINTS[0], "kill", POINTS[1], "kill", POINTS[2], "kill",
                               POINTS[3]])  # fmt: skip
     fault = ""
-    complete = equal = 0
+    complete = equal = in_time = 0
     longest_s = 0.0
     for number in range(runs):
         job = JOBS[number % len(JOBS)]
@@ -197,12 +211,17 @@ def drill(runs: int, seed: int, home: Path) -> int:
                 outcome.datastore.unlink(missing_ok=True)
         else:
             verdict = f"exit {outcome.code}: {outcome.error}"
+        allowed_s = outcome.lost * (longest_task_s(ref.datastore) + RECOVERY_S)
+        # nothing lost, nothing to allow for: what is left is the noise between undisturbed runs
+        in_time += delay_s <= max(allowed_s, RECOVERY_S)
         if left := leftovers(tmpdir):
             verdict += f"; left behind: {', '.join(left)}"
-        print(f"{number + 1}/{runs} {job.parent.name} {what}: {verdict}, {delay_s:+.1f} s",
+        print(f"{number + 1}/{runs} {job.parent.name} {what}: {verdict}, {outcome.lost} lost, "
+              f"{delay_s:+.1f} s of {allowed_s:.1f} s",
               flush=True)  # fmt: skip
-    print(f"runs={runs} complete={complete} equal={equal} longest_delay={longest_s:.1f}")
-    return 0 if complete == equal == runs else 1
+    print(f"runs={runs} complete={complete} equal={equal} in_time={in_time} "
+          f"longest_delay={longest_s:.1f}")  # fmt: skip
+    return 0 if complete == equal == in_time == runs else 1
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def main(
     run = Run(spec, slots, Console(stderr=True), quiet=no_progress or as_json)
     code = run.execute()
     if as_json:
-        click.echo(json.dumps({"exit": code, "error": run.error, "jobs": run.finished}))
+        result = {"exit": code, "error": run.error, "retries": run.retries, "jobs": run.finished}
+        click.echo(json.dumps(result))
     else:
         run.print_summary()
     sys.exit(code)
