@@ -1,10 +1,13 @@
 """The seams that the adapter takes hold of are in the installed engine; run once per series.
 
-Only ``openquake.baselib`` is imported, in a process of its own per test.
+Only ``openquake.baselib`` is imported, in a process of its own per test; one small real job at the
+end shows that the whole of the locked engine works together.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -94,3 +97,23 @@ def test_changed_seam_is_named(tmp_path: Path) -> None:
     lines = run(tmp_path, FAKE_SEAM, active=False).stdout.splitlines()
     assert len(lines) == 1
     assert "safely_call(func, args)" in lines[0]
+
+
+@pytest.mark.timeout(400)  # the first import of the engine compiles for a minute or two
+def test_a_real_job_runs(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("openquake.qa_tests_data")
+    assert spec is not None and spec.submodule_search_locations
+    job = Path(spec.submodule_search_locations[0]) / "classical/case_18/job.ini"
+    cfg = tmp_path / "openquake.cfg"
+    cfg.write_text(f"[dbserver]\nhost = 127.0.0.1\nfile = {tmp_path}/db.sqlite3\n")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OQ_")} | {
+        "OQ_CONFIG_FILE": str(cfg),
+        "OQ_DATADIR": str(tmp_path / "oqdata"),
+        "TMPDIR": str(tmp_path),
+        "CI": "true",
+    }
+    command = [sys.executable, "-m", "oq_runtime.cli", str(job), "--json"]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = json.loads(done.stdout)["jobs"]
+    assert (row["state"], row["tasks"] > 0) == ("complete", True), row
