@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oq_runtime.node import (
     FENCE_AFTER_S,
     AbortAsked,
+    DrainAsked,
     DropAttempt,
     Effect,
     Event,
@@ -19,6 +20,7 @@ from oq_runtime.node import (
     Kill,
     LeaseAsked,
     LeaseEnded,
+    MemoryUsed,
     Node,
     Released,
     ReportDeath,
@@ -36,7 +38,7 @@ from oq_runtime.node import (
 def leased(slots: int = 2, *, ready: bool = True) -> Node:
     """An agent with one lease of all its slots; its workers are 1 up to ``slots``."""
     node = Node(slots)
-    node.handle(LeaseAsked("j", -1), 0.0)
+    node.handle(LeaseAsked("j"), 0.0)
     if ready:
         for worker in range(1, slots + 1):
             node.handle(WorkerReady(worker), 0.0)
@@ -47,15 +49,107 @@ def states(node: Node) -> list[str]:
     return [w.state.value for w in node.workers.values()]
 
 
-@pytest.mark.parametrize(("asked", "granted"), [(-1, 3), (1, 1), (2, 2), (3, 3), (99, 3), (0, 0)])
-def test_lease_grants_and_spawns(asked: int, granted: int) -> None:
-    effects = Node(3).handle(LeaseAsked("j", asked), 0.0)
-    assert effects == [GrantLease("j", granted)] + [Spawn(i + 1, "j") for i in range(granted)]
+@pytest.mark.parametrize("slots", [0, 1, 3])
+def test_lease_grants_and_spawns(slots: int) -> None:
+    effects = Node(slots).handle(LeaseAsked("j"), 0.0)
+    assert effects == [GrantLease("j", slots)] + [Spawn(i + 1, "j") for i in range(slots)]
 
 
-def test_lease_that_is_asked_again_spawns_no_more() -> None:
+def test_lease_that_is_asked_again_starts_anew() -> None:
+    # its broker has lost what went before, so nothing of it may go on
+    node = leased(1)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    assert node.handle(LeaseAsked("j"), 1.0) == [
+        Kill(1),
+        LeaseEnded("j", "asked for again"),
+        GrantLease("j", 1),
+        Spawn(2, "j"),
+    ]
+    assert node.handle(WorkerEnded(1), 1.0) == []
+
+
+def grants(effects: list[Effect]) -> dict[str, int]:
+    return {e.job: e.slots for e in effects if isinstance(e, GrantLease)}
+
+
+def shares(node: Node) -> dict[str, int]:
+    return {job: lease.slots for job, lease in node.leases.items()}
+
+
+def test_two_leases_get_half_each() -> None:
+    node = Node(4)
+    assert grants(node.handle(LeaseAsked("j"), 0.0)) == {"j": 4}
+    assert grants(node.handle(LeaseAsked("k"), 0.0)) == {"j": 2, "k": 2}
+    assert grants(node.handle(Released("j"), 1.0)) == {"k": 4}
+
+
+def test_what_one_lease_does_not_want_goes_to_the_other() -> None:
+    node = Node(4)
+    node.handle(LeaseAsked("j"), 0.0)
+    node.handle(LeaseAsked("k"), 0.0)
+    assert grants(node.handle(Heard("j", 1), 0.0)) == {"j": 1, "k": 3}
+    assert grants(node.handle(Heard("j", 0), 0.0)) == {"j": 0, "k": 4}
+    assert grants(node.handle(Heard("j", 99), 0.0)) == {"j": 2, "k": 2}
+
+
+def test_a_single_slot_alternates_between_leases() -> None:
+    node = Node(1)
+    for job in "jk":
+        node.handle(LeaseAsked(job), 0.0)
+    node.handle(WorkerReady(1), 0.0)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    assert shares(node) == {"j": 1, "k": 0}
+    node.handle(Tick(), 0.0)
+    node.handle(Tick(), 2.0)  # j has been served 2 s
+    assert shares(node) == {"j": 0, "k": 1}
+    node.handle(TaskGiven("j", 2, 1), 2.0)
+    assert node.handle(TaskGiven("k", 7, 1), 2.0) == [], "the slot is busy"
+    effects = node.handle(WorkerEnded(1), 3.0)
+    assert effects == [Kill(1), Spawn(2, "k")], "k is below its share and comes before j"
+    assert node.handle(WorkerReady(2), 3.0) == [RunOn(2, "k", 7, 1)]
+
+
+def test_a_share_that_shrinks_stops_nothing() -> None:
     node = leased(2)
-    assert node.handle(LeaseAsked("j", -1), 1.0) == [GrantLease("j", 2)]
+    for task in (1, 2):
+        node.handle(TaskGiven("j", task, 1), 0.0)
+    effects = node.handle(LeaseAsked("k"), 0.0)
+    assert effects == [GrantLease("j", 1), GrantLease("k", 1)]
+    node.handle(TaskGiven("k", 9, 1), 0.0)
+    assert node.busy == 2
+    assert node.handle(WorkerEnded(1), 1.0) == [Kill(1), Spawn(3, "k")]
+
+
+def test_memory_ladder() -> None:
+    node = leased(2)
+    assert node.handle(MemoryUsed(0.95), 0.0) == [] and not node.closed, "nothing of ours to stop"
+    node.handle(TaskGiven("j", 1, 1), 1.0)
+    node.handle(TaskGiven("j", 2, 1), 2.0)
+    assert node.handle(MemoryUsed(0.85), 3.0) == [] and node.closed
+    killed = node.handle(MemoryUsed(0.91), 4.0)
+    assert killed[:2] == [Kill(2), DropAttempt("j", 2, 1)], "the newest goes"
+    assert isinstance(killed[2], ReportDeath) and "91%" in killed[2].reason
+    assert node.handle(MemoryUsed(0.95), 5.0) == [], "one kill at a time"
+    assert node.handle(MemoryUsed(0.95), 6.0)[0] == Kill(1)
+    assert not node.closed, "an empty node takes a task, or the job would wait for ever"
+
+
+def test_task_timeout() -> None:
+    node = Node(1, task_timeout_s=10)
+    node.handle(LeaseAsked("j"), 0.0)
+    node.handle(WorkerReady(1), 0.0)
+    node.handle(TaskGiven("j", 1, 1), 1.0)
+    node.handle(Heard("j"), 11.0)
+    assert node.handle(Tick(), 11.0) == []
+    effects = node.handle(Tick(), 12.0)
+    assert effects[:2] == [Kill(1), DropAttempt("j", 1, 1)]
+    assert isinstance(effects[2], ReportDeath) and "task_timeout" in effects[2].reason
+
+
+def test_drain_closes_the_node() -> None:
+    node = leased(1)
+    node.handle(DrainAsked(), 0.0)
+    assert node.closed
 
 
 def test_task_waits_for_a_starting_worker() -> None:
@@ -172,10 +266,9 @@ def test_silent_broker_is_fenced(silent_s: float, fenced: bool) -> None:
 
 def test_heard_broker_is_not_fenced() -> None:
     node = leased(1)
-    node.handle(LeaseAsked("k", 1), 0.0)
+    node.handle(LeaseAsked("k"), 0.0)
     node.handle(Heard("j"), 20.0)
-    effects = node.handle(Tick(), 40.0)
-    assert effects == [Kill(2), LeaseEnded("k", "broker silent for 40 s")]
+    assert node.handle(Tick(), 40.0)[0] == LeaseEnded("k", "broker silent for 40 s")
     assert list(node.leases) == ["j"]
 
 
@@ -189,8 +282,9 @@ JOBS = st.sampled_from(["j", "k"])
 SMALL = st.integers(0, 5)
 WORKERS = st.integers(1, 12)
 EVENTS: st.SearchStrategy[Any] = st.one_of(
-    st.builds(LeaseAsked, JOBS, st.integers(-1, 4)),
-    st.builds(Heard, JOBS),
+    st.builds(LeaseAsked, JOBS),
+    st.builds(Heard, JOBS, st.integers(0, 4) | st.none()),
+    st.builds(MemoryUsed, st.sampled_from([0.5, 0.85, 0.95])),
     st.builds(Released, JOBS),
     st.builds(TaskGiven, JOBS, SMALL, SMALL),
     st.builds(TaskGiven, JOBS, SMALL, SMALL),
@@ -235,10 +329,12 @@ def test_random_events(slots: int, events: list[tuple[Event, float]]) -> None:
         assert alive == {w.id: w.job for w in node.workers.values()}
         assert set(alive.values()) <= set(node.leases)
         assert node.busy == len(running)
+        assert node.busy <= slots and len(node.workers) <= slots
+        assert sum(shares(node).values()) <= slots
+        waiting = any(lease.pending for lease in node.leases.values())
+        free = slots - node.busy
         for job, lease in node.leases.items():
             own = [w for w in node.workers.values() if w.job == job]
-            assert len(own) <= lease.slots <= slots
             idle = any(w.state is WorkerState.IDLE for w in own)
-            aborted = isinstance(event, AbortAsked)
-            assert aborted or not (idle and lease.pending), "work waits beside an idle worker"
-            assert not lease.pending or own or not lease.slots, "work waits and no worker comes"
+            assert not (free and idle and lease.pending), "work waits beside an idle worker"
+        assert not waiting or node.workers, "work waits and no worker comes"

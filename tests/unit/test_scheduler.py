@@ -32,6 +32,7 @@ from oq_runtime.scheduler import (
     GrantUpload,
     NodeGone,
     NodeJoined,
+    NodeResized,
     NodeSeen,
     Scheduler,
     Started,
@@ -708,13 +709,34 @@ def test_a_node_in_time_ends_the_wait() -> None:
     assert only(core.handle(Tick(), 120.0), GiveUp).error == "NoWorkers"
 
 
-def test_node_without_slots_does_not_count() -> None:
+def test_a_share_of_nothing_is_waited_for() -> None:
+    # another job has the slots just now; that is no reason to give up
     core = Scheduler(no_nodes_limit_s=60.0)
     core.handle(NodeJoined("a", 0), 0.0)
     core.handle(Submitted(1, 0, "f"), 0.0)
-    core.handle(NodeSeen("a"), 29.0)
-    core.handle(NodeSeen("a"), 58.0)
-    assert only(core.handle(Tick(), 60.0), GiveUp).task == 1
+    for now in range(0, 100, 10):
+        assert core.handle(NodeSeen("a"), float(now)) == []
+    assert core.handle(Tick(), 100.0) == []
+    assert assigned(core.handle(NodeResized("a", 1), 100.0)) == [("a", 1, 1)]
+
+
+def test_a_share_that_shrinks_below_what_runs() -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("a", 2), 0.0)
+    for task in (1, 2, 3):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    assert core.handle(NodeResized("a", 1), 0.0) == []
+    assert core.nodes["a"].credit == 0
+    assert core.handle(Died("a", 1, 1, "signal 9"), 0.0) == [], "one runs, one slot"
+
+
+def test_closed_node_gets_nothing_until_it_opens() -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("a", 1), 0.0)
+    core.handle(NodeSeen("a", closed=True), 0.0)
+    assert core.handle(Submitted(1, 0, "f"), 0.0) == []
+    assert core.handle(NodeSeen("a"), 1.0) == []
+    assert assigned(core.handle(NodeSeen("a", closed=False), 2.0)) == [("a", 1, 1)]
 
 
 # ---- faults that the state machine found once

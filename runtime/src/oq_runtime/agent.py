@@ -25,8 +25,8 @@ from typing import Any
 
 import zmq
 
+from oq_runtime import facts, protocol, transport
 from oq_runtime import node as core
-from oq_runtime import protocol, transport
 from oq_runtime.config import WORKER_VARIABLE
 from oq_runtime.errors import ProtocolError
 from oq_runtime.spool import Spool
@@ -62,15 +62,24 @@ class Process:
 
 
 class JobIO:
-    """What the agent holds for one lease: the data socket, payloads, spools, uploads."""
+    """What the agent holds for one broker: links, payloads, spools, uploads.
 
-    def __init__(self, peer: bytes, data: zmq.Socket[Any]) -> None:
-        self.peer = peer
-        self.data = data
+    :param control: the link on the control socket, open since the broker's call
+    """
+
+    def __init__(self, control: transport.Link) -> None:
+        self.control = control
+        self.data: transport.Link | None = None  # open with the lease
         self.payloads: dict[Key, bytes | bytearray] = {}
         self.spools: dict[Key, Spool] = {}
         self.uploads: deque[tuple[Key, Iterator[tuple[int, int, int, bytes]]]] = deque()
         self.chunk: tuple[protocol.Chunk, bytes] | None = None
+
+    def close(self) -> None:
+        for spool in self.spools.values():
+            spool.close()
+        if self.data is not None:
+            self.data.socket.close(linger=0)
 
 
 class Agent:
@@ -79,26 +88,30 @@ class Agent:
     :param control_url: where brokers connect
     :param slots: worker processes at a time
     :param owner: pid with which this agent ends, or None for a daemon
+    :param own_facts: what a broker must have in common with this node
     """
 
-    def __init__(self, *, directory: Path, control_url: str, slots: int, owner: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        control_url: str,
+        slots: int,
+        owner: int | None,
+        own_facts: protocol.Facts,
+    ) -> None:
         self.directory = directory
+        self.own_facts = own_facts
         self.core = core.Node(slots)
         self.context: zmq.Context[Any] = zmq.Context()
         self.control = transport.router(self.context, control_url)
         self.workers_url = f"ipc://{directory}/workers"
         self.workers = transport.router(self.context, self.workers_url)
-        self.poller = zmq.Poller()
-        self.poller.register(self.control, zmq.POLLIN)
-        self.poller.register(self.workers, zmq.POLLIN)
         self.owner = None
         self.running = True
         if owner is not None:
             self.owner = transport.pidfd(owner)
-            if self.owner is None:
-                self.running = False
-            else:
-                self.poller.register(self.owner, zmq.POLLIN)
+            self.running = self.owner is not None
         self.processes: dict[int, Process] = {}
         self.by_peer: dict[bytes, int] = {}
         self.jobs: dict[str, JobIO] = {}
@@ -119,11 +132,18 @@ class Agent:
         self.running = False
 
     def _step(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self.control, zmq.POLLIN)
+        poller.register(self.workers, zmq.POLLIN)
+        if self.owner is not None:
+            poller.register(self.owner, zmq.POLLIN)
+        for process in self.processes.values():
+            poller.register(process.pidfd, zmq.POLLIN)
         for job in self.jobs.values():
-            wanted = zmq.POLLIN | (zmq.POLLOUT if job.uploads else 0)
-            self.poller.register(job.data, wanted)
-        wait_ms = max(0, round((self.next_beat_s - time.monotonic()) * 1000))
-        ready = dict(self.poller.poll(wait_ms))
+            if job.data is not None:
+                wanted = zmq.POLLIN | (zmq.POLLOUT if job.uploads else 0)
+                poller.register(job.data.socket, wanted)
+        ready = dict(poller.poll(max(0, round((self.next_beat_s - time.monotonic()) * 1000))))
         if self.owner in ready:
             self.running = False
             return
@@ -137,16 +157,25 @@ class Agent:
         while frames := transport.receive(self.control):
             self._from_broker(frames)
         for name, job in list(self.jobs.items()):
-            while name in self.jobs and (frames := transport.receive(job.data)):
+            data = job.data
+            while (
+                self.jobs.get(name) is job and data and (frames := transport.receive(data.socket))
+            ):
                 self._from_data(name, job, frames)
-            self._upload(name, job)
+            if self.jobs.get(name) is job:
+                self._upload(job)
         now = time.monotonic()
         if now >= self.next_beat_s:
-            self.next_beat_s = now + BEAT_SECS
-            self._apply(self.core.handle(core.Tick(), now))
-            for name, job in list(self.jobs.items()):
-                beat = protocol.Beat(job=name, busy=self.core.busy)
-                transport.send_to(self.control, job.peer, beat)
+            self._beat(now)
+
+    def _beat(self, now: float) -> None:
+        self.next_beat_s = now + BEAT_SECS
+        self._handle(core.Tick())
+        for name, job in list(self.jobs.items()):
+            if name in self.core.leases:
+                self._to_broker(name, protocol.Beat(busy=self.core.busy, closed=self.core.closed))
+            if job.data is not None:
+                job.data.send(protocol.Beat())
 
     def _handle(self, event: core.Event) -> None:
         self._apply(self.core.handle(event, time.monotonic()))
@@ -160,44 +189,75 @@ class Agent:
         except (ProtocolError, IndexError) as exc:
             log(f"refused a message on the control socket: {exc}")
             return
-        job = message.job
-        self._handle(core.Heard(job))
+        name = message.job
+        if isinstance(message, protocol.Hello):
+            self._greet(peer, message)
+            return
+        job = self.jobs.get(name)
+        if job is None or job.control.epoch != message.epoch:
+            unknown = protocol.NoLease(job=name, epoch=message.epoch)
+            transport.send_to(self.control, peer, unknown)
+            return
+        job.control.peer = peer
+        if not job.control.accepts(message):
+            self._forget(name, "messages were lost on the way")
+            return
+        wanted = message.wanted if isinstance(message, protocol.Beat) else None
+        self._handle(core.Heard(name, wanted))
         match message:
-            case protocol.Hello():
-                slots = self.core.slots
-                welcome = protocol.Welcome(
-                    job=job, pid=os.getpid(), host=socket.gethostname(), slots=slots
-                )
-                transport.send_to(self.control, peer, welcome)
-            case protocol.Lease(slots=slots, data_url=url):
-                if job not in self.jobs:
-                    data = transport.dealer(self.context, url, send_hwm=DATA_HWM)
-                    self.jobs[job] = JobIO(peer, data)
-                    transport.send(data, protocol.Hello(job=job, pid=os.getpid(), role="agent"))
-                self._handle(core.LeaseAsked(job, slots))
-            case protocol.Task(task=task, attempt=attempt):
-                if job in self.jobs:
-                    if len(frames) > 2:
-                        self.jobs[job].payloads[task, attempt] = frames[2].bytes
-                        self._handle(core.TaskGiven(job, task, attempt))
-                    else:
-                        fetch = protocol.Fetch(job=job, task=task, attempt=attempt)
-                        transport.send(self.jobs[job].data, fetch)
+            case protocol.Lease(data_url=url):
+                data = transport.dealer(self.context, url, send_hwm=DATA_HWM)
+                job.data = transport.Link(data, name, message.epoch)
+                job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
+                self._handle(core.LeaseAsked(name))
+            case protocol.Task(task=task, attempt=attempt) if job.data:
+                if len(frames) > 2:
+                    job.payloads[task, attempt] = frames[2].bytes
+                    self._handle(core.TaskGiven(name, task, attempt))
+                else:
+                    job.data.send(protocol.Fetch(task=task, attempt=attempt))
             case protocol.Grant(task=task, attempt=attempt):
-                if job in self.jobs and (spool := self.jobs[job].spools.get((task, attempt))):
-                    parts = spool.read(protocol.CHUNK_BYTES)
-                    self.jobs[job].uploads.append(((task, attempt), parts))
+                if spool := job.spools.get((task, attempt)):
+                    job.uploads.append(((task, attempt), spool.read(protocol.CHUNK_BYTES)))
             case protocol.Abort(task=task, attempt=attempt):
-                self._handle(core.AbortAsked(job, task, attempt))
+                self._handle(core.AbortAsked(name, task, attempt))
             case protocol.Release():
-                self._handle(core.Released(job))
+                self._forget(name, "released")
             case protocol.Beat():
                 pass
             case _:
                 log(f"refused {type(message).__name__} on the control socket")
 
+    def _greet(self, peer: bytes, hello: protocol.Hello) -> None:
+        """Answer a broker that calls; whatever it had here before is void."""
+        self._forget(hello.job, "called again")
+        link = transport.Link(self.control, hello.job, hello.epoch, peer)
+        if not link.accepts(hello):
+            return
+        if different := facts.difference(hello.facts, self.own_facts):
+            log(f"refused {hello.job}: {different}")
+            link.send(protocol.Refused(reason=different))
+            return
+        self.jobs[hello.job] = JobIO(link)
+        slots = 0 if self.core.draining else self.core.slots
+        link.send(
+            protocol.Welcome(
+                pid=os.getpid(), host=socket.gethostname(), slots=slots, facts=self.own_facts
+            )
+        )
+
+    def _forget(self, name: str, reason: str) -> None:
+        """End the lease of a job and all that is held for it."""
+        self._handle(core.Released(name, reason))
+        if job := self.jobs.pop(name, None):
+            job.close()
+
     def _from_data(self, name: str, job: JobIO, frames: list[zmq.Frame]) -> None:
+        assert job.data is not None
         message = protocol.decode(frames[0].buffer)
+        if not job.data.accepts(message):
+            self._give_back(name, "tasks were lost on the way")
+            return
         if not isinstance(message, protocol.Chunk):
             return
         key = (message.task, message.attempt)
@@ -224,33 +284,34 @@ class Agent:
             return
         found = self.core.workers.get(self.by_peer.get(peer, -1))
         job = self.jobs.get(message.job)
-        if found is None or job is None or (message.task, message.attempt) != (
-            found.task, found.attempt,
-        ):  # fmt: skip
-            return  # of an attempt that was aborted meanwhile
         key = (message.task, message.attempt)
+        if (
+            found is None
+            or job is None
+            or found.job != message.job
+            or key != (found.task, found.attempt)
+        ):
+            return  # of an attempt that was aborted meanwhile
         match message:
             case protocol.Started():
-                transport.send_to(self.control, job.peer, message)
+                self._to_broker(message.job, message)
             case protocol.Part():
                 job.spools[key].add(frames[2].buffer)
             case protocol.Ended():
                 spool = job.spools[key]
                 ended = protocol.Ended(
-                    job=message.job,
                     task=message.task,
                     attempt=message.attempt,
                     parts=len(spool.sizes),
                     nbytes=spool.nbytes,
                     digest=spool.digest,
                 )
-                transport.send_to(self.control, job.peer, ended)
+                self._to_broker(message.job, ended)
                 self._handle(core.WorkerEnded(found.id))
 
     def _reap(self, worker: int) -> None:
         process = self.processes.pop(worker)
         reason = process.reason()
-        self.poller.unregister(process.pidfd)
         os.close(process.pidfd)
         if process.peer is not None:
             del self.by_peer[process.peer]
@@ -264,7 +325,7 @@ class Agent:
         for effect in effects:
             match effect:
                 case core.GrantLease(job, slots):
-                    self._to_broker(job, protocol.Leased(job=job, slots=slots))
+                    self._to_broker(job, protocol.Leased(slots=slots))
                 case core.Spawn(worker, _):
                     self._spawn(worker)
                 case core.RunOn(worker, job, task, attempt):
@@ -279,24 +340,25 @@ class Agent:
                     if process := self.processes.get(worker):
                         process.popen.kill()
                 case core.ReportDeath(job, task, attempt, reason, started):
-                    died = protocol.Died(
-                        job=job, task=task, attempt=attempt, reason=reason, started=started
-                    )
+                    died = protocol.Died(task=task, attempt=attempt, reason=reason, started=started)
                     self._to_broker(job, died)
                 case core.DropAttempt(job, task, attempt):
                     if found := self.jobs.get(job):
                         self._drop(found, (task, attempt))
                 case core.LeaseEnded(job, reason):
                     log(f"lease of {job} ended: {reason}")
-                    ended = self.jobs.pop(job)
-                    for spool in ended.spools.values():
-                        spool.close()
-                    self.poller.unregister(ended.data)
-                    ended.data.close(linger=0)
+                    if ended := self.jobs.pop(job, None):
+                        ended.close()
 
-    def _to_broker(self, job: str, message: protocol.Message) -> None:
-        if job in self.jobs:
-            transport.send_to(self.control, self.jobs[job].peer, message)
+    def _to_broker(self, name: str, message: protocol.Message) -> None:
+        """Send to a broker; one that cannot be reached has lost the lease."""
+        if (job := self.jobs.get(name)) and not job.control.send(message):
+            self._forget(name, "its broker cannot be reached")
+
+    def _give_back(self, name: str, reason: str) -> None:
+        """End a lease of which something was lost, and say so to its broker."""
+        self._to_broker(name, protocol.NoLease(reason=reason))
+        self._forget(name, reason)
 
     def _drop(self, job: JobIO, key: Key) -> None:
         job.payloads.pop(key, None)
@@ -306,8 +368,8 @@ class Agent:
             job.chunk = None
         job.uploads = deque(upload for upload in job.uploads if upload[0] != key)
 
-    def _upload(self, name: str, job: JobIO) -> None:
-        while job.uploads:
+    def _upload(self, job: JobIO) -> None:
+        while job.uploads and job.data is not None:
             (task, attempt), parts = job.uploads[0]
             if job.chunk is None:
                 item = next(parts, None)
@@ -316,14 +378,10 @@ class Agent:
                     continue
                 index, offset, size, data = item
                 header = protocol.Chunk(
-                    job=name, task=task, attempt=attempt, index=index, offset=offset,
-                    part_bytes=size,
-                )  # fmt: skip
+                    task=task, attempt=attempt, index=index, offset=offset, part_bytes=size
+                )
                 job.chunk = (header, data)
-            try:
-                frames = [protocol.encode(job.chunk[0]), job.chunk[1]]
-                job.data.send_multipart(frames, zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+            if not job.data.send(*job.chunk):
                 return
             job.chunk = None
 
@@ -341,7 +399,6 @@ class Agent:
                 env=env,
             )
         self.processes[worker] = Process(popen, log_path)
-        self.poller.register(self.processes[worker].pidfd, zmq.POLLIN)
 
 
 def log(text: str) -> None:
@@ -362,6 +419,7 @@ def main() -> None:
             control_url=args.control_url,
             slots=args.slots,
             owner=args.owner,
+            own_facts=facts.own(),
         )
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
         agent.run()

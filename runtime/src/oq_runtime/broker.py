@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,13 @@ from typing import Any
 
 import zmq
 
-from oq_runtime import protocol, transport
+from oq_runtime import facts, protocol, transport
 from oq_runtime import scheduler as core
 from oq_runtime.errors import ProtocolError, TransitionError
 
 BEAT_SECS = 2.0
+#: seconds between two calls of an agent that does not answer, at first and at most
+CALL_SECS, CALL_MAX_SECS = 0.05, 2.0
 
 
 @dataclass(slots=True)
@@ -39,6 +42,42 @@ class Submission:
     map: int
     func: str
     payload: zmq.Frame
+
+
+class Peer:
+    """An agent as the broker knows it, over the calls that it took to reach it.
+
+    ``state``: ``calling`` until it has granted a lease, ``leased``, or ``refused``.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], zmq.Socket[Any]]) -> None:
+        self.name = name
+        self.connect = connect
+        self.socket = connect()
+        self.state = "calling"
+        self.reason = "no answer yet"
+        self.host = name
+        self.link = transport.Link(self.socket, "", 0)
+        self.data: transport.Link | None = None
+        self.next_call_s = 0.0
+        self.pause_s = CALL_SECS
+
+    def call(self, job: str, hello: protocol.Hello, now: float) -> None:
+        """Open a new epoch; what comes of earlier ones is ignored from now on."""
+        self.link = transport.Link(self.socket, job, self.link.epoch + 1)
+        self.data = None
+        sent = self.link.send(hello)
+        self.pause_s = CALL_MAX_SECS if sent else min(self.pause_s * 1.5, CALL_MAX_SECS)
+        self.next_call_s = now + self.pause_s
+
+    def hang_up(self, state: str, reason: str) -> None:
+        """End the epoch and drop the connection with whatever it may still hold."""
+        self.state, self.reason = state, reason
+        self.socket.close(linger=0)
+        self.socket = self.connect()
+        self.link = transport.Link(self.socket, self.link.job, self.link.epoch + 1)
+        self.data = None
+        self.pause_s, self.next_call_s = CALL_SECS, 0.0
 
 
 @dataclass(slots=True)
@@ -61,32 +100,34 @@ class Staging:
 class Broker:
     """
     :param directory: 0700 directory of the sockets
-    :param agents: control URLs of the agents
+    :param agents: name of each agent and its control URL
+    :param data_urls: where to receive results: the first that is free
     :param agent_pid: pid of a private agent, whose death is seen at once
     :param owner: pid with which this broker ends
     :param window_bytes: results staged at a time
+    :param own_facts: what the agents must have in common with this host
     """
 
     def __init__(
         self,
         *,
         directory: Path,
-        agents: list[str],
+        agents: dict[str, str],
+        data_urls: list[str],
         agent_pid: int | None,
         owner: int,
         window_bytes: int,
+        own_facts: protocol.Facts,
     ) -> None:
         self.job = directory.name
+        self.own_facts = own_facts
         self.core = core.Scheduler(window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
-        self.data_url = f"ipc://{directory}/data"
+        self.data_urls = data_urls
+        self.data: zmq.Socket[Any] | None = None
         self.engine = transport.router(self.context, f"ipc://{directory}/engine")
-        self.data = transport.router(self.context, self.data_url)
-        self.agents = {url: transport.dealer(self.context, url) for url in agents}
-        self.hosts: dict[str, str] = {}
-        self.poller = zmq.Poller()
-        for socket in (self.engine, self.data, *self.agents.values()):
-            self.poller.register(socket, zmq.POLLIN)
+        self.peers = {name: Peer(name, self._connector(url)) for name, url in agents.items()}
+        self.data_peers: dict[bytes, Peer] = {}
         self.watched: dict[int, Callable[[], None]] = {}
         self.running = True
         self._watch(owner, self.stop)
@@ -96,20 +137,38 @@ class Broker:
         self.numbers: dict[tuple[bytes, int], int] = {}  # (client, its task) -> ours
         self.groups: dict[tuple[bytes, int], int] = {}  # (client, its map) -> ours
         self.unsubmitted = 0
+        self.told_wanted = 0
+        self.events: deque[core.Event] = deque()
+        self.handling = False
         self.staging: dict[tuple[int, int], Staging] = {}
         self.phases: dict[str, protocol.Phase] = {}
         self.next_beat_s = 0.0
-        for agent in self.agents.values():
-            transport.send(agent, protocol.Hello(job=self.job, pid=os.getpid(), role="broker"))
+        self._bind_data()
+
+    def _connector(self, url: str) -> Callable[[], zmq.Socket[Any]]:
+        return lambda: transport.dealer(self.context, url, immediate=True)
+
+    def _bind_data(self) -> None:
+        """Take the first free data URL; with none free the session waits for one."""
+        for url in self.data_urls:
+            try:
+                self.data = transport.router(self.context, url)
+            except zmq.ZMQError as exc:
+                if exc.errno != zmq.EADDRINUSE:
+                    raise
+            else:
+                self.data_url = url
+                return
 
     def run(self) -> None:
         try:
             while self.running:
                 self._step()
         finally:
-            for agent in self.agents.values():
-                transport.send(agent, protocol.Release(job=self.job))
-                agent.close(linger=500)
+            for peer in self.peers.values():
+                if peer.state == "leased":
+                    peer.link.send(protocol.Release())
+                peer.socket.close(linger=500)
             self.context.destroy(linger=500)
 
     def stop(self) -> None:
@@ -121,37 +180,79 @@ class Broker:
             ended()
             return
         self.watched[descriptor] = ended
-        self.poller.register(descriptor, zmq.POLLIN)
 
     def _agent_ended(self) -> None:
         self.core.no_nodes_limit_s = 0.0  # a private agent does not come back
-        for url in self.agents:
-            self._handle(core.NodeGone(url, "its agent process ended"))
+        for peer in self.peers.values():
+            self._lose(peer, "its agent process ended")
 
     def _step(self) -> None:
-        wait_ms = max(0, round((self.next_beat_s - time.monotonic()) * 1000))
-        ready = dict(self.poller.poll(wait_ms))
+        now = time.monotonic()
+        due_s = min([self.next_beat_s, *(p.next_call_s for p in self._callable())])
+        poller = zmq.Poller()
+        for descriptor in self.watched:
+            poller.register(descriptor, zmq.POLLIN)
+        sockets = [self.engine, *(peer.socket for peer in self.peers.values())]
+        for socket in [*sockets, self.data] if self.data else sockets:
+            poller.register(socket, zmq.POLLIN)
+        ready = dict(poller.poll(max(0, round((due_s - now) * 1000))))
         for descriptor, ended in list(self.watched.items()):
             if descriptor in ready:
-                self.poller.unregister(descriptor)
                 os.close(descriptor)
                 del self.watched[descriptor]
                 ended()
-        for url, agent in self.agents.items():
-            while frames := transport.receive(agent):
-                self._from(frames, lambda m, f, url=url: self._from_agent(url, m))  # type: ignore[misc]
-        while frames := transport.receive(self.data):
-            peer = frames[0].bytes
-            self._from(frames[1:], lambda m, f: self._from_data(peer, m, f))  # noqa: B023
+        for peer in self.peers.values():
+            while frames := transport.receive(peer.socket):
+                self._from(frames, lambda m, f, peer=peer: self._from_agent(peer, m))  # type: ignore[misc]
+        while self.data and (frames := transport.receive(self.data)):
+            sender = frames[0].bytes
+            self._from(frames[1:], lambda m, f: self._from_data(sender, m, f))  # noqa: B023
         while frames := transport.receive(self.engine):
-            peer = frames[0].bytes
-            self._from(frames[1:], lambda m, f: self._from_engine(peer, m, f))  # noqa: B023
+            sender = frames[0].bytes
+            self._from(frames[1:], lambda m, f: self._from_engine(sender, m, f))  # noqa: B023
         now = time.monotonic()
+        for peer in self._callable():
+            if now >= peer.next_call_s:
+                hello = protocol.Hello(pid=os.getpid(), role="broker", facts=self.own_facts)
+                peer.call(self.job, hello, now)
         if now >= self.next_beat_s:
-            self.next_beat_s = now + BEAT_SECS
-            for agent in self.agents.values():
-                transport.send(agent, protocol.Beat(job=self.job))
-            self._handle(core.Tick())
+            self._beat(now)
+        elif bool(self.core.live) != bool(self.told_wanted):
+            self._tell_wanted()
+
+    def _callable(self) -> list[Peer]:
+        """The agents to be called: only when there is a place for their results."""
+        return [p for p in self.peers.values() if p.state != "leased"] if self.data else []
+
+    def _beat(self, now: float) -> None:
+        self.next_beat_s = now + BEAT_SECS
+        if self.data is None:
+            self._bind_data()
+        self._tell_wanted()
+        for peer in self.peers.values():
+            if peer.data is not None:
+                peer.data.send(protocol.Beat())
+        self._handle(core.Tick())
+        for peer in self.peers.values():
+            if peer.state == "leased" and peer.name not in self.core.nodes:
+                peer.hang_up("calling", self.core.lost[-1])
+
+    def _tell_wanted(self) -> None:
+        self.told_wanted = len(self.core.live)
+        for peer in self.peers.values():
+            if peer.state == "leased":
+                self._send(peer, protocol.Beat(wanted=self.told_wanted))
+
+    def _send(self, peer: Peer, message: protocol.Message, *frames: Any) -> None:
+        """Send to an agent; one that cannot take it is lost, for it would never know of it."""
+        if peer.state == "leased" and not peer.link.send(message, *frames):
+            self._lose(peer, "its connection broke")
+
+    def _lose(self, peer: Peer, reason: str, state: str = "calling") -> None:
+        if peer.state == "leased" or state != peer.state:
+            log(f"{peer.host}: {reason}")
+        peer.hang_up(state, reason)
+        self._handle(core.NodeGone(peer.name, reason))
 
     def _from(self, frames: list[zmq.Frame], take: Callable[[Any, list[zmq.Frame]], None]) -> None:
         try:
@@ -160,8 +261,17 @@ class Broker:
             log(f"refused a message: {exc}")
 
     def _handle(self, event: core.Event) -> None:
-        for effect in self.core.handle(event, time.monotonic()):
-            self._apply(effect)
+        """Let the core take an event; one that comes of an effect waits for its turn."""
+        self.events.append(event)
+        if self.handling:
+            return
+        self.handling = True
+        try:
+            while self.events:
+                for effect in self.core.handle(self.events.popleft(), time.monotonic()):
+                    self._apply(effect)
+        finally:
+            self.handling = False
 
     # ---- messages in
 
@@ -207,43 +317,81 @@ class Broker:
         for client, task in [key for key in self.numbers if key[0] == peer]:
             self._handle(core.Consumed(self.numbers.pop((client, task))))
 
-    def _from_agent(self, url: str, message: Any) -> None:
-        if url in self.core.nodes or isinstance(message, protocol.Welcome | protocol.Leased):
-            self._handle(core.NodeSeen(url))
-        else:  # it was lost and is back: it needs a new lease
-            transport.send(self.agents[url], protocol.Hello(job=self.job, pid=os.getpid(), role=""))
+    def _from_agent(self, peer: Peer, message: Any) -> None:
+        if message.epoch != peer.link.epoch or message.job != self.job:
+            return  # of an epoch that is over
+        if isinstance(message, protocol.NoLease):
+            self._lose(peer, message.reason or "its agent was started anew")
+            return
+        if not peer.link.accepts(message):
+            self._lose(peer, "messages were lost on the way")
+            return
+        if peer.state == "leased":
+            closed = message.closed if isinstance(message, protocol.Beat) else None
+            self._handle(core.NodeSeen(peer.name, closed))
+            self._from_node(peer, message)
+            return
         match message:
-            case protocol.Welcome(host=host):
-                self.hosts[url] = host
-                lease = protocol.Lease(job=self.job, slots=-1, data_url=self.data_url)
-                transport.send(self.agents[url], lease)
+            case protocol.Welcome(host=host, slots=slots):
+                peer.host = host or peer.name
+                if different := facts.difference(self.own_facts, message.facts):
+                    self._lose(peer, f"refused: {different}", "refused")
+                elif slots == 0:
+                    self._lose(peer, "it has no slots", "refused")
+                else:
+                    peer.link.send(protocol.Lease(node=peer.name, data_url=self.data_url))
+            case protocol.Refused(reason=reason):
+                self._lose(peer, f"it refused this job: {reason}", "refused")
             case protocol.Leased(slots=slots):
-                self._handle(core.NodeJoined(url, slots))
+                peer.state, peer.reason = "leased", ""
+                self._handle(core.NodeJoined(peer.name, slots))
+
+    def _from_node(self, peer: Peer, message: Any) -> None:
+        name = peer.name
+        match message:
+            case protocol.Leased(slots=slots):
+                self._handle(core.NodeResized(name, slots))
             case protocol.Started(task=task, attempt=attempt):
-                self._handle(core.Started(url, task, attempt))
+                self._handle(core.Started(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
                 staging = Staging(message.parts, message.nbytes, message.digest)
                 self.staging[task, attempt] = staging
-                self._handle(core.Ended(url, task, attempt, message.nbytes))
+                self._handle(core.Ended(name, task, attempt, message.nbytes))
             case protocol.Died(task=task, attempt=attempt, reason=reason):
-                host = self.hosts.get(url, url)
-                self._handle(core.Died(url, task, attempt, f"{reason}, host {host}"))
+                self._handle(core.Died(name, task, attempt, f"{reason}, host {peer.host}"))
 
-    def _from_data(self, peer: bytes, message: Any, frames: list[zmq.Frame]) -> None:
+    def _from_data(self, sender: bytes, message: Any, frames: list[zmq.Frame]) -> None:
+        assert self.data is not None
+        if isinstance(message, protocol.Hello):
+            greeted = self.peers.get(message.role)
+            if greeted and (message.job, message.epoch) == (self.job, greeted.link.epoch):
+                self.data_peers = {s: p for s, p in self.data_peers.items() if p is not greeted}
+                self.data_peers[sender] = greeted
+                greeted.data = transport.Link(self.data, self.job, message.epoch, sender)
+        peer = self.data_peers.get(sender)
+        if peer is None or peer.data is None or message.epoch != peer.data.epoch:
+            return  # of an epoch that is over
+        if not peer.data.accepts(message):
+            self._lose(peer, "results were lost on the way")
+            return
         match message:
             case protocol.Fetch(task=task, attempt=attempt):
                 if submission := self.submissions.get(task):
                     payload = submission.payload.buffer
                     for offset, chunk in protocol.chunks(payload):
                         header = protocol.Chunk(
-                            job=self.job, task=task, attempt=attempt, index=0, offset=offset,
+                            task=task, attempt=attempt, index=0, offset=offset,
                             part_bytes=len(payload),
                         )  # fmt: skip
-                        transport.send_to(self.data, peer, header, chunk)
+                        if not peer.data.send(header, chunk):
+                            self._lose(peer, "its data connection broke")
+                            return
             case protocol.Chunk(task=task, attempt=attempt):
-                self._stage(task, attempt, message, frames[0].buffer)
+                self._stage(peer, task, attempt, message, frames[0].buffer)
 
-    def _stage(self, task: int, attempt: int, header: protocol.Chunk, chunk: memoryview) -> None:
+    def _stage(
+        self, peer: Peer, task: int, attempt: int, header: protocol.Chunk, chunk: memoryview
+    ) -> None:
         staging = self.staging.get((task, attempt))
         if staging is None:
             return  # of an attempt that was dropped meanwhile
@@ -254,8 +402,7 @@ class Broker:
         staging.received += len(chunk)
         whole = header.index == staging.parts - 1 and header.offset + len(chunk) == len(part)
         if whole:
-            node = self.core.tasks[task].node
-            self._handle(core.Uploaded(node, task, attempt, staging.intact()))
+            self._handle(core.Uploaded(peer.name, task, attempt, staging.intact()))
 
     # ---- effects out
 
@@ -265,20 +412,17 @@ class Broker:
                 submission = self.submissions[task]
                 size = len(submission.payload)
                 header = protocol.Task(
-                    job=self.job, task=task, attempt=attempt, func=submission.func, nbytes=size
+                    task=task, attempt=attempt, func=submission.func, nbytes=size
                 )
                 inline = [submission.payload] if size <= protocol.INLINE_BYTES else []
-                transport.send(self.agents[node], header, *inline)
+                self._send(self.peers[node], header, *inline)
             case core.GrantUpload(node, task, attempt):
-                grant = protocol.Grant(job=self.job, task=task, attempt=attempt)
-                transport.send(self.agents[node], grant)
+                self._send(self.peers[node], protocol.Grant(task=task, attempt=attempt))
             case core.AbortAttempt(node, task, attempt):
                 found = self.core.tasks.get(task)
                 if found is None or found.attempt != attempt:
                     self.staging.pop((task, attempt), None)
-                if node in self.agents:
-                    abort = protocol.Abort(job=self.job, task=task, attempt=attempt)
-                    transport.send(self.agents[node], abort)
+                self._send(self.peers[node], protocol.Abort(task=task, attempt=attempt))
             case core.DropStaged(task, attempt):
                 self.staging.pop((task, attempt), None)
             case core.Commit(_, task, attempt):
@@ -323,16 +467,19 @@ class Broker:
             for task in node.running:
                 if task in self.submissions:
                     self.phases[self.submissions[task].func].running += 1
-        nodes = [
-            protocol.Node(
-                host=self.hosts.get(url, url),
-                slots=node.slots,
-                busy=len(node.running),
-                state="up",
+        nodes = []
+        for peer in self.peers.values():
+            found = self.core.nodes.get(peer.name)
+            slots, busy = (found.slots, len(found.running)) if found else (0, 0)
+            nodes.append(
+                protocol.Node(
+                    host=peer.host, slots=slots, busy=busy, state=peer.state, reason=peer.reason
+                )
             )
-            for url, node in self.core.nodes.items()
-        ]
-        return protocol.Status(job=self.job, phases=list(self.phases.values()), nodes=nodes)
+        note = "" if self.data else f"all of {', '.join(self.data_urls)} are in use by other jobs"
+        return protocol.Status(
+            job=self.job, phases=list(self.phases.values()), nodes=nodes, note=note
+        )
 
 
 def log(text: str) -> None:
@@ -343,18 +490,19 @@ def log(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="oq-broker")
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--agent", action="append", required=True)
-    parser.add_argument("--agent-pid", type=int)
+    parser.add_argument("--agent-pid", type=int, required=True)
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--window-bytes", type=int, required=True)
     args = parser.parse_args()
     try:
         broker = Broker(
             directory=args.directory,
-            agents=args.agent,
+            agents={"private": f"ipc://{args.directory}/control"},
+            data_urls=[f"ipc://{args.directory}/data"],
             agent_pid=args.agent_pid,
             owner=args.owner,
             window_bytes=args.window_bytes,
+            own_facts=facts.own(),
         )
         signal.signal(signal.SIGTERM, lambda *_: broker.stop())
         broker.run()

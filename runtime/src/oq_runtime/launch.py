@@ -58,7 +58,7 @@ def main() -> None:
         directory, "agent", *common, "--control-url", control, "--slots", str(args.slots)
     )
     broker = _spawn(
-        directory, "broker", *common, "--agent", control, "--agent-pid", str(agent),
+        directory, "broker", *common, "--agent-pid", str(agent),
         "--window-bytes", str(args.window_bytes),
     )  # fmt: skip
     (directory / "pids").write_text(json.dumps([broker, agent]))

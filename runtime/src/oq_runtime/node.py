@@ -2,6 +2,10 @@
 
 ``Node.handle(event, now)`` returns effects for the shell (``agent``). No process or socket here.
 A worker belongs to one lease and runs one task at a time, so that blame for its death is exact.
+
+Several leases share the slots by max-min fairness: none gets more than it wants while another has
+less than its part; what cannot be divided goes to the lease that has been served least. A share
+that shrinks stops nothing that runs.
 """
 
 from __future__ import annotations
@@ -12,6 +16,10 @@ from enum import Enum
 
 #: seconds without a beat from a broker after which its lease is fenced: workers killed
 FENCE_AFTER_S = 30.0
+#: parts of the memory above which no new task is taken, and the newest attempt is killed
+SOFT_MEMORY, HARD_MEMORY = 0.80, 0.90
+#: seconds between two such kills: the memory of the first must be free before the second is due
+KILL_INTERVAL_S = 2.0
 
 
 class WorkerState(Enum):
@@ -27,13 +35,18 @@ class Worker:
     state: WorkerState = WorkerState.STARTING
     task: int = -1
     attempt: int = -1
+    since_s: float = 0.0
 
 
 @dataclass(slots=True)
 class Lease:
+    """``slots``: its share; ``wanted``: live tasks of the job, -1: not told."""
+
     job: str
     slots: int
     heard_s: float
+    wanted: int = -1
+    served_s: float = 0.0
     pending: deque[tuple[int, int]] = field(default_factory=deque)
 
 
@@ -43,17 +56,32 @@ class Lease:
 @dataclass(frozen=True, slots=True)
 class LeaseAsked:
     job: str
-    slots: int
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
+    """A sign of life of the job's broker, which may say how many tasks it has."""
+
     job: str
+    wanted: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsed:
+    """The part of the memory of this node (or of its cgroup) that is in use."""
+
+    part: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
     job: str
+    reason: str = "released"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +120,8 @@ class Tick:
 
 
 Event = (
-    LeaseAsked | Heard | Released | TaskGiven | AbortAsked | WorkerReady | WorkerEnded | WorkerGone
-    | Tick
+    LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | TaskGiven | AbortAsked | WorkerReady
+    | WorkerEnded | WorkerGone | Tick
 )  # fmt: skip
 
 
@@ -153,55 +181,72 @@ Effect = GrantLease | Spawn | RunOn | Kill | ReportDeath | DropAttempt | LeaseEn
 class Node:
     """State of one agent.
 
-    :param slots: worker processes that may run at a time
+    :param slots: worker processes that may run a task at a time
+    :param task_timeout_s: seconds after which the worker of a task is killed; None: never
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, *, task_timeout_s: float | None = None) -> None:
         self.slots = slots
+        self.task_timeout_s = task_timeout_s
         self.leases: dict[str, Lease] = {}
         self.workers: dict[int, Worker] = {}
         self.spawned = 0
+        self.draining = False
+        self.memory = 0.0
+        self.killed_s = -KILL_INTERVAL_S
+        self.ticked_s: float | None = None
 
     @property
     def busy(self) -> int:
         return sum(w.state is WorkerState.BUSY for w in self.workers.values())
 
+    @property
+    def closed(self) -> bool:
+        """Whether no new task should come: draining, or short of memory with tasks under way."""
+        return self.draining or (self.memory > SOFT_MEMORY and self.busy > 0)
+
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, monotonic); return what is to be done."""
         effects: list[Effect] = []
         match event:
-            case LeaseAsked(job, slots):
-                granted = self.slots if slots < 0 else min(slots, self.slots)
-                lease = self.leases.setdefault(job, Lease(job, granted, now))
-                effects.append(GrantLease(job, lease.slots))
-                for _ in range(lease.slots - len(self._of(job))):
-                    self._spawn(lease, effects)
-            case Heard(job):
+            case LeaseAsked(job):
+                self._end(job, "asked for again", effects)
+                self.leases[job] = Lease(job, -1, now)
+                self._share(effects)
+                for _ in range(min(self.leases[job].slots, self.slots - len(self.workers))):
+                    self._spawn(self.leases[job], effects)
+            case Heard(job, wanted):
                 if job in self.leases:
                     self.leases[job].heard_s = now
-            case Released(job):
-                self._end(job, "released", effects)
+                    if wanted is not None and wanted != self.leases[job].wanted:
+                        self.leases[job].wanted = wanted
+                        self._share(effects)
+            case MemoryUsed(part):
+                self.memory = part
+                if part > HARD_MEMORY and now - self.killed_s >= KILL_INTERVAL_S:
+                    self._kill_newest(now, effects)
+            case DrainAsked():
+                self.draining = True
+            case Released(job, reason):
+                self._end(job, reason, effects)
             case TaskGiven(job, task, attempt):
                 if job in self.leases:
                     self.leases[job].pending.append((task, attempt))
-                    self._fill(self.leases[job], effects)
                 else:
                     effects.append(DropAttempt(job, task, attempt))
             case AbortAsked(job, task, attempt):
                 self._abort(job, task, attempt, effects)
-            case WorkerReady(worker) | WorkerEnded(worker):
-                found = self.workers.get(worker)
-                again = isinstance(event, WorkerReady) and found and found.task >= 0
-                if found and not again:
+            case WorkerReady(worker):
+                if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
+                    found.state = WorkerState.IDLE
+            case WorkerEnded(worker):
+                if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
                     found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
-                    self._fill(self.leases[found.job], effects)
             case WorkerGone(worker, reason):
                 self._gone(worker, reason, effects)
             case Tick():
-                for lease in list(self.leases.values()):
-                    if now - lease.heard_s > FENCE_AFTER_S:
-                        silent = f"broker silent for {now - lease.heard_s:.0f} s"
-                        self._end(lease.job, silent, effects)
+                self._tick(now, effects)
+        self._fill(now, effects)
         return effects
 
     def _of(self, job: str) -> list[Worker]:
@@ -212,20 +257,91 @@ class Node:
         self.workers[self.spawned] = Worker(self.spawned, lease.job)
         effects.append(Spawn(self.spawned, lease.job))
 
-    def _fill(self, lease: Lease, effects: list[Effect]) -> None:
-        own = self._of(lease.job)
-        for worker in own:
-            if lease.pending and worker.state is WorkerState.IDLE:
-                worker.task, worker.attempt = lease.pending.popleft()
-                worker.state = WorkerState.BUSY
-                effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
-        starting = sum(w.state is WorkerState.STARTING for w in own)
-        for _ in range(min(len(lease.pending) - starting, lease.slots - len(own))):
-            self._spawn(lease, effects)
+    def _kill(self, worker: Worker, effects: list[Effect]) -> None:
+        """Kill a worker whose death is wanted and charged to nobody."""
+        del self.workers[worker.id]
+        effects.append(Kill(worker.id))
+
+    def _share(self, effects: list[Effect]) -> None:
+        """Divide the slots among the leases and tell those whose share has changed."""
+        alone = len(self.leases) == 1
+        wants = {
+            job: self.slots if alone or lease.wanted < 0 else min(lease.wanted, self.slots)
+            for job, lease in self.leases.items()
+        }
+        shares = dict.fromkeys(wants, 0)
+        left = self.slots
+        # in rounds of one slot each; the last, partial round starts with the least served
+        while left and (hungry := [job for job in wants if shares[job] < wants[job]]):
+            hungry.sort(key=lambda job: self.leases[job].served_s)
+            for job in hungry[:left]:
+                shares[job] += 1
+            left -= min(left, len(hungry))
+        for job, share in shares.items():
+            if share != self.leases[job].slots:
+                self.leases[job].slots = share
+                effects.append(GrantLease(job, share))
+
+    def _fill(self, now: float, effects: list[Effect]) -> None:
+        """Give waiting tasks to idle workers, and start workers where they are missing."""
+        free = self.slots - self.busy
+        # the lease that is furthest below its share comes first
+        for lease in sorted(self.leases.values(), key=lambda one: self._running(one) - one.slots):
+            for worker in self._of(lease.job):
+                if free > 0 and lease.pending and worker.state is WorkerState.IDLE:
+                    worker.task, worker.attempt = lease.pending.popleft()
+                    worker.state, worker.since_s = WorkerState.BUSY, now
+                    effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
+                    free -= 1
+            starting = sum(w.state is WorkerState.STARTING for w in self._of(lease.job))
+            for _ in range(min(len(lease.pending) - starting, free - starting)):
+                if len(self.workers) >= self.slots and not self._make_room(lease, effects):
+                    break
+                self._spawn(lease, effects)
+
+    def _running(self, lease: Lease) -> int:
+        return sum(w.state is WorkerState.BUSY for w in self._of(lease.job))
+
+    def _make_room(self, lease: Lease, effects: list[Effect]) -> bool:
+        """End an idle worker of another lease; False when there is none."""
+        for worker in self.workers.values():
+            if worker.state is WorkerState.IDLE and worker.job != lease.job:
+                self._kill(worker, effects)
+                return True
+        return False
+
+    def _tick(self, now: float, effects: list[Effect]) -> None:
+        seconds = now - self.ticked_s if self.ticked_s is not None else 0.0
+        self.ticked_s = now
+        for lease in list(self.leases.values()):
+            lease.served_s += seconds * self._running(lease)
+            if now - lease.heard_s > FENCE_AFTER_S:
+                self._end(lease.job, f"broker silent for {now - lease.heard_s:.0f} s", effects)
+        if len(self.leases) > 1:
+            self._share(effects)
+        for worker in list(self.workers.values()):
+            limit = self.task_timeout_s
+            if limit and worker.state is WorkerState.BUSY and now - worker.since_s > limit:
+                reason = f"killed after {now - worker.since_s:.0f} s, task_timeout is {limit:g} s"
+                self._kill_busy(worker, reason, effects)
+
+    def _kill_newest(self, now: float, effects: list[Effect]) -> None:
+        busy = [w for w in self.workers.values() if w.state is WorkerState.BUSY]
+        if not busy:
+            return
+        self.killed_s = now
+        newest = max(busy, key=lambda w: (w.since_s, w.id))
+        reason = f"killed to free memory: {self.memory:.0%} in use, the limit is {HARD_MEMORY:.0%}"
+        self._kill_busy(newest, reason, effects)
+
+    def _kill_busy(self, worker: Worker, reason: str, effects: list[Effect]) -> None:
+        self._kill(worker, effects)
+        effects.append(DropAttempt(worker.job, worker.task, worker.attempt))
+        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, True))
 
     def _gone(self, worker_id: int, reason: str, effects: list[Effect]) -> None:
         worker = self.workers.pop(worker_id, None)
-        if worker is None or worker.job not in self.leases:
+        if worker is None:
             return
         lease = self.leases[worker.job]
         if worker.state is WorkerState.BUSY:
@@ -237,28 +353,25 @@ class Node:
             effects.append(DropAttempt(lease.job, task, attempt))
             text = f"worker could not start: {reason}"
             effects.append(ReportDeath(lease.job, task, attempt, text, False))
-        if worker.state is not WorkerState.STARTING:
+        if worker.state is not WorkerState.STARTING and len(self._of(lease.job)) < lease.slots:
             self._spawn(lease, effects)
-        self._fill(lease, effects)
 
     def _abort(self, job: str, task: int, attempt: int, effects: list[Effect]) -> None:
         effects.append(DropAttempt(job, task, attempt))
         lease = self.leases.get(job)
-        if lease and (task, attempt) in lease.pending:
+        if lease is None:
+            return
+        if (task, attempt) in lease.pending:
             lease.pending.remove((task, attempt))
         for worker in self._of(job):
             if (worker.task, worker.attempt) == (task, attempt):
-                effects.append(Kill(worker.id))
-                # its death is wanted and charged to nobody
-                worker.state, worker.task, worker.attempt = WorkerState.IDLE, -1, -1
-                del self.workers[worker.id]
-                if lease:
-                    self._spawn(lease, effects)
+                self._kill(worker, effects)
+                self._spawn(lease, effects)
 
     def _end(self, job: str, reason: str, effects: list[Effect]) -> None:
         if self.leases.pop(job, None) is None:
             return
         for worker in self._of(job):
-            del self.workers[worker.id]
-            effects.append(Kill(worker.id))
+            self._kill(worker, effects)
         effects.append(LeaseEnded(job, reason))
+        self._share(effects)

@@ -6,10 +6,14 @@ opaque bytes (pickles that only the engine and the workers open); they are forwa
 
     engine  --Hello, Submit, Consumed, Cancel, StatusQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status--            broker
-    broker  --Hello, Lease, Task, Grant, Abort, Release, Beat--> agent    (control)
-    broker  <--Welcome, Leased, Started, Ended, Died, Beat--     agent    (control)
-    broker  <--Fetch, Chunk--  agent   (data)     broker --Chunk-->  agent (data)
+    broker  --Hello, Lease, Task, Grant, Abort, Release, Beat-->                agent  (control)
+    broker  <--Welcome, Refused, Leased, NoLease, Started, Ended, Died, Beat--  agent  (control)
+    broker  <--Hello, Fetch, Chunk, Beat--  agent  (data)    broker --Chunk, Beat-->  agent  (data)
     agent   --Run-->  worker             agent  <--Ready, Started, Part, Ended--  worker
+
+Between broker and agent each call of the broker opens an epoch. ``epoch`` and ``seq`` number the
+messages of either direction of either socket, so that one that was lost shows as a gap; then the
+epoch is over, and what it had under way is void.
 """
 
 from __future__ import annotations
@@ -33,22 +37,41 @@ HEADER_BYTES = 4 * 1024 * 1024
 class Message(
     msgspec.Struct, frozen=True, tag_field="kind", forbid_unknown_fields=True, kw_only=True
 ):
-    """Fields of every header: protocol version, the session's job name, a sequence number."""
+    """Fields of every header: protocol version, the session's job name, epoch, sequence number."""
 
     v: int = PROTOCOL_VERSION
     job: str = ""
+    epoch: int = 0
     seq: int = 0
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What broker and agent must have in common, see ``facts``."""
+
+    engine: str = ""
+    python: str = ""
+    numpy: str = ""
+    dbserver: str = ""
+    shared_dir: str = ""
 
 
 class Hello(Message, frozen=True, tag="hello"):
     pid: int
     role: str
+    facts: Facts = Facts()
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
     pid: int
     host: str = ""
     slots: int = 0
+    facts: Facts = Facts()
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The agent takes no work of this broker."""
+
+    reason: str
 
 
 class Submit(Message, frozen=True, tag="submit"):
@@ -104,22 +127,34 @@ class Node(msgspec.Struct, kw_only=True):
     slots: int
     busy: int
     state: str
+    reason: str = ""
 
 
 class Status(Message, frozen=True, tag="status"):
+    """``note``: what the session waits for, if anything."""
+
     phases: list[Phase]
     nodes: list[Node]
+    note: str = ""
 
 
 class Lease(Message, frozen=True, tag="lease"):
-    """Ask for slots (-1: all); results go to ``data_url``."""
+    """Ask for a share of the slots; results go to ``data_url``, as those of node ``node``."""
 
-    slots: int
+    node: str
     data_url: str
 
 
 class Leased(Message, frozen=True, tag="leased"):
-    slots: int
+    """The share of the slots, at first and whenever it changes."""
+
+    slots: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class NoLease(Message, frozen=True, tag="nolease"):
+    """The agent does not know this job and epoch (any more)."""
+
+    reason: str = ""
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -184,7 +219,11 @@ class Died(Message, frozen=True, tag="died"):
 
 
 class Beat(Message, frozen=True, tag="beat"):
+    """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please."""
+
+    wanted: int = 0
     busy: int = 0
+    closed: bool = False
 
 
 class Ready(Message, frozen=True, tag="ready"):
@@ -202,9 +241,9 @@ class Part(Message, frozen=True, tag="part"):
 
 
 AnyMessage = (
-    Hello | Welcome | Submit | Consumed | Cancel | Delivered | Failed | StatusQuery | Status | Lease
-    | Leased | Release | Task | Fetch | Chunk | Started | Ended | Grant | Abort | Died | Beat
-    | Ready | Run | Part
+    Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | StatusQuery
+    | Status | Lease | Leased | NoLease | Release | Task | Fetch | Chunk | Started | Ended | Grant
+    | Abort | Died | Beat | Ready | Run | Part
 )  # fmt: skip
 
 

@@ -91,8 +91,19 @@ class NodeJoined:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeSeen:
+class NodeResized:
+    """The node's share for this job has changed; what runs there goes on."""
+
     node: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSeen:
+    """A sign of life; ``closed`` (None: as before) says that the node takes no new tasks."""
+
+    node: str
+    closed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +167,8 @@ class Tick:
 
 
 Event = (
-    NodeJoined | NodeSeen | NodeGone | Submitted | Started | Ended | Uploaded | Died | Consumed
-    | Cancelled | Tick
+    NodeJoined | NodeResized | NodeSeen | NodeGone | Submitted | Started | Ended | Uploaded | Died
+    | Consumed | Cancelled | Tick
 )  # fmt: skip
 
 
@@ -229,12 +240,13 @@ class Node:
     name: str
     slots: int
     seen_s: float
+    closed: bool = False
     running: set[int] = field(default_factory=set)
 
     @property
     def credit(self) -> int:
-        """Slots that are free; never negative."""
-        return self.slots - len(self.running)
+        """Slots that are free; never negative, also when the share has shrunk below what runs."""
+        return max(0, self.slots - len(self.running))
 
 
 class Scheduler:
@@ -280,9 +292,14 @@ class Scheduler:
                 if node in self.nodes:
                     self._lose(node, "it joined again", effects)
                 self.nodes[node] = Node(node, slots, now)
-            case NodeSeen(node):
+            case NodeResized(node, slots):
+                if node in self.nodes:
+                    self.nodes[node].slots = slots
+            case NodeSeen(node, closed):
                 if node in self.nodes:
                     self.nodes[node].seen_s = now
+                    if closed is not None:
+                        self.nodes[node].closed = closed
             case NodeGone(node, reason):
                 self._lose(node, reason, effects)
             case Submitted(task, group, func, weight):
@@ -408,7 +425,7 @@ class Scheduler:
                 self._lose(node.name, f"silent for {now - node.seen_s:.0f} s", effects)
 
     def _give_up_without_nodes(self, now: float, effects: list[Effect]) -> None:
-        if not self.live or any(node.slots for node in self.nodes.values()):
+        if not self.live or self.nodes:
             self.no_nodes_since_s = None
         elif self.no_nodes_since_s is None:
             self.no_nodes_since_s = now
@@ -435,7 +452,9 @@ class Scheduler:
             effects.append(GrantUpload(task.node, task.id, task.attempt))
 
     def _dispatch(self, now: float, effects: list[Effect]) -> None:
-        healthy = [n for n in self.nodes.values() if now - n.seen_s <= SUSPECT_AFTER_S]
+        healthy = [
+            n for n in self.nodes.values() if not n.closed and now - n.seen_s <= SUSPECT_AFTER_S
+        ]
         while self.queue:
             free = [n for n in healthy if n.credit > 0]
             if not free:

@@ -1,6 +1,7 @@
 """ZeroMQ sockets as this project uses them: bounded, never lingering, never silently dropping.
 
-Not covered: what the messages mean (``protocol``) and who may connect (``security``).
+``Link`` numbers what goes to one peer and checks what comes from it. Not covered: what the messages
+mean (``protocol``) and who may connect (``security``).
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import zmq
 
 from oq_runtime import protocol
@@ -18,27 +21,106 @@ from oq_runtime import protocol
 #: messages queued per peer of a router or dealer; the byte window bounds what they hold
 HWM = 1000
 LINGER_MS = 0
+#: bytes of the largest message on a TCP socket: a chunk and its header
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+#: time between attempts to connect, at first and at most
+RECONNECT_MS, RECONNECT_MAX_MS = 50, 2000
+CONNECT_TIMEOUT_MS = 5000
+#: seconds of a connection without life after which TCP asks, how often, and at what interval
+KEEPALIVE_IDLE_S, KEEPALIVE_PROBES, KEEPALIVE_INTERVAL_S = 10, 3, 5
+
+#: sets what a socket needs to be encrypted; see ``security``
+Secure = Callable[["zmq.Socket[Any]"], None]
 
 
-def router(context: zmq.Context[Any], url: str) -> zmq.Socket[Any]:
-    """Return a ROUTER bound to ``url`` that raises instead of dropping what it cannot route."""
-    socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
+def router(context: zmq.Context[Any], url: str, *, secure: Secure | None = None) -> zmq.Socket[Any]:
+    """Return a ROUTER bound to ``url`` that raises instead of dropping what it cannot route.
+
+    Raises zmq.ZMQError when the address is in use or not of this machine.
+    """
+    socket = _socket(context, zmq.ROUTER, url, secure)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, HWM)
-    socket.bind(url)
+    try:
+        socket.bind(url)
+    except zmq.ZMQError:
+        socket.close()
+        raise
     return socket
 
 
-def dealer(context: zmq.Context[Any], url: str, *, send_hwm: int = HWM) -> zmq.Socket[Any]:
-    """Return a DEALER connected to ``url``."""
-    socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, LINGER_MS)
+def dealer(
+    context: zmq.Context[Any],
+    url: str,
+    *,
+    send_hwm: int = HWM,
+    secure: Secure | None = None,
+    immediate: bool = False,
+) -> zmq.Socket[Any]:
+    """Return a DEALER connected to ``url``; ``immediate``: it takes messages only while it is."""
+    socket = _socket(context, zmq.DEALER, url, secure)
     socket.setsockopt(zmq.SNDHWM, send_hwm)
     socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.IMMEDIATE, int(immediate))
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     socket.connect(url)
     return socket
+
+
+def _socket(
+    context: zmq.Context[Any], kind: int, url: str, secure: Secure | None
+) -> zmq.Socket[Any]:
+    socket: zmq.Socket[Any] = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, LINGER_MS)
+    if url.startswith("tcp:"):
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)
+    if secure is not None:
+        secure(socket)
+    return socket
+
+
+class Link:
+    """One peer on one socket during one epoch.
+
+    :param socket: a DEALER, or a ROUTER with the ``peer`` to send to
+    :param job: goes into every header
+    :param epoch: goes into every header
+    """
+
+    def __init__(
+        self, socket: zmq.Socket[Any], job: str, epoch: int, peer: bytes | None = None
+    ) -> None:
+        self.socket, self.job, self.epoch, self.peer = socket, job, epoch, peer
+        self.sent = self.received = 0
+
+    def send(self, message: protocol.Message, *frames: Any) -> bool:
+        """Send the next message; False, and nothing is sent, when the peer is gone or full."""
+        header = msgspec.structs.replace(message, job=self.job, epoch=self.epoch, seq=self.sent)
+        address = [] if self.peer is None else [self.peer]
+        try:
+            self.socket.send_multipart(
+                [*address, protocol.encode(header), *frames], zmq.DONTWAIT, copy=False
+            )
+        except zmq.ZMQError as exc:
+            if exc.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                return False
+            raise
+        self.sent += 1
+        return True
+
+    def accepts(self, message: protocol.Message) -> bool:
+        """Whether this is the next message of the peer; False when one was lost before it."""
+        if message.seq != self.received:
+            return False
+        self.received += 1
+        return True
 
 
 def send(socket: zmq.Socket[Any], message: protocol.Message, *frames: Any) -> None:

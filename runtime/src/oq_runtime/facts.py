@@ -1,0 +1,47 @@
+"""What a node must have in common with the master, and how a difference is told."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+
+from oq_runtime.protocol import Facts
+
+#: what the fields of Facts are called in a message
+NAMES = {
+    "engine": "OpenQuake engine",
+    "python": "Python",
+    "numpy": "numpy",
+    "dbserver": "[dbserver] host",
+    "shared_dir": "[directory] shared_dir",
+}
+
+
+def own(dbserver: str = "", shared_dir: str = "") -> Facts:
+    """Return the facts of this host; only what decides compatibility: pickles and paths.
+
+    A shared_dir that this process cannot read counts as none.
+    """
+    try:
+        engine = importlib.metadata.version("openquake.engine")
+    except importlib.metadata.PackageNotFoundError:
+        engine = "not installed"
+    readable = shared_dir and os.access(shared_dir, os.R_OK | os.X_OK)
+    return Facts(
+        engine=engine,
+        python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        numpy=importlib.metadata.version("numpy").split(".")[0],
+        dbserver=dbserver,
+        shared_dir=shared_dir if readable else f"{shared_dir} (not readable)" if shared_dir else "",
+    )
+
+
+def difference(master: Facts, node: Facts) -> str:
+    """Return what differs, with both values, or an empty string."""
+    return "; ".join(
+        f"{title} is {getattr(node, field) or 'not set'} here and "
+        f"{getattr(master, field) or 'not set'} on the master"
+        for field, title in NAMES.items()
+        if getattr(node, field) != getattr(master, field)
+    )
