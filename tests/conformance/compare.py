@@ -32,7 +32,7 @@ IGNORED = {
     r"source_model_read_times\.rtime": "seconds spent reading",
     r"source_data/ctimes": "seconds spent per source",
     r"source_data/taskno": "number of the task which did the source",
-    r"_csm/.*": "zlib pickles of the sources with the seconds spent (src.dt), hence any bytes",
+    r"_csm(/.*)?": "zlib pickles of the sources with the seconds spent (src.dt), hence any bytes",
     r"oqparam\.hdf5path": "path of the datastore with the job id",
     r"oqparam\.parentdir": "path of the folder with the parent's datastore",
     r"oqparam\.hazard_calculation_id": "job id of the parent",
@@ -43,7 +43,7 @@ IGNORED = {
 }
 # arrays which tasks extend as they end, so their rows are compared sorted like those of a table
 UNORDERED = re.compile(
-    "ruptimes|gmf_data/rup_info|gmf_data/sigma_epsilon|median_spectrum_disagg/grp[0-9]+"
+    "ruptimes|gmf_data/(rup_info|sigma_epsilon)|relevant_events|median_spectrum_disagg/grp[0-9]+"
 )
 # float sums in the order in which tasks end, cut to integers (the terms are in source_data/nctxs)
 TRUNCATED = ("source_info.num_ctxs", "source_info.est_ctxs")
@@ -163,6 +163,8 @@ def _dataset(
             return [f"{path}: types {left.dtype} and {right.dtype}"]
         p, q = _sorted_rows(_fields(path, left)), _sorted_rows(_fields(path, right))
         return [diff for name in p for diff in _values(f"{path}.{name}", p[name], q[name])]
+    if UNORDERED.fullmatch(path) and left.ndim == 1:
+        left, right = np.sort(left), np.sort(right)
     return _values(path, np.asarray(left), np.asarray(right))
 
 

@@ -64,7 +64,7 @@ def one_line(err: str) -> str:
 
 def jobs(env: dict[str, str]) -> list[tuple[int, str, int]]:
     path = Path(env["OQ_DATADIR"]) / "db.sqlite3"
-    with sqlite3.connect(path) as connection:
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
         return connection.execute("SELECT id, status, is_running FROM job ORDER BY id").fetchall()
 
 
@@ -187,7 +187,7 @@ def test_damaged_database(env: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_small_job(env: dict[str, str]) -> None:
-    code, out, err = run(env, corpus("classical/case_01/job.ini"), "--json")
+    code, out, err = run(env, corpus("classical/case_02/job.ini"), "--json")
     assert code == 0, err
     assert "Traceback" not in err
     result = json.loads(out)

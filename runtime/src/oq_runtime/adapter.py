@@ -31,8 +31,8 @@ SUPPORTED = ("3.23.5", "3.25.1", "3.26.2")
 RECEIVER = "oq-runtime://"
 #: "ports" of our receivers; above 65535, so that they are never taken for real ones
 FIRST_PORT = 100_000
-#: seconds for the session to have its first worker slots
-READY_SECS = 60.0
+#: seconds for the session to have its first worker slots, and then for the other nodes to answer
+READY_SECS, OTHERS_SECS = 60.0, 3.0
 BROKER_LOST = "the broker process of this job has ended; run the job again"
 
 #: what is called or replaced, with its positional parameters
@@ -121,9 +121,11 @@ class Session:
         return cls._current
 
     def _greet(self) -> int:
-        deadline = time.monotonic() + READY_SECS
+        """Wait for the first nodes; return their slots."""
+        started_s = time.monotonic()
+        told = ""
         transport.send(self.socket, protocol.Hello(pid=self.pid, role="engine"))
-        while time.monotonic() < deadline:
+        while (waited_s := time.monotonic() - started_s) < READY_SECS:
             if not self.poller.poll(100):
                 continue
             message = protocol.decode(self.socket.recv_multipart()[0])
@@ -132,8 +134,19 @@ class Session:
                 if self.broker is not None:
                     self.poller.register(self.broker, zmq.POLLIN)
                     self.sending.register(self.broker, zmq.POLLIN)
-            if isinstance(message, protocol.Status) and message.nodes:
-                return sum(node.slots for node in message.nodes)
+            if isinstance(message, protocol.Status):
+                if message.note and message.note != told:
+                    logging.warning("waiting: %s", told := message.note)
+                if message.note:
+                    started_s = time.monotonic()
+                states = [node.state for node in message.nodes]
+                reasons = "; ".join(f"{n.host}: {n.reason}" for n in message.nodes if n.reason)
+                if set(states) == {"refused"}:
+                    raise errors.NoWorkers(f"no node takes this job: {reasons}")
+                if "leased" in states and ("calling" not in states or waited_s > OTHERS_SECS):
+                    if reasons:
+                        logging.warning("running without %s", reasons)
+                    return sum(node.slots for node in message.nodes)
             time.sleep(0.01)
             transport.send(self.socket, protocol.StatusQuery())
         raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s")
@@ -156,7 +169,8 @@ class Session:
         while True:
             for message, _ in self.receive():
                 if isinstance(message, protocol.Status):
-                    return [(node.host, node.busy, node.slots) for node in message.nodes]
+                    nodes = [node for node in message.nodes if node.state == "leased"]
+                    return [(node.host, node.busy, node.slots) for node in nodes]
 
     def receive(self) -> list[tuple[Any, Any]]:
         """Wait for messages; results go to the inbox of their map, others are returned.

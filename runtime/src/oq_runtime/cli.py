@@ -5,14 +5,18 @@ engine process (``job``) side by side, draws the progress, passes signals on, an
 a job whose engine process was killed.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 
 import contextlib
 import json
 import os
 import selectors
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -266,8 +270,12 @@ class Run:
             self.error = "interrupted"
             code = EXIT_INTERRUPTED
         elif code < 0:
-            self.error = f"the engine process was killed by {signal.Signals(-code).name}"
+            self.error = (
+                self.error or f"the engine process was killed by {signal.Signals(-code).name}"
+            )
             code = EXIT_FAILED
+        elif code == EXIT_INTERRUPTED:
+            self.error = "the job was aborted from elsewhere"
         elif code == EXIT_FAILED and self.error.startswith("NoWorkers"):
             code = EXIT_NO_WORKERS
         if code and not self.error:

@@ -8,7 +8,9 @@ go to the engine's log, which is in the job database.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import json
 import logging
 import os
@@ -29,15 +31,27 @@ import oq_runtime.activate  # noqa: F401  before the engine's parallel module is
 from oq_runtime import transport
 from oq_runtime.errors import UnsupportedEngine
 
+FULL = os.strerror(errno.ENOSPC)
+
 
 class InputError(Exception):
     """Something that the user gave cannot be used; the text is the whole message."""
 
 
 def first_line(exc: BaseException) -> str:
-    """Return the telling line of an exception: the last one, which follows the engine's frames."""
+    """Return the telling line of an exception: the last one, which follows the engine's frames.
+
+    A full disk comes first: HDF5 raises other errors while it cleans up after one.
+    """
     if isinstance(exc, InputError):
         return str(exc)
+    link: BaseException | None = exc
+    while link is not None:
+        if FULL in str(link):
+            where = re.search(r"filename = '([^']+)'|: '([^']+)'$", str(link))
+            name = f" on the device of {where.group(1) or where.group(2)}" if where else ""
+            return f"{FULL}{name}; free space or set OQ_DATADIR to another directory"
+        link = link.__cause__ or link.__context__
     lines = [line.strip() for line in str(exc).strip().splitlines() if line.strip()]
     name = type(exc).__name__
     return f"{name}: {lines[-1]}" if lines else name
@@ -153,6 +167,8 @@ def run(spec: dict[str, Any], report: Any) -> int:
     try:
         if local and not database.exists():
             logs.dbcmd("upgrade_db")
+            # it logs, which gives the root logger a handler, and the engine then sets no level
+            logging.getLogger().handlers.clear()
         mend(logs)
         parent = parent_job(logs, spec["hc"])
     except sqlite3.Error as exc:
@@ -169,8 +185,10 @@ def run(spec: dict[str, Any], report: Any) -> int:
         where = str(database) if local else None
         report({"kind": "created", "job": job.calc_id, "database": where})
     for job in jobs:
+        # a second stage takes from the first, which has not run yet, what it lacks itself
+        lacking = job is not jobs[0] and not parent
         try:
-            with Ignored() as ignored:
+            with Ignored() as ignored, contextlib.suppress(*[Exception] if lacking else []):
                 job.get_oqparam()
             if ignored.names:
                 raise InputError(unknown(ignored.names, dir(OqParam)))
@@ -218,7 +236,8 @@ def main() -> None:
             traceback.print_exc(file=sys.stderr)
             report({"kind": "failed", "job": None, "error": first_line(exc)})
             code = 1
-    sys.exit(code)
+    # no clean-up by the interpreter: HDF5 may crash in it after a full disk
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,16 @@ def main() -> None:
     parser.add_argument("slots", type=int)
     parser.add_argument("window_bytes", type=int)
     args = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(prefix="oq-run-"))
+    temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    try:  # mkdtemp alone would fall back to another directory without a word
+        directory = Path(tempfile.mkdtemp(prefix="oq-run-", dir=temporary))
+    except OSError as exc:
+        sys.exit(f"TMPDIR {temporary}: {exc.strerror}; set another TMPDIR")
+    try:
+        (directory / "pids").write_bytes(b" " * 65536)  # before there are processes
+    except OSError as exc:
+        shutil.rmtree(directory)
+        sys.exit(f"TMPDIR {temporary}: {exc.strerror}; free space or set another TMPDIR")
     if len(os.fsencode(directory / "control")) > SOCKET_PATH_BYTES:
         directory.rmdir()
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")

@@ -1,0 +1,382 @@
+"""The cluster of the deployment page on a ``Net``: DbServer, WebUI, one agent per node, oq-run.
+
+One directory holds all of it::
+
+    openquake.cfg       of all hosts, with a new authkey
+    oqdata/db.sqlite3   the database
+    shared/oqdata       the datastores
+    t/<host>            TMPDIR of the host
+    log/<name>.log      what the processes write to stderr
+
+Shared memory and files are those of the machine: a host can be cut off, but not fill its own disk.
+Not covered: the network and its faults (``netns``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from tests.cluster import netns
+from tests.cluster.netns import MASTER, Net, NetError, Process
+
+#: slots of the nodes
+SLOTS = {"node1": 1, "node2": 2, "node3": 5}
+DBSERVER_PORT = 1908
+CTRL_PORT = 1909
+RECEIVER_PORTS = "1912-1920"
+WEBUI_PORT = 8800
+#: an engine imports in 3 s, on a busy machine in 30
+START_LIMIT_S = 60.0
+STOP_LIMIT_S = 10.0
+#: the services run as this user; an engine installed by root starts a DbServer for nobody else
+USER = "openquake"
+SHM = Path("/dev/shm")
+TAIL_LINES = 20
+
+CFG = """\
+[distribution]
+oq_distribute = zmq
+
+[dbserver]
+multi_user = false
+file = {home}/oqdata/db.sqlite3
+listen = {master}
+host = {master}
+port = {dbserver_port}
+receiver_ports = {receiver_ports}
+receiver_host = {master}
+authkey = {authkey}
+
+[zworkers]
+host_cores = {host_cores}
+ctrl_port = {ctrl_port}
+
+[webapi]
+server = http://{master}:{webui_port}
+
+[directory]
+shared_dir = {home}/shared
+
+[oq_runtime]
+code = import oq_runtime.activate
+"""
+
+# the DbServer's own protocol, without the seconds that importing the engine takes
+_ASK_DBSERVER = """
+import sys, zmq
+with zmq.Context() as context, context.socket(zmq.REQ) as sock:
+    sock.linger = 0
+    sock.connect(sys.argv[1])
+    sock.send_pyobj(("getpid",))
+    if not sock.poll(2000):
+        sys.exit(1)
+    print(sock.recv_pyobj())
+"""
+
+_GET = """
+import sys, urllib.request
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+try:
+    print(opener.open(sys.argv[1], timeout=float(sys.argv[2])).read().decode(), end="")
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+def shm() -> set[str]:
+    """The names in /dev/shm, to be compared with those of a later moment."""
+    return {path.name for path in SHM.iterdir()}
+
+
+class Cluster:
+    """
+    Starts nothing by itself; as a context manager it stops what was started.
+
+    :param net: a network that has ``master`` and the nodes
+    :param home: an empty directory with a short path: sockets have paths of at most 107 bytes
+    :param slots: worker processes per node
+    :param settings: more lines for openquake.cfg, such as ``"[memory]\\nlimit = 1"``
+    """
+
+    def __init__(
+        self, net: Net, home: Path, slots: Mapping[str, int] = SLOTS, settings: str = ""
+    ) -> None:
+        self.net = net
+        self.home = home
+        self.slots = dict(slots)
+        self.authkey = secrets.token_urlsafe(32)
+        self.cfg = home / "openquake.cfg"
+        self.datadir = home / "shared/oqdata"
+        self.log = home / "log"
+        self.dbserver: Process | None = None
+        self.webui: Process | None = None
+        self.agents: dict[str, Process] = {}
+        self.runs: list[Process] = []
+        self._agent_files: dict[str, set[Path]] = {}
+        self._numbers = itertools.count(1)
+        self._shm = shm()
+        for path in (home / "oqdata", self.datadir, self.log, *map(self.tmpdir, net.hosts)):
+            path.mkdir(parents=True, exist_ok=True)
+        self.cfg.touch(mode=0o640)  # before the secret is in it
+        master = net.address[MASTER]
+        self.cfg.write_text(
+            CFG.format(
+                home=home,
+                master=master,
+                dbserver_port=DBSERVER_PORT,
+                receiver_ports=RECEIVER_PORTS,
+                authkey=self.authkey,
+                host_cores=",".join(f"{net.address[node]} {n}" for node, n in self.slots.items()),
+                ctrl_port=CTRL_PORT,
+                webui_port=WEBUI_PORT,
+            )
+            + settings
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything that was started here, the services nicely; may be called again."""
+        for process in self.runs:
+            _kill_session(process)
+        for process in (*self.agents.values(), self.webui, self.dbserver):
+            if process:
+                _stop(process, signal.SIGINT if process is self.dbserver else signal.SIGTERM)
+        self.runs.clear()
+        self.agents.clear()
+        self._agent_files.clear()
+        self.dbserver = self.webui = None
+
+    def tmpdir(self, host: str) -> Path:
+        return self.home / "t" / host
+
+    def env(self, host: str, **more: str) -> dict[str, str]:
+        """The environment of processes on this host."""
+        foreign = ("OQ_", "COVERAGE", "PYTEST_")
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(foreign) and not name.lower().endswith("_proxy")
+        }
+        return env | {
+            "OQ_CONFIG_FILE": str(self.cfg),
+            "OQ_DATADIR": str(self.datadir),
+            "TMPDIR": str(self.tmpdir(host)),
+            "PYTHONHASHSEED": "0",
+            "CI": "true",
+            "COLUMNS": "200",
+            **more,
+        }
+
+    # -- services
+
+    def start_dbserver(self) -> Process:
+        """Start the engine's DbServer on the master; returns when it answers."""
+        argv = [sys.executable, "-m", "openquake.commands", "dbserver", "start", "-f"]
+        self.dbserver = self._start(MASTER, "dbserver", argv, {"LOGNAME": USER})
+        self._await(self.dbserver, lambda: self.net.listens(MASTER, DBSERVER_PORT))
+        self._await(self.dbserver, self.dbserver_answers)
+        return self.dbserver
+
+    def dbserver_answers(self, host: str = MASTER) -> bool:
+        """Does the DbServer answer a command from this host?"""
+        url = f"tcp://{self.net.address[MASTER]}:{DBSERVER_PORT}"
+        done = self.net.run(host, [sys.executable, "-c", _ASK_DBSERVER, url])
+        return self.dbserver is not None and done.stdout.strip() == str(self.dbserver.pid)
+
+    def start_webui(self) -> Process:
+        """Start the engine's WebUI on the master, all addresses; returns when it answers."""
+        argv = [sys.executable, "-m", "openquake.commands", "webui", "start",
+                f"0.0.0.0:{WEBUI_PORT}", "--skip-browser"]  # fmt: skip
+        self.webui = self._start(MASTER, "webui", argv, {"LOGNAME": USER})
+        self._await(self.webui, lambda: self.net.listens(MASTER, WEBUI_PORT))
+        self._await(self.webui, lambda: self.get("/v1/engine_version") is not None)
+        return self.webui
+
+    def get(self, path: str, host: str = MASTER, limit_s: float = 10.0) -> str | None:
+        """GET a path of the WebUI from a host; None when there is no answer or an error."""
+        url = f"http://{self.net.address[MASTER]}:{WEBUI_PORT}{path}"
+        argv = [sys.executable, "-I", "-S", "-c", _GET, url, str(limit_s)]
+        done = self.net.run(host, argv, limit_s=limit_s + netns.COMMAND_LIMIT_S)
+        return done.stdout if done.returncode == 0 else None
+
+    def start_agent(self, node: str, *args: str, **env: str) -> Process:
+        """Start the node's agent; returns when it listens on its control port.
+
+        :param args: more options of the command
+        :param env: more of the environment
+        """
+        argv = [sys.executable, "-m", "oq_runtime.agent", "--address", self.net.address[node]]
+        process = self._start(node, f"agent-{node}", [*argv, *args], env)
+        self.agents[node] = process
+        self._await(process, lambda: self.net.listens(node, CTRL_PORT))
+        self._agent_files[node] = set(self._session_files(node))
+        return process
+
+    def start_agents(self) -> None:
+        """Start the agents that do not run."""
+        for node in self.slots:
+            if node not in self.agents or self.agents[node].poll() is not None:
+                self.start_agent(node)
+
+    def stop_agent(self, node: str) -> int:
+        """SIGTERM; returns the exit code. Raises TimeoutError, after a SIGKILL, if that fails."""
+        self._agent_files.pop(node, None)
+        return _stop(self.agents.pop(node), signal.SIGTERM)
+
+    def oq_run(self, job: Path | str, *args: str, **env: str) -> Process:
+        """Start ``oq-run JOB args`` on the master; stdout is a pipe, stderr a file (``log``)."""
+        argv = [sys.executable, "-m", "oq_runtime.cli", str(job), *args]
+        name = f"oq-run-{next(self._numbers)}"
+        process = self._start(MASTER, name, argv, env, stdout=subprocess.PIPE)
+        self.runs.append(process)
+        return process
+
+    def wait_for(self, condition: Callable[[], object], limit_s: float) -> bool:
+        """Wait until ``condition()`` is true; False when that takes longer than ``limit_s``."""
+        return netns.wait_for(condition, limit_s)
+
+    # -- what is left
+
+    def leftovers(self, shm_before: set[str] | None = None) -> list[str]:
+        """
+        One line per thing that outlived its job: processes, session directories, sockets, memory.
+
+        :param shm_before: names in /dev/shm that do not count; those of the beginning if None
+        """
+        services = self._service_pids()
+        lines = [
+            f"{host}: process {pid} {_command_line(pid)}"
+            for host in self.net.hosts
+            for pid in self.net.processes(host)
+            if pid not in services
+        ]
+        for host in self.net.hosts:
+            running = host in self.agents and self.agents[host].poll() is None
+            expected = self._agent_files.get(host, set()) if running else set()
+            lines += [f"{host}: {path}" for path in self._session_files(host)
+                      if path not in expected]  # fmt: skip
+        new = shm() - (self._shm if shm_before is None else shm_before)
+        return lines + ([f"/dev/shm/{name}" for name in _unused_shm(new)] if new else [])
+
+    def kill_leftovers(self) -> None:
+        """SIGKILL the processes that ``leftovers`` lists."""
+        services = self._service_pids()
+        for host in self.net.hosts:
+            for pid in self.net.processes(host):
+                if pid not in services:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+    def _service_pids(self) -> set[int]:
+        """Agents, DbServer, and the WebUI with its only child, the server proper."""
+        pids = {process.pid for process in self.agents.values()}
+        for process in (self.dbserver, self.webui):
+            if process:
+                pids.add(process.pid)
+        if self.webui:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(self.webui.pid).children()
+                pids |= {child.pid for child in children if "runserver" in child.cmdline()}
+        return pids
+
+    def _session_files(self, host: str) -> list[Path]:
+        """Session directories and sockets in the TMPDIR of a host."""
+        found = []
+        for path in sorted(self.tmpdir(host).rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                if path.name.startswith("oq-run-") or stat.S_ISSOCK(path.lstat().st_mode):
+                    found.append(path)
+        return found
+
+    # -- processes
+
+    def _start(
+        self,
+        host: str,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        stdout: int | None = None,
+    ) -> Process:
+        options = {} if stdout is None else {"stdout": stdout}
+        log = self.log / f"{name}.log"
+        return self.net.popen(
+            host, argv, self.env(host, **env), log=log, cwd=self.tmpdir(host), **options
+        )
+
+    def _await(self, process: Process, ready: Callable[[], bool]) -> None:
+        """Wait until a service is ready; raises NetError with its last words if it never is."""
+        if netns.wait_for(lambda: process.poll() is not None or ready(), START_LIMIT_S) and (
+            process.poll() is None
+        ):
+            return
+        code = process.poll()
+        what = f"not ready after {START_LIMIT_S:.0f} s" if code is None else f"exit code {code}"
+        _kill_session(process)
+        lines = process.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        raise NetError(f"{process.log.stem}: {what}\n" + "\n".join(lines))
+
+
+def _stop(process: Process, number: signal.Signals) -> int:
+    if process.poll() is None:
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)  # a test may have stopped it
+    try:
+        return process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(
+            f"{process.log.stem} (pid {process.pid}) survived {number.name} for {STOP_LIMIT_S} s"
+        ) from None
+    finally:
+        _kill_session(process)
+
+
+def _kill_session(process: Process) -> None:
+    """SIGKILL the process and what it has started in its own session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _command_line(pid: int) -> str:
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return " ".join(process.cmdline()) or process.name()
+    return "(gone)"
+
+
+def _unused_shm(names: set[str]) -> list[str]:
+    """Those of the entries that nobody has mapped: other programs use /dev/shm as well."""
+    inodes = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            inodes[str((SHM / name).stat().st_ino)] = name
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            for line in maps.read_text(errors="replace").splitlines():
+                if "/dev/shm/" in line:
+                    inodes.pop(line.split()[4], None)
+    return sorted(name for name in inodes.values() if (SHM / name).exists())

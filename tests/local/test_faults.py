@@ -1,0 +1,319 @@
+"""``oq-run`` when something ends, fills up or is misspelt: exit code, message, state, leftovers.
+
+Not covered: deaths of workers and of tasks (``test_starmap``), refused options and files
+(``test_oq_run``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .conftest import LIMIT_S, sessions, wait_for
+from .test_oq_run import EXAMPLES, corpus, edited, jobs, one_line, run, start
+
+pytestmark = pytest.mark.timeout(240)
+
+#: a small job that any engine completes in 2 s
+SMALL = "classical/case_02/job.ini"
+
+
+def state(env: dict[str, str], number: int) -> tuple[str, int]:
+    """The status and ``is_running`` of a job in the database."""
+    return {job: (status, is_running) for job, status, is_running in jobs(env)}[number]
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+class Calculating:
+    """An ``oq-run`` of the hazard example that has sent its first classical tasks."""
+
+    def __init__(self, env: dict[str, str], tmpdir: Path) -> None:
+        self.tmpdir = tmpdir
+        self.process = start(env, EXAMPLES / "hazard_classical/job.ini", "--no-progress")
+        self.number = self._number_when_sent()
+        [self.engine] = psutil.Process(self.process.pid).children()
+        [directory] = sessions(tmpdir)
+        broker, agent = json.loads((directory / "pids").read_text())
+        self.broker, self.agent = psutil.Process(broker), psutil.Process(agent)
+        workers = self.agent.children(recursive=True)
+        assert workers, "an agent without workers did the tasks before"
+        # recorded now: processes that have renamed themselves cannot be recognised later
+        self.others = [self.engine, self.broker, self.agent, *workers]
+
+    def _number_when_sent(self) -> int:
+        assert self.process.stderr is not None
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if found := re.match(r"\[\S+ \S+ #(\d+) WARNING\] Sent \d+ classical", line):
+                return int(found.group(1))
+        pytest.fail("the job ended before it sent classical tasks:\n" + "".join(lines))
+
+    def left(self) -> list[str]:
+        lines = [f"process {process}" for process in alive(self.others)]
+        return lines + [f"directory {path}" for path in sessions(self.tmpdir)]
+
+    def end(self, phase: str) -> tuple[int, str]:
+        """Exit code and stderr of ``oq-run``; it and its session must end within the limit."""
+        started_s = time.monotonic()
+        ended = wait_for(lambda: self.process.poll() is not None)
+        load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        assert ended, f"{phase}: oq-run still runs after {LIMIT_S:.0f} s ({load})"
+        rest_s = LIMIT_S - (time.monotonic() - started_s)
+        clean = wait_for(lambda: not self.left(), rest_s)
+        assert clean, f"{phase}: left after {LIMIT_S:.0f} s ({load}): {self.left()}"
+        assert self.process.stderr is not None
+        return self.process.returncode, self.process.stderr.read()
+
+
+@pytest.fixture
+def calculating(env: dict[str, str], tmpdir: Path) -> Iterator[Calculating]:
+    calculating = Calculating(env, tmpdir)
+    yield calculating
+    calculating.process.kill()
+    calculating.process.wait()
+
+
+# ---- a process of the session ends
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal(env: dict[str, str], calculating: Calculating, name: str) -> None:
+    phase = f"{name} to oq-run"
+    calculating.process.send_signal(signal.Signals[name])
+    code, err = calculating.end(phase)
+    assert code == 130, (phase, err)
+    assert "interrupted" in one_line(err), phase
+    assert state(env, calculating.number) in [("aborted", 0), ("failed", 0)], phase
+
+
+@pytest.mark.parametrize(
+    "victim, codes, words",
+    [
+        ("engine", [1], r"engine process .*SIGKILL"),
+        ("broker", [1], r"broker"),
+        ("agent", [1, 3], r"agent"),
+    ],
+)
+def test_kill(
+    env: dict[str, str], calculating: Calculating, victim: str, codes: list[int], words: str
+) -> None:
+    phase = f"SIGKILL to the {victim}"
+    getattr(calculating, victim).kill()
+    code, err = calculating.end(phase)
+    assert code in codes, (phase, err)
+    assert re.search(words, one_line(err)), (phase, err)
+    assert state(env, calculating.number) == ("failed", 0), phase
+
+
+def test_kill_of_oq_run(env: dict[str, str], calculating: Calculating) -> None:
+    # nobody is left to tell the database; the next job must not wait for this one
+    phase = "SIGKILL to oq-run"
+    calculating.process.kill()
+    calculating.end(phase)
+    code, out, err = run(env, corpus(SMALL), "--json")
+    assert code == 0, (phase, "the next job", out, err)
+    assert json.loads(out)["jobs"][0]["state"] == "complete", (phase, out)
+    assert state(env, calculating.number) == ("failed", 0), phase
+
+
+# ---- oq abort
+
+
+def abort(env: dict[str, str], number: int) -> str:
+    """What ``oq abort`` says; it must not fail."""
+    result = subprocess.run(
+        [sys.executable, "-m", "openquake.commands", "abort", str(number)],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_abort(env: dict[str, str], calculating: Calculating) -> None:
+    said = abort(env, calculating.number)
+    assert f"Job {calculating.number} aborted" in said
+    code, err = calculating.end("oq abort")
+    assert code != 0, "oq abort: oq-run says that the job is complete"
+    one_line(err)
+    assert state(env, calculating.number) in [("aborted", 0), ("failed", 0)], said
+
+
+def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) -> None:
+    phase = "SIGKILL to the engine and oq-run"
+    calculating.process.kill()
+    calculating.engine.kill()
+    calculating.end(phase)
+    assert state(env, calculating.number) == ("executing", 1), f"{phase}: nothing to abort"
+    said = abort(env, calculating.number)
+    assert state(env, calculating.number) in [("aborted", 0), ("failed", 0)], said
+
+
+# ---- start-up
+
+
+@pytest.mark.parametrize("delay_s", [0.05, 0.5, 1.5])
+def test_interrupt_during_start(env: dict[str, str], tmpdir: Path, delay_s: float) -> None:
+    phase = f"SIGINT {delay_s} s after the start"
+    process = start(env, EXAMPLES / "hazard_classical/job.ini", "--no-progress")
+    time.sleep(delay_s)  # the subject of the test
+    started_s = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    took_s = time.monotonic() - started_s
+    # a shell shows 130 as well for a process that SIGINT ended before Python had a handler
+    assert process.returncode in (130, -signal.SIGINT), (phase, err)
+    assert "Traceback" not in err, (phase, err)
+    assert took_s < LIMIT_S, f"{phase}: ended after {took_s:.1f} s, load {os.getloadavg()[0]:.1f}"
+    assert wait_for(lambda: not sessions(tmpdir)), f"{phase}: {sessions(tmpdir)}"
+
+
+# ---- full disks
+
+
+@contextlib.contextmanager
+def tmpfs(path: Path, nbytes: int) -> Iterator[None]:
+    """Mount a file system of ``nbytes`` at ``path``; skips where that is not allowed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        pytest.skip(f"this root cannot mount: {result.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill(folder: Path, leave: int = 0) -> None:
+    """Fill the file system of ``folder`` but for ``leave`` bytes."""
+    stat = os.statvfs(folder)
+    (folder / "ballast").write_bytes(bytes(stat.f_bavail * stat.f_frsize - leave))
+
+
+def test_full_data_directory(env: dict[str, str], tmp_path: Path) -> None:
+    with tmpfs(tmp_path, 1 << 20):
+        fill(tmp_path)
+        code, _, err = run(env | {"OQ_DATADIR": str(tmp_path)}, corpus(SMALL), "--no-progress")
+    assert code == 2, err
+    assert str(tmp_path) in one_line(err)
+
+
+@pytest.mark.parametrize("leave", [64_000, 120_000])
+def test_data_directory_fills_up(env: dict[str, str], tmp_path: Path, leave: int) -> None:
+    # the datastore of the job takes 170 kB; with 120 kB HDF5 also crashes when Python ends
+    before = len(jobs(env)) if Path(env["OQ_DATADIR"], "db.sqlite3").exists() else 0
+    with tmpfs(tmp_path, 4 << 20):
+        fill(tmp_path, leave)
+        code, _, err = run(env | {"OQ_DATADIR": str(tmp_path)}, corpus(SMALL), "--no-progress")
+    assert code == 1, err
+    line = one_line(err)
+    assert "No space left" in line or str(tmp_path) in line
+    assert [job[1:] for job in jobs(env)[before:]] == [("failed", 0)]
+
+
+def test_full_temporary_directory(env: dict[str, str], tmpdir: Path) -> None:
+    with tmpfs(tmpdir, 64 << 10):
+        fill(tmpdir)
+        code, _, err = run(env, corpus(SMALL), "--no-progress")
+        assert code in (2, 3), (code, err)
+        assert re.search("No space left|TMPDIR|temporary", one_line(err))
+        assert wait_for(lambda: not sessions(tmpdir)), sessions(tmpdir)
+
+
+# ---- parameters that the engine does not know
+
+
+def test_unknown_parameter(env: dict[str, str], tmp_path: Path) -> None:
+    job = edited(tmp_path, "[general]\n", "[general]\ncolour = blue\n")
+    code, _, err = run(env, job, "--no-progress")
+    assert code == 2, err
+    line = one_line(err)
+    assert str(job) in line and "colour" in line
+
+
+def test_misspelt_parameter(env: dict[str, str]) -> None:
+    job = EXAMPLES / "hazard_classical/job.ini"
+    code, _, err = run(env, job, "-p", "truncation_levl=3", "--no-progress")
+    assert code == 2, err
+    line = one_line(err)
+    assert "truncation_levl" in line and re.search(r"truncation_level\b", line)
+
+
+# ---- whole jobs
+
+
+def test_event_based_risk_example(env: dict[str, str]) -> None:
+    code, out, err = run(env, EXAMPLES / "event_based_risk/job.ini", "--json")
+    assert code == 0, (out, err)
+    result = json.loads(out)
+    assert result["exit"] == 0 and result["error"] == ""
+    [job] = result["jobs"]
+    assert job["state"] == "complete"
+    assert {output["name"] for output in job["outputs"]} >= {"Average Asset Losses Statistics"}
+    assert state(env, job["job"]) == ("complete", 0)
+
+
+HAZARD, RISK = "classical_damage/case_1a/job_haz.ini", "classical_damage/case_1a/job_risk.ini"
+
+
+def exported(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.csv") if path.stat().st_size)
+
+
+def parent(env: dict[str, str], number: int) -> int:
+    """The job from whose hazard ``number`` started, as its datastore says."""
+    import h5py
+
+    with h5py.File(Path(env["OQ_DATADIR"]) / f"calc_{number}.hdf5") as file:
+        return int(json.loads(file["oqparam"][()])["hazard_calculation_id"])
+
+
+def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
+    export = ["--exports", "csv", "--export-dir", tmp_path / "out"]
+    code, out, err = run(env, corpus(HAZARD), corpus(RISK), "--json", *export)
+    assert code == 0, (out, err)
+    hazard, risk = json.loads(out)["jobs"]
+    assert (hazard["state"], risk["state"]) == ("complete", "complete")
+    assert parent(env, risk["job"]) == hazard["job"]
+    for job in (hazard, risk):
+        names = exported(tmp_path / "out")
+        assert any(name.endswith(f"_{job['job']}.csv") for name in names), names
+
+
+def test_start_from_the_last_job(env: dict[str, str], tmp_path: Path) -> None:
+    code, out, err = run(env, corpus(HAZARD), "--json")
+    assert code == 0, (out, err)
+    [hazard] = json.loads(out)["jobs"]
+    export = ["--exports", "csv", "--export-dir", tmp_path / "out"]
+    code, out, err = run(env, corpus(RISK), "--hc", "-1", "--json", *export)
+    assert code == 0, (out, err)
+    [risk] = json.loads(out)["jobs"]
+    assert risk["state"] == "complete"
+    assert parent(env, risk["job"]) == hazard["job"]
+    names = exported(tmp_path / "out")
+    assert any(name.endswith(f"_{risk['job']}.csv") for name in names), names
