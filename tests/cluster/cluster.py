@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import os
 import secrets
+import shutil
 import signal
 import stat
 import subprocess
@@ -81,7 +82,7 @@ with zmq.Context() as context, context.socket(zmq.REQ) as sock:
     sock.linger = 0
     sock.connect(sys.argv[1])
     sock.send_pyobj(("getpid",))
-    if not sock.poll(2000):
+    if not sock.poll(float(sys.argv[2]) * 1000):
         sys.exit(1)
     print(sock.recv_pyobj())
 """
@@ -126,6 +127,7 @@ class Cluster:
         self.agents: dict[str, Process] = {}
         self.runs: list[Process] = []
         self._agent_files: dict[str, set[Path]] = {}
+        self._webui_children: set[int] = set()
         self._numbers = itertools.count(1)
         self._shm = shm()
         for path in (home / "oqdata", self.datadir, self.log, *map(self.tmpdir, net.hosts)):
@@ -158,15 +160,16 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """End everything that was started here, the services nicely; may be called again."""
+        """End everything that was started here, the services by SIGTERM; may be called again."""
         for process in self.runs:
-            _kill_session(process)
-        for process in (*self.agents.values(), self.webui, self.dbserver):
-            if process:
-                _stop(process, signal.SIGINT if process is self.dbserver else signal.SIGTERM)
+            self.net.kill_session(process)
+        for service in (*self.agents.values(), self.webui, self.dbserver):
+            if service:
+                self._stop(service)
         self.runs.clear()
         self.agents.clear()
         self._agent_files.clear()
+        self._webui_children.clear()
         self.dbserver = self.webui = None
 
     def tmpdir(self, host: str) -> Path:
@@ -200,10 +203,10 @@ class Cluster:
         self._await(self.dbserver, self.dbserver_answers)
         return self.dbserver
 
-    def dbserver_answers(self, host: str = MASTER) -> bool:
+    def dbserver_answers(self, host: str = MASTER, limit_s: float = 5.0) -> bool:
         """Does the DbServer answer a command from this host?"""
         url = f"tcp://{self.net.address[MASTER]}:{DBSERVER_PORT}"
-        done = self.net.run(host, [sys.executable, "-c", _ASK_DBSERVER, url])
+        done = self.net.run(host, [sys.executable, "-c", _ASK_DBSERVER, url, str(limit_s)])
         return self.dbserver is not None and done.stdout.strip() == str(self.dbserver.pid)
 
     def start_webui(self) -> Process:
@@ -213,6 +216,8 @@ class Cluster:
         self.webui = self._start(MASTER, "webui", argv, {"LOGNAME": USER})
         self._await(self.webui, lambda: self.net.listens(MASTER, WEBUI_PORT))
         self._await(self.webui, lambda: self.get("/v1/engine_version") is not None)
+        children = psutil.Process(self.webui.pid).children()  # one, the server proper
+        self._webui_children = {child.pid for child in children}
         return self.webui
 
     def get(self, path: str, host: str = MASTER, limit_s: float = 10.0) -> str | None:
@@ -230,8 +235,8 @@ class Cluster:
         """
         argv = [sys.executable, "-m", "oq_runtime.agent", "--address", self.net.address[node]]
         process = self._start(node, f"agent-{node}", [*argv, *args], env)
-        self.agents[node] = process
         self._await(process, lambda: self.net.listens(node, CTRL_PORT))
+        self.agents[node] = process
         self._agent_files[node] = set(self._session_files(node))
         return process
 
@@ -244,7 +249,7 @@ class Cluster:
     def stop_agent(self, node: str) -> int:
         """SIGTERM; returns the exit code. Raises TimeoutError, after a SIGKILL, if that fails."""
         self._agent_files.pop(node, None)
-        return _stop(self.agents.pop(node), signal.SIGTERM)
+        return self._stop(self.agents.pop(node))
 
     def oq_run(self, job: Path | str, *args: str, **env: str) -> Process:
         """Start ``oq-run JOB args`` on the master; stdout is a pipe, stderr a file (``log``)."""
@@ -266,41 +271,42 @@ class Cluster:
 
         :param shm_before: names in /dev/shm that do not count; those of the beginning if None
         """
+        lines = [f"{host}: process {pid} {_command_line(pid)}" for host, pid in self._strangers()]
+        lines += [f"{host}: {path}" for host, path in self._unexpected_files()]
+        new = shm() - (self._shm if shm_before is None else shm_before)
+        return lines + ([f"/dev/shm/{name}" for name in _unused_shm(new)] if new else [])
+
+    def remove_leftovers(self) -> None:
+        """SIGKILL the processes that ``leftovers`` lists; remove the directories and sockets."""
+        for _, pid in self._strangers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for _, path in self._unexpected_files():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _strangers(self) -> list[tuple[str, int]]:
         services = self._service_pids()
-        lines = [
-            f"{host}: process {pid} {_command_line(pid)}"
+        return [
+            (host, pid)
             for host in self.net.hosts
             for pid in self.net.processes(host)
             if pid not in services
         ]
+
+    def _unexpected_files(self) -> list[tuple[str, Path]]:
+        found = []
         for host in self.net.hosts:
             running = host in self.agents and self.agents[host].poll() is None
             expected = self._agent_files.get(host, set()) if running else set()
-            lines += [f"{host}: {path}" for path in self._session_files(host)
-                      if path not in expected]  # fmt: skip
-        new = shm() - (self._shm if shm_before is None else shm_before)
-        return lines + ([f"/dev/shm/{name}" for name in _unused_shm(new)] if new else [])
-
-    def kill_leftovers(self) -> None:
-        """SIGKILL the processes that ``leftovers`` lists."""
-        services = self._service_pids()
-        for host in self.net.hosts:
-            for pid in self.net.processes(host):
-                if pid not in services:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            found += [(host, path) for path in self._session_files(host) if path not in expected]
+        return found
 
     def _service_pids(self) -> set[int]:
-        """Agents, DbServer, and the WebUI with its only child, the server proper."""
-        pids = {process.pid for process in self.agents.values()}
-        for process in (self.dbserver, self.webui):
-            if process:
-                pids.add(process.pid)
-        if self.webui:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children = psutil.Process(self.webui.pid).children()
-                pids |= {child.pid for child in children if "runserver" in child.cmdline()}
-        return pids
+        services = [*self.agents.values(), self.dbserver, self.webui]
+        return {process.pid for process in services if process} | self._webui_children
 
     def _session_files(self, host: str) -> list[Path]:
         """Session directories and sockets in the TMPDIR of a host."""
@@ -335,30 +341,21 @@ class Cluster:
             return
         code = process.poll()
         what = f"not ready after {START_LIMIT_S:.0f} s" if code is None else f"exit code {code}"
-        _kill_session(process)
+        self.net.kill_session(process)
         lines = process.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         raise NetError(f"{process.log.stem}: {what}\n" + "\n".join(lines))
 
-
-def _stop(process: Process, number: signal.Signals) -> int:
-    if process.poll() is None:
-        process.send_signal(number)
-        process.send_signal(signal.SIGCONT)  # a test may have stopped it
-    try:
-        return process.wait(STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(
-            f"{process.log.stem} (pid {process.pid}) survived {number.name} for {STOP_LIMIT_S} s"
-        ) from None
-    finally:
-        _kill_session(process)
-
-
-def _kill_session(process: Process) -> None:
-    """SIGKILL the process and what it has started in its own session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def _stop(self, process: Process) -> int:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGCONT)  # a test may have stopped it
+        try:
+            return process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            name = f"{process.log.stem} (pid {process.pid})"
+            raise TimeoutError(f"{name} survived SIGTERM for {STOP_LIMIT_S:.0f} s") from None
+        finally:
+            self.net.kill_session(process)
 
 
 def _command_line(pid: int) -> str:

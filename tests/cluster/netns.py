@@ -4,8 +4,8 @@
         |                  |                 |
         +------ br0 -------+-----------------+                   in a namespace of its own
 
-Nothing is added to the network of the machine. Hosts share files, process ids and the loopback
-*names* of the machine, but neither addresses nor ports. Needs root, iproute2, nsenter, /dev/net/tun.
+Nothing is added to the network of the machine. The hosts share its files, process ids and name,
+but neither addresses nor ports. Needs root, iproute2, nsenter and /dev/net/tun.
 Not covered: what runs on the hosts (``cluster``).
 """
 
@@ -37,12 +37,13 @@ NETWORK = "192.0.2"
 MASTER = "master"
 HOSTS = (MASTER, "node1", "node2", "node3")
 NAMESPACES = Path("/run/netns")
-#: prefix-pid-start of the process-number of the net-host; nobody else's namespaces look like this
-NAME = re.compile(r"oqnet-(\d+)-(\d+)-\d+-\w+")
+#: oqnet-PID-START-NUMBER-HOST: of the creator its pid and start, and the number of its network
+_NAME = re.compile(r"oqnet-(\d+)-(\d+)-\d+-\w+")
 SWITCH = "switch"
 BRIDGE = "br0"
 #: an interface name has at most 15 characters, and "port-" is in front of it
 HOST_NAME_CHARS = 10
+ENTER_LIMIT_S = 10.0
 KILL_LIMIT_S = 5.0
 COMMAND_LIMIT_S = 30.0
 _numbers = itertools.count(1)
@@ -67,6 +68,7 @@ class NetError(Exception):
 class Process(subprocess.Popen[str]):
     """A process on a host; ``log`` is the file with its stderr."""
 
+    host: str
     log: Path
 
 
@@ -102,7 +104,7 @@ def remove_stale() -> list[str]:
     """Remove namespaces, and the processes in them, whose creator is gone; return their names."""
     stale = []
     for name in _namespaces():
-        match = NAME.fullmatch(name)
+        match = _NAME.fullmatch(name)
         if match and _start_ticks(int(match[1])) != int(match[2]):
             with contextlib.suppress(NetError):  # another run was faster
                 _kill(name)
@@ -205,14 +207,27 @@ class Net:
         :param options: as for ``subprocess.Popen``
         """
         with (log or Path(os.devnull)).open("ab") as stream:
-            defaults = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream}
+            defaults: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream, "env": env,
+            }  # fmt: skip
             process = Process(
-                self._inside(host, argv), env=env, text=True, start_new_session=True,
-                **(defaults | options),
-            )  # fmt: skip
-        process.log = log or Path(os.devnull)
+                self._inside(host, argv), text=True, start_new_session=True, **defaults | options
+            )
+        process.host, process.log = host, log or Path(os.devnull)
         self._processes.append(process)
+        # a process that is still on its way in would be missed by kill_all
+        if not wait_for(
+            lambda: process.poll() is not None or self._has(host, process), ENTER_LIMIT_S
+        ):
+            process.kill()
+            raise NetError(f"{process.args!r} did not enter the namespace of {host}")
         return process
+
+    def _has(self, host: str, process: Process) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            space = Path(f"/proc/{process.pid}/ns/net").stat()
+            return space.st_ino == (NAMESPACES / self.namespace(host)).stat().st_ino
+        return False
 
     def run(
         self,
@@ -234,6 +249,14 @@ class Net:
     def kill_all(self, host: str) -> None:
         """SIGKILL every process on the host: with ``link_down`` before it, a power cut."""
         _kill(self.namespace(host))
+
+    def kill_session(self, process: Process) -> None:
+        """SIGKILL the process and what it has started in its own session."""
+        for pid in self.processes(process.host):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(pid) == process.pid:
+                    os.kill(pid, signal.SIGKILL)
+        process.wait(KILL_LIMIT_S)
 
     def listens(self, host: str, port: int) -> bool:
         """Is there a TCP socket that listens on this port of the host?"""

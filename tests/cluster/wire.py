@@ -6,7 +6,7 @@
 Run by ``netns`` as a script inside the namespace of the switch. It makes the taps and says
 ``made``; each line on stdin, ``{"in": {...}, "out": {...}}`` with the fields of ``Fault``, sets the
 faults and is answered by ``set``. It ends, and the taps with it, at the end of its stdin.
-In user space because few kernels have netem and nftables everywhere, and any has taps.
+In user space: taps are everywhere, netem is missing in many kernels and nft on many machines.
 """
 
 from __future__ import annotations

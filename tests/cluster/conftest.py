@@ -1,0 +1,86 @@
+"""One network and one cluster for all tests of this folder; after each test both are as before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import netns
+from tests.cluster.cluster import Cluster, shm
+from tests.cluster.netns import Net, wait_for
+
+HERE = Path(__file__).parent
+#: how long the processes of an ended job may take to go away
+LEFTOVERS_LIMIT_S = 10.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the folder where there can be no network namespaces."""
+    ours = [item for item in items if HERE in item.path.parents]
+    if ours and (reason := netns.unavailable()):
+        for item in ours:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def net() -> Iterator[Net]:
+    """The hosts ``master``, ``node1``, ``node2`` and ``node3`` at 192.0.2.1 to 192.0.2.4."""
+    with Net() as net:
+        yield net
+
+
+@pytest.fixture(scope="session")
+def master(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The cluster with its DbServer, and as yet without agents."""
+    with Cluster(net, tmp_path_factory.mktemp("c")) as cluster:
+        cluster.start_dbserver()
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def webui(master: Cluster) -> Cluster:
+    """The cluster with its DbServer and its WebUI."""
+    master.start_webui()
+    return master
+
+
+@pytest.fixture
+def cluster(master: Cluster) -> Cluster:
+    """The cluster with its DbServer and all agents: started once, and again those that died."""
+    master.start_agents()
+    return master
+
+
+@pytest.fixture(autouse=True)
+def leftovers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test: no fault, no process, no session directory, no shared memory is left."""
+    if "net" not in request.fixturenames:
+        yield
+        return
+    net: Net = request.getfixturevalue("net")
+    if "cluster" in request.fixturenames:  # what an agent has from its start on is not left over
+        request.getfixturevalue("cluster")
+    before = shm()
+    running = {host: set(net.processes(host)) for host in net.hosts}
+    yield
+    for host in net.hosts:
+        net.clear(host)
+    if "master" not in request.fixturenames:
+        left = {host: set(net.processes(host)) - running[host] for host in net.hosts}
+        for pid in set().union(*left.values()):  # they would be found again after the next test
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert not any(left.values()), f"processes left behind: {left}"
+        return
+    cluster: Cluster = request.getfixturevalue("master")
+    if "cluster" in request.fixturenames:  # the dead cannot clean up, their successors do
+        cluster.start_agents()
+    if not wait_for(lambda: not cluster.leftovers(before), LEFTOVERS_LIMIT_S):
+        lines = cluster.leftovers(before)
+        cluster.remove_leftovers()
+        pytest.fail("\n".join(["left behind:", *lines]))
