@@ -34,9 +34,8 @@ def test_wrong_cores_name_the_setting_and_the_range(text: str | int) -> None:
 
 def test_defaults() -> None:
     assert Config.from_sections({}) == Config(cores=4, window_bytes=1 << 30)
-    assert Config.from_sections(
-        {"oq_runtime": {"cores": "", "window_mb": ""}}
-    ) == Config.from_sections({})
+    empty = {"oq_runtime": {"cores": "", "window_mb": ""}}
+    assert Config.from_sections(empty) == Config.from_sections({})
 
 
 def test_section() -> None:

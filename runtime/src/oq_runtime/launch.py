@@ -26,7 +26,8 @@ SOCKET_PATH_BYTES = 107
 def start(config: Config, owner: int) -> Path:
     """Start broker and agent for ``owner`` (a pid) and return the session's directory.
 
-    With a cluster there is only the broker. Raises OqRuntimeError when the temporary directory is full or not writable.
+    With a cluster there is only the broker. Raises ConfigError for a weak authkey, and
+    OqRuntimeError when the temporary directory is full or not writable.
     """
     if config.cluster is not None:
         security.read_secret(config.cluster.authkey)  # refuses a weak one before anything starts

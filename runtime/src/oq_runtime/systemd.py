@@ -8,7 +8,7 @@ import socket
 
 
 def notify(state: str) -> None:
-    """Send ``READY=1``, ``WATCHDOG=1``, ``STOPPING=1`` or ``STATUS=...``; nothing without systemd."""
+    """Send ``READY=1``, ``WATCHDOG=1`` or ``STOPPING=1``; do nothing without systemd."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
