@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from oq_runtime import config
@@ -12,7 +14,8 @@ from oq_runtime.errors import ConfigError
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "available_cores", lambda: 4)
-    monkeypatch.delenv("OQ_NUM_CORES", raising=False)
+    for name in ("OQ_NUM_CORES", "OQ_DISTRIBUTE", "OQ_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -30,13 +33,14 @@ def test_wrong_cores_name_the_setting_and_the_range(text: str | int) -> None:
 
 
 def test_defaults() -> None:
-    assert Config.from_section({}) == Config(cores=4, window_bytes=1 << 30)
-    assert Config.from_section({"cores": "", "window_mb": ""}) == Config.from_section({})
+    assert Config.from_sections({}) == Config(cores=4, window_bytes=1 << 30)
+    empty = {"oq_runtime": {"cores": "", "window_mb": ""}}
+    assert Config.from_sections(empty) == Config.from_sections({})
 
 
 def test_section() -> None:
     section = {"cores": "2", "window_mb": "3", "code": "import x"}
-    assert Config.from_section(section) == Config(cores=2, window_bytes=3 << 20)
+    assert Config.from_sections({"oq_runtime": section}) == Config(cores=2, window_bytes=3 << 20)
 
 
 @pytest.mark.parametrize(("section", "cores"), [({}, 3), ({"cores": "1"}, 1)])
@@ -44,22 +48,97 @@ def test_environment_gives_way_to_the_section(
     monkeypatch: pytest.MonkeyPatch, section: dict[str, str], cores: int
 ) -> None:
     monkeypatch.setenv("OQ_NUM_CORES", "3")
-    assert Config.from_section(section).cores == cores
+    assert Config.from_sections({"oq_runtime": section}).cores == cores
 
 
 def test_wrong_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OQ_NUM_CORES", "9")
     with pytest.raises(ConfigError, match=r"cores=9: .* from 1 to 4"):
-        Config.from_section({})
+        Config.from_sections({})
 
 
 @pytest.mark.parametrize("text", ["0", "00", "-1", "1.5", "many", "1 0"])
 def test_wrong_window(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Config.from_section({"window_mb": text})
-    assert str(caught.value) == f"[oq_runtime] window_mb={text}: give a whole number above 0"
+        Config.from_sections({"oq_runtime": {"window_mb": text}})
+    assert str(caught.value) == f"[oq_runtime] window_mb={text}: give a whole number from 1 up"
 
 
 def test_digit_that_is_no_number() -> None:
     with pytest.raises(ConfigError):
-        Config.from_section({"window_mb": "²"})
+        Config.from_sections({"oq_runtime": {"window_mb": "²"}})
+
+
+# ---- the cluster
+
+SECTIONS = {
+    "distribution": {"oq_distribute": "zmq"},
+    "dbserver": {"host": "192.0.2.1", "receiver_ports": "1912-1920", "authkey": "x" * 20},
+    "zworkers": {"host_cores": "192.0.2.2 -1, 192.0.2.3 7", "ctrl_port": "1909"},
+    "directory": {"shared_dir": "/oq_shared"},
+}
+
+
+def changed(section: str, **values: str) -> dict[str, dict[str, str]]:
+    return SECTIONS | {section: SECTIONS[section] | values}
+
+
+def test_cluster_of_the_deployment_page() -> None:
+    cluster = Config.from_sections(SECTIONS).cluster
+    assert cluster is not None
+    assert cluster.hosts == {"192.0.2.2": -1, "192.0.2.3": 7}
+    assert list(cluster.receiver_ports) == list(range(1912, 1921)), "both ends included"
+    assert cluster.receiver_host == "192.0.2.1"
+    assert cluster.control_url("192.0.2.2") == "tcp://192.0.2.2:1909"
+    assert "x" * 20 not in repr(cluster)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        changed("distribution", oq_distribute="processpool"),
+        changed("zworkers", host_cores="127.0.0.1 -1"),
+        changed("zworkers", host_cores=""),
+    ],
+)
+def test_no_cluster(sections: dict[str, dict[str, str]]) -> None:
+    assert Config.from_sections(sections).cluster is None
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("dbserver", {"host": "127.0.0.1"}, ["receiver_host", "127.0.0.1", "192.0.2.2"]),
+        ("dbserver", {"receiver_host": "localhost"}, ["receiver_host", "localhost"]),
+        ("dbserver", {"receiver_ports": "1920-1912"}, ["receiver_ports", "above"]),
+        ("dbserver", {"receiver_ports": "many"}, ["receiver_ports", "many"]),
+        ("zworkers", {"host_cores": "192.0.2.2 two"}, ["host_cores", "192.0.2.2 two"]),
+        ("zworkers", {"host_cores": "192.0.2.2 -2"}, ["host_cores", "-2"]),
+        ("zworkers", {"host_cores": "192.0.2.2 1,192.0.2.2 2"}, ["host_cores", "twice"]),
+        ("zworkers", {"ctrl_port": "0"}, ["ctrl_port", "0"]),
+    ],
+)
+def test_wrong_cluster(section: str, values: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_sections(changed(section, **values))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_files_are_read_in_the_order_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "openquake.cfg").write_text("[zworkers]\nhost_cores = a 1\nctrl_port = 1\n")
+    (tmp_path / "last.cfg").write_text("[zworkers]\nhost_cores = b 2\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OQ_CONFIG_FILE", str(tmp_path / "last.cfg"))
+    assert config.read()["zworkers"] == {"host_cores": "b 2", "ctrl_port": "1"}
+
+
+def test_a_file_that_cannot_be_parsed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "bad.cfg").write_text("nonsense")
+    monkeypatch.setenv("OQ_CONFIG_FILE", str(tmp_path / "bad.cfg"))
+    with pytest.raises(ConfigError, match=r"bad\.cfg"):
+        config.read()

@@ -30,6 +30,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.integers(hint.__metadata__[0].ge, 2**63 - 1)
     if typing.get_origin(hint) is list:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3)
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(typing.get_args(hint))
     return structs(hint)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import zmq
 
-from oq_runtime import errors, launch, protocol, transport
+from oq_runtime import errors, launch, pool, protocol, transport
 from oq_runtime.config import SESSION_VARIABLE, Config
 
 SUPPORTED = ("3.23.5", "3.25.1", "3.26.2")
@@ -115,8 +115,7 @@ class Session:
             else:
                 from openquake.baselib import config
 
-                section = config.get("oq_runtime", {})
-                directory = launch.start(Config.from_section(section), os.getpid())
+                directory = launch.start(Config.from_sections(config), os.getpid())
             cls._current = cls(directory)
         return cls._current
 
@@ -322,34 +321,47 @@ def install_workerpool(workerpool: Any) -> None:
     engine_master = workerpool.WorkerMaster
 
     class WorkerMaster:
-        """Answers for the session of this process in the engine's own terms."""
+        """Answers in the engine's own terms: for the session of a job, or for the whole cluster.
+
+        The engine makes one with a job id while it runs a job; ``oq workers`` makes one with the
+        configuration.
+        """
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             if os.environ.get("OQ_DISTRIBUTE") != "zmq":
                 return engine_master(*args, **kwargs)
             return super().__new__(cls)
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            pass
+        def __init__(self, job: Any = -1, *_: Any, **__: Any) -> None:
+            from openquake.baselib import config
+
+            cluster = None if isinstance(job, int) else Config.from_sections(config).cluster
+            self.pool = pool.Pool(cluster) if cluster else None
 
         def status(self) -> list[tuple[str, int, int]]:
-            return Session.current().status()
+            return self.pool.triples("status") if self.pool else Session.current().status()
 
         def wait(self, seconds: int = 120) -> list[tuple[str, int, int]]:
-            return self.status()
+            return self.pool.wait(seconds) if self.pool else self.status()
 
         def start(self) -> str:
-            return f"started {self.status()}"
+            return f"started {self.pool.triples('start') if self.pool else self.status()}"
 
         def stop(self) -> str:
-            """Cancel the tasks of this process; the workers of others are not touched."""
+            """Stop taking tasks; in a job, cancel its own and touch the workers of nobody else."""
+            if self.pool:
+                return f"stopped {self.pool.triples('stop')}"
             if Session._current is not None:
                 Session._current.cancel()
             return "released"
 
-        kill = stop
+        def kill(self) -> str:
+            return f"killed {self.pool.triples('kill')}" if self.pool else self.stop()
 
         def restart(self) -> str:
-            return "nothing to restart: the workers belong to this job"
+            if not self.pool:
+                return "nothing to restart: the workers belong to this job"
+            self.kill()
+            return self.start()
 
     workerpool.WorkerMaster = WorkerMaster

@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import zmq
 
-from oq_runtime import facts, protocol, transport
+from oq_runtime import config, facts, protocol, security, systemd, transport
 from oq_runtime import node as core
 from oq_runtime.config import WORKER_VARIABLE
-from oq_runtime.errors import ProtocolError
+from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError
 from oq_runtime.spool import Spool
 
 BEAT_SECS = 2.0
@@ -89,6 +92,8 @@ class Agent:
     :param slots: worker processes at a time
     :param owner: pid with which this agent ends, or None for a daemon
     :param own_facts: what a broker must have in common with this node
+    :param keys: of the cluster, for a daemon
+    :param task_timeout_s: see ``node.Node``
     """
 
     def __init__(
@@ -99,12 +104,17 @@ class Agent:
         slots: int,
         owner: int | None,
         own_facts: protocol.Facts,
+        keys: security.Keys | None = None,
+        task_timeout_s: float | None = None,
     ) -> None:
         self.directory = directory
         self.own_facts = own_facts
-        self.core = core.Node(slots)
+        self.keys = keys
+        self.core = core.Node(slots, task_timeout_s=task_timeout_s)
         self.context: zmq.Context[Any] = zmq.Context()
-        self.control = transport.router(self.context, control_url)
+        self.gate = security.Gate(self.context, keys) if keys else None
+        self.monitor: security.HandshakeMonitor | None = None
+        self.control = transport.router(self.context, control_url, secure=self._secure_control)
         self.workers_url = f"ipc://{directory}/workers"
         self.workers = transport.router(self.context, self.workers_url)
         self.owner = None
@@ -112,6 +122,7 @@ class Agent:
         if owner is not None:
             self.owner = transport.pidfd(owner)
             self.running = self.owner is not None
+        self.ending = False
         self.processes: dict[int, Process] = {}
         self.by_peer: dict[bytes, int] = {}
         self.jobs: dict[str, JobIO] = {}
@@ -126,10 +137,29 @@ class Agent:
                 process.popen.kill()
             for process in self.processes.values():
                 process.popen.wait()
+            if self.monitor is not None:
+                self.monitor.close()
+            if self.gate is not None:
+                self.gate.stop()
             self.context.destroy(linger=0)
+
+    def _secure_control(self, socket: zmq.Socket[Any]) -> None:
+        if self.keys is not None:
+            security.secure_server(socket, self.keys)
+            self.monitor = security.HandshakeMonitor(socket)
 
     def stop(self) -> None:
         self.running = False
+
+    def drain(self) -> None:
+        """Take no new tasks and end when those under way are done; asked twice, end at once."""
+        if self.core.draining:
+            self.running = False
+        self.core.handle(core.DrainAsked(), time.monotonic())
+        self.next_beat_s = 0.0  # tell the brokers now
+        self.ending = True
+        systemd.notify("STOPPING=1")
+        log("draining: no new tasks; this agent ends when those under way are done")
 
     def _step(self) -> None:
         poller = zmq.Poller()
@@ -137,6 +167,8 @@ class Agent:
         poller.register(self.workers, zmq.POLLIN)
         if self.owner is not None:
             poller.register(self.owner, zmq.POLLIN)
+        if self.monitor is not None:
+            poller.register(self.monitor.socket, zmq.POLLIN)
         for process in self.processes.values():
             poller.register(process.pidfd, zmq.POLLIN)
         for job in self.jobs.values():
@@ -147,6 +179,9 @@ class Agent:
         if self.owner in ready:
             self.running = False
             return
+        for kind, reason in self.monitor.events() if self.monitor else ():
+            if kind == "refused":
+                log(f"refused a connection: {reason}")
         while frames := transport.receive(self.workers):
             self._from_worker(frames)
         for worker, process in list(self.processes.items()):
@@ -171,6 +206,10 @@ class Agent:
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + BEAT_SECS
         self._handle(core.Tick())
+        self._handle(core.MemoryUsed(memory_used()))
+        systemd.notify("WATCHDOG=1")
+        if self.ending and not self.core.busy and not any(j.spools for j in self.jobs.values()):
+            self.running = False
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
                 self._to_broker(name, protocol.Beat(busy=self.core.busy, closed=self.core.closed))
@@ -190,6 +229,10 @@ class Agent:
             log(f"refused a message on the control socket: {exc}")
             return
         name = message.job
+        if isinstance(message, protocol.Command):
+            self._command(message.action)
+            transport.send_to(self.control, peer, self._status())
+            return
         if isinstance(message, protocol.Hello):
             self._greet(peer, message)
             return
@@ -206,7 +249,9 @@ class Agent:
         self._handle(core.Heard(name, wanted))
         match message:
             case protocol.Lease(data_url=url):
-                data = transport.dealer(self.context, url, send_hwm=DATA_HWM)
+                keys = self.keys
+                secure = functools.partial(security.secure_client, keys=keys) if keys else None
+                data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
                 job.data = transport.Link(data, name, message.epoch)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(core.LeaseAsked(name))
@@ -227,6 +272,30 @@ class Agent:
                 pass
             case _:
                 log(f"refused {type(message).__name__} on the control socket")
+
+    def _command(self, action: str) -> None:
+        if action != "status":
+            log(f"told to {action}")
+        match action:
+            case "stop":
+                self._handle(core.DrainAsked())
+            case "start":
+                self._handle(core.DrainAsked(False))
+            case "kill":
+                for name in list(self.jobs):
+                    self._give_back(name, "its workers were killed by an administrator")
+
+    def _status(self) -> protocol.AgentStatus:
+        return protocol.AgentStatus(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            slots=self.core.slots,
+            busy=self.core.busy,
+            jobs=sorted(self.core.leases),
+            memory=self.core.memory,
+            engine=self.own_facts.engine,
+            state="stopped" if self.core.draining else "up",
+        )
 
     def _greet(self, peer: bytes, hello: protocol.Hello) -> None:
         """Answer a broker that calls; whatever it had here before is void."""
@@ -254,7 +323,11 @@ class Agent:
 
     def _from_data(self, name: str, job: JobIO, frames: list[zmq.Frame]) -> None:
         assert job.data is not None
-        message = protocol.decode(frames[0].buffer)
+        try:
+            message = protocol.decode(frames[0].buffer)
+        except ProtocolError as exc:
+            self._give_back(name, f"its data cannot be read: {exc}")
+            return
         if not job.data.accepts(message):
             self._give_back(name, "tasks were lost on the way")
             return
@@ -406,12 +479,97 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def memory_used() -> float:
+    """Return the part of this node's memory that is in use."""
+    memory = psutil.virtual_memory()
+    return 1.0 - memory.available / memory.total
+
+
+def own_address(cluster: config.Cluster) -> str:
+    """Return the address in ``host_cores`` that belongs to this node; raises ConfigError."""
+    local = {a.address for found in psutil.net_if_addrs().values() for a in found}
+    mine = [host for host in cluster.hosts if host in local or _resolved(host) & local]
+    if len(mine) != 1:
+        raise ConfigError(
+            f"[zworkers] host_cores names {len(mine)} addresses of this node; "
+            f"it has {', '.join(sorted(a for a in local if '.' in a))}; set --address"
+        )
+    return mine[0]
+
+
+def _resolved(host: str) -> set[str]:
+    try:
+        return {str(row[4][0]) for row in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()
+
+
+def run_daemon(address: str | None) -> None:
+    """Serve the cluster of openquake.cfg on this node until SIGTERM, which drains.
+
+    Raises ConfigError for a node that is not in the cluster, and OqRuntimeError when the address
+    cannot be bound or is not protected.
+    """
+    settings = config.Config.from_sections(config.read())
+    cluster = settings.cluster
+    if cluster is None:
+        raise ConfigError(
+            "no cluster is configured: set [distribution] oq_distribute = zmq and the workers' "
+            "addresses in [zworkers] host_cores of openquake.cfg"
+        )
+    address = address or own_address(cluster)
+    if address not in cluster.hosts:
+        raise ConfigError(f"{address} is not in [zworkers] host_cores: {', '.join(cluster.hosts)}")
+    wanted = cluster.hosts[address]
+    keys = security.Keys.derive(security.read_secret(cluster.authkey))
+    os.umask(0o077)
+    given = os.environ.get("RUNTIME_DIRECTORY")
+    directory = Path(given or tempfile.mkdtemp(prefix="oq-agent-"))
+    try:
+        try:
+            agent = Agent(
+                directory=directory,
+                control_url=cluster.control_url(address),
+                slots=config.available_cores() if wanted < 0 else wanted,
+                owner=None,
+                own_facts=facts.own(cluster.dbserver, cluster.shared_dir),
+                keys=keys,
+                task_timeout_s=settings.task_timeout_s or None,
+            )
+        except zmq.ZMQError as exc:
+            raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc
+        signal.signal(signal.SIGTERM, lambda *_: agent.drain())
+        signal.signal(signal.SIGINT, lambda *_: agent.stop())
+        systemd.notify("READY=1")
+        log(f"ready on {cluster.control_url(address)} with {agent.core.slots} slots")
+        agent.run()
+        log("ended")
+    finally:
+        if not given:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def daemon() -> None:
+    """``oq-agent``: exit 0 after SIGTERM or SIGINT, 2 for a wrong configuration."""
+    parser = argparse.ArgumentParser(
+        prog="oq-agent", description="Serve this node's slots to the OpenQuake cluster."
+    )
+    parser.add_argument("--address", help="of this node in host_cores, if it has several")
+    args = parser.parse_args()
+    try:
+        run_daemon(args.address)
+    except OqRuntimeError as exc:
+        log(f"oq-agent: {exc}")
+        sys.exit(2 if isinstance(exc, ConfigError) else 1)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="oq-agent")
+    """The private agent of ``launch``."""
+    parser = argparse.ArgumentParser(prog="oq-agent-private")
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--control-url", required=True)
     parser.add_argument("--slots", type=int, required=True)
-    parser.add_argument("--owner", type=int)
+    parser.add_argument("--owner", type=int, required=True)
     args = parser.parse_args()
     try:
         agent = Agent(
@@ -424,9 +582,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
         agent.run()
     finally:
-        if args.owner is not None:
-            shutil.rmtree(args.directory, ignore_errors=True)
+        shutil.rmtree(args.directory, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main()
+    main() if "--directory" in sys.argv else daemon()

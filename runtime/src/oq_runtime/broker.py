@@ -10,6 +10,7 @@ the engine holds Python's lock for seconds; never the engine's child; ends with 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import os
 import shutil
@@ -24,7 +25,7 @@ from typing import Any
 
 import zmq
 
-from oq_runtime import facts, protocol, transport
+from oq_runtime import config, facts, protocol, security, transport
 from oq_runtime import scheduler as core
 from oq_runtime.errors import ProtocolError, TransitionError
 
@@ -44,16 +45,20 @@ class Submission:
     payload: zmq.Frame
 
 
+#: a control socket, and on TCP what watches its handshakes
+Connection = tuple["zmq.Socket[Any]", security.HandshakeMonitor | None]
+
+
 class Peer:
     """An agent as the broker knows it, over the calls that it took to reach it.
 
     ``state``: ``calling`` until it has granted a lease, ``leased``, or ``refused``.
     """
 
-    def __init__(self, name: str, connect: Callable[[], zmq.Socket[Any]]) -> None:
+    def __init__(self, name: str, connect: Callable[[], Connection]) -> None:
         self.name = name
         self.connect = connect
-        self.socket = connect()
+        self.socket, self.monitor = connect()
         self.state = "calling"
         self.reason = "no answer yet"
         self.host = name
@@ -73,11 +78,17 @@ class Peer:
     def hang_up(self, state: str, reason: str) -> None:
         """End the epoch and drop the connection with whatever it may still hold."""
         self.state, self.reason = state, reason
-        self.socket.close(linger=0)
-        self.socket = self.connect()
+        self.close()
+        self.socket, self.monitor = self.connect()
         self.link = transport.Link(self.socket, self.link.job, self.link.epoch + 1)
         self.data = None
-        self.pause_s, self.next_call_s = CALL_SECS, 0.0
+        self.pause_s = CALL_SECS if state == "calling" else CALL_MAX_SECS
+        self.next_call_s = time.monotonic() + self.pause_s
+
+    def close(self, linger_ms: int = 0) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+        self.socket.close(linger=linger_ms)
 
 
 @dataclass(slots=True)
@@ -106,6 +117,7 @@ class Broker:
     :param owner: pid with which this broker ends
     :param window_bytes: results staged at a time
     :param own_facts: what the agents must have in common with this host
+    :param keys: of the cluster, where the agents are reached over TCP
     """
 
     def __init__(
@@ -118,11 +130,14 @@ class Broker:
         owner: int,
         window_bytes: int,
         own_facts: protocol.Facts,
+        keys: security.Keys | None = None,
     ) -> None:
         self.job = directory.name
+        self.keys = keys
         self.own_facts = own_facts
         self.core = core.Scheduler(window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
+        self.gate = security.Gate(self.context, keys) if keys else None
         self.data_urls = data_urls
         self.data: zmq.Socket[Any] | None = None
         self.engine = transport.router(self.context, f"ipc://{directory}/engine")
@@ -145,14 +160,28 @@ class Broker:
         self.next_beat_s = 0.0
         self._bind_data()
 
-    def _connector(self, url: str) -> Callable[[], zmq.Socket[Any]]:
-        return lambda: transport.dealer(self.context, url, immediate=True)
+    def _connector(self, url: str) -> Callable[[], Connection]:
+        def connect() -> Connection:
+            if self.keys is None:
+                return transport.dealer(self.context, url, immediate=True), None
+            monitors: list[security.HandshakeMonitor] = []
+
+            def secure(socket: zmq.Socket[Any]) -> None:
+                assert self.keys is not None
+                security.secure_client(socket, self.keys)
+                monitors.append(security.HandshakeMonitor(socket))
+
+            return transport.dealer(self.context, url, immediate=True, secure=secure), monitors[0]
+
+        return connect
 
     def _bind_data(self) -> None:
         """Take the first free data URL; with none free the session waits for one."""
         for url in self.data_urls:
             try:
-                self.data = transport.router(self.context, url)
+                keys = self.keys
+                secure = functools.partial(security.secure_server, keys=keys) if keys else None
+                self.data = transport.router(self.context, url, secure=secure)
             except zmq.ZMQError as exc:
                 if exc.errno != zmq.EADDRINUSE:
                     raise
@@ -168,7 +197,9 @@ class Broker:
             for peer in self.peers.values():
                 if peer.state == "leased":
                     peer.link.send(protocol.Release())
-                peer.socket.close(linger=500)
+                peer.close(linger_ms=500)
+            if self.gate is not None:
+                self.gate.stop()
             self.context.destroy(linger=500)
 
     def stop(self) -> None:
@@ -193,6 +224,7 @@ class Broker:
         for descriptor in self.watched:
             poller.register(descriptor, zmq.POLLIN)
         sockets = [self.engine, *(peer.socket for peer in self.peers.values())]
+        sockets += [peer.monitor.socket for peer in self.peers.values() if peer.monitor]
         for socket in [*sockets, self.data] if self.data else sockets:
             poller.register(socket, zmq.POLLIN)
         ready = dict(poller.poll(max(0, round((due_s - now) * 1000))))
@@ -202,6 +234,7 @@ class Broker:
                 del self.watched[descriptor]
                 ended()
         for peer in self.peers.values():
+            self._watch_handshake(peer)
             while frames := transport.receive(peer.socket):
                 self._from(frames, lambda m, f, peer=peer: self._from_agent(peer, m))  # type: ignore[misc]
         while self.data and (frames := transport.receive(self.data)):
@@ -219,6 +252,15 @@ class Broker:
             self._beat(now)
         elif bool(self.core.live) != bool(self.told_wanted):
             self._tell_wanted()
+
+    def _watch_handshake(self, peer: Peer) -> None:
+        for kind, reason in peer.monitor.events() if peer.monitor else ():
+            if kind == "refused":
+                self._lose(peer, reason, "refused")
+                return
+            if kind == "disconnected" and peer.state == "leased":
+                self._lose(peer, "its connection was closed")
+                return
 
     def _callable(self) -> list[Peer]:
         """The agents to be called: only when there is a place for their results."""
@@ -490,19 +532,30 @@ def log(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="oq-broker")
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--agent-pid", type=int, required=True)
+    parser.add_argument("--agent-pid", type=int, help="of a private agent; without: the cluster")
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--window-bytes", type=int, required=True)
     args = parser.parse_args()
+    agents = {"private": f"ipc://{args.directory}/control"}
+    data_urls = [f"ipc://{args.directory}/data"]
+    own, keys = facts.own(), None
+    if args.agent_pid is None:
+        cluster = config.Config.from_sections(config.read()).cluster
+        assert cluster is not None, "the launcher has read the same configuration"
+        agents = {host: cluster.control_url(host) for host in cluster.hosts}
+        data_urls = [f"tcp://{cluster.receiver_host}:{port}" for port in cluster.receiver_ports]
+        own = facts.own(cluster.dbserver, cluster.shared_dir)
+        keys = security.Keys.derive(security.read_secret(cluster.authkey))
     try:
         broker = Broker(
             directory=args.directory,
-            agents={"private": f"ipc://{args.directory}/control"},
-            data_urls=[f"ipc://{args.directory}/data"],
+            agents=agents,
+            data_urls=data_urls,
             agent_pid=args.agent_pid,
             owner=args.owner,
             window_bytes=args.window_bytes,
-            own_facts=facts.own(),
+            own_facts=own,
+            keys=keys,
         )
         signal.signal(signal.SIGTERM, lambda *_: broker.stop())
         broker.run()

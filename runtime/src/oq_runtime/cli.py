@@ -28,7 +28,7 @@ from typing import IO, Any
 import click
 from rich.console import Console
 
-from oq_runtime import launch
+from oq_runtime import config, launch
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.progress import Display, StatusReader
@@ -96,7 +96,7 @@ def parse_params(params: tuple[str, ...]) -> dict[str, str]:
     type=click.Choice(["debug", "info", "warn", "error", "critical"]),
     show_default=True,
 )
-@click.option("--cores", default="-1", help="Worker processes on this machine; -1: all cores.")
+@click.option("--cores", help="Run on this machine alone with so many workers; -1: all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--no-progress", is_flag=True, help="No progress display.")
 @click.version_option(package_name="oq-runtime")
@@ -108,7 +108,7 @@ def main(
     export_dir: str | None,
     log_file: str | None,
     log_level: str,
-    cores: str,
+    cores: str | None,
     as_json: bool,
     no_progress: bool,
 ) -> None:
@@ -129,10 +129,12 @@ def main(
     if spec["log_file"] and not os.access(Path(str(spec["log_file"])).parent, os.W_OK):
         raise BadInput(f"--log-file {log_file}: its directory is missing or not writable")
     try:
-        slots = check_cores(cores)
+        settings = (
+            Config(cores=check_cores(cores)) if cores else Config.from_sections(config.read())
+        )
     except ConfigError as exc:
-        raise BadInput(f"--{exc}") from exc
-    run = Run(spec, slots, Console(stderr=True), quiet=no_progress or as_json)
+        raise BadInput(f"--{exc}" if cores else str(exc)) from exc
+    run = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
     code = run.execute()
     if as_json:
         result = {"exit": code, "error": run.error, "retries": run.retries, "jobs": run.finished}
@@ -146,14 +148,17 @@ class Run:
     """One call of ``oq-run``.
 
     :param spec: what ``job`` is to do
-    :param slots: of the private agent
+    :param settings: the cluster, or the cores of this machine
     :param console: for the display and the engine's log lines (stderr)
     :param quiet: show no progress
     """
 
-    def __init__(self, spec: dict[str, Any], slots: int, console: Console, *, quiet: bool) -> None:
+    def __init__(
+        self, spec: dict[str, Any], settings: Config, console: Console, *, quiet: bool
+    ) -> None:
         self.spec = spec
-        self.slots = slots
+        self.settings = settings
+        self.slots = 1  # the most that were there at a time
         self.console = console
         self.quiet = quiet
         self.jobs: list[int] = []
@@ -169,7 +174,10 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._interrupt)
         try:
-            directory = launch.start(Config(cores=self.slots), os.getpid())
+            directory = launch.start(self.settings, os.getpid())
+        except ConfigError as exc:
+            self.error = str(exc)
+            return EXIT_INPUT
         except (OqRuntimeError, OSError) as exc:
             self.error = str(exc)
             return EXIT_NO_WORKERS
@@ -184,7 +192,8 @@ class Run:
         env = dict(os.environ)
         env[SESSION_VARIABLE] = str(directory)
         env["OQ_DISTRIBUTE"] = "zmq"
-        env["OQ_NUM_CORES"] = str(self.slots)
+        if self.settings.cluster is None:
+            env["OQ_NUM_CORES"] = str(self.settings.cores)
         report_in, report_out = os.pipe()
         process = self.process = subprocess.Popen(
             [sys.executable, "-m", "oq_runtime.job", str(report_out), str(os.getpid())],
@@ -244,6 +253,7 @@ class Run:
                         self._take(json.loads(line))
                 if found := status.poll():
                     self.retries = sum(phase.retries for phase in found.phases)
+                    self.slots = max(self.slots, sum(node.slots for node in found.nodes))
                     display.show(found)
                 if self.interrupted_s and time.monotonic() - self.interrupted_s > STOP_SECS:
                     process.kill()

@@ -1,4 +1,8 @@
-"""Settings of the runtime: section ``[oq_runtime]`` of openquake.cfg, and the environment.
+"""Settings: openquake.cfg as the engine reads it, without importing the engine.
+
+The sections of the engine keep their meaning: ``[distribution] oq_distribute``, ``[dbserver]``,
+``[zworkers]``, ``[directory] shared_dir``. A cluster is configured when ``oq_distribute = zmq`` and
+``host_cores`` names another host than this one. Ours are in ``[oq_runtime]``:
 
 ======================  =======  ==================================================================
 key                     default  meaning
@@ -6,14 +10,21 @@ key                     default  meaning
 code                             ``import oq_runtime.activate`` switches the runtime on
 cores                   all      slots of the private agent when no cluster is configured
 window_mb               1024     MiB of results staged in the broker at a time
+task_timeout_s          0        seconds after which the worker of a task is killed; 0: never
 ======================  =======  ==================================================================
 """
 
 from __future__ import annotations
 
+import configparser
+import importlib.util
+import ipaddress
 import os
+import socket
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from oq_runtime.errors import ConfigError
 
@@ -24,6 +35,52 @@ WORKER_VARIABLE = "OQ_RUNTIME_WORKER"
 #: ``POINT:TASK:ATTEMPTS``: for tests, a worker kills itself at this point of this task
 FAULT_VARIABLE = "OQ_RUNTIME_FAULT"
 
+Sections = Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The cluster of ``[dbserver]``, ``[zworkers]`` and ``[directory]``.
+
+    ``hosts`` gives the slots of each worker address (-1: all its cores); ``receiver_ports`` are
+    the ports of which each job's broker takes one.
+    """
+
+    hosts: dict[str, int]
+    ctrl_port: int
+    dbserver: str
+    receiver_host: str
+    receiver_ports: range
+    shared_dir: str
+    authkey: str = field(repr=False)
+
+    def control_url(self, host: str) -> str:
+        return f"tcp://{host}:{self.ctrl_port}"
+
+    @classmethod
+    def from_sections(cls, sections: Sections) -> Cluster | None:
+        """Return the configured cluster or None; raises ConfigError naming key and remedy."""
+        hosts = parse_host_cores(sections.get("zworkers", {}).get("host_cores", ""))
+        if not any(not is_loopback(host) for host in hosts):
+            return None
+        dbserver = sections.get("dbserver", {})
+        host = dbserver.get("host") or "127.0.0.1"
+        receiver = dbserver.get("receiver_host") or host
+        if is_loopback(receiver):
+            raise ConfigError(
+                f"[dbserver] receiver_host (or host) is {receiver}, which the workers "
+                f"{', '.join(hosts)} cannot reach; set it to the master's address in the cluster"
+            )
+        return cls(
+            hosts=hosts,
+            ctrl_port=_port("[zworkers] ctrl_port", sections["zworkers"].get("ctrl_port", "1909")),
+            dbserver=host,
+            receiver_host=receiver,
+            receiver_ports=parse_ports(dbserver.get("receiver_ports") or "1912-1920"),
+            shared_dir=sections.get("directory", {}).get("shared_dir", ""),
+            authkey=dbserver.get("authkey", "changeme"),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -31,14 +88,89 @@ class Config:
 
     cores: int
     window_bytes: int = 1 << 30
+    task_timeout_s: int = 0
+    cluster: Cluster | None = None
 
     @classmethod
-    def from_section(cls, section: Mapping[str, str]) -> Config:
-        """Read ``[oq_runtime]``; raises ConfigError naming the key and the allowed values."""
-        return cls(
-            cores=check_cores(section.get("cores") or os.environ.get("OQ_NUM_CORES") or "-1"),
-            window_bytes=_positive(section, "window_mb", 1024) << 20,
+    def from_sections(cls, sections: Sections) -> Config:
+        """Check the settings; raises ConfigError naming the key and the allowed values."""
+        own = sections.get("oq_runtime", {})
+        distribute = os.environ.get("OQ_DISTRIBUTE") or sections.get("distribution", {}).get(
+            "oq_distribute", ""
         )
+        return cls(
+            cores=check_cores(own.get("cores") or os.environ.get("OQ_NUM_CORES") or "-1"),
+            window_bytes=_number(own, "window_mb", 1024, least=1) << 20,
+            task_timeout_s=_number(own, "task_timeout_s", 0, least=0),
+            cluster=Cluster.from_sections(sections) if distribute == "zmq" else None,
+        )
+
+
+def read() -> dict[str, dict[str, str]]:
+    """Read the files that the engine reads, in its order: the last one wins.
+
+    Source: ``openquake/baselib/__init__.py`` of engine 3.26. Raises ConfigError for a file that
+    cannot be parsed.
+    """
+    spec = importlib.util.find_spec("openquake")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    venv = sys.prefix != sys.base_prefix
+    site = Path(sys.prefix) if venv else Path("/etc/openquake")
+    paths = [Path(place, "engine", "openquake.cfg") for place in places]
+    paths += [site / "openquake.cfg", Path.home() / "openquake.cfg"]
+    if extra := os.environ.get("OQ_CONFIG_FILE"):
+        paths.append(Path(extra).expanduser())
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(paths, encoding="utf8")
+    except configparser.Error as exc:
+        raise ConfigError(f"openquake.cfg: {exc}".replace("\n", " ")) from exc
+    return {section: dict(parser.items(section)) for section in parser.sections()}
+
+
+def parse_host_cores(text: str) -> dict[str, int]:
+    """Return the slots of each host of ``host_cores``: ``IP -1, IP N, ...``.
+
+    Raises ConfigError for anything else, naming the entry.
+    """
+    hosts = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        host, _, cores = entry.partition(" ")
+        try:
+            number = int(cores or "-1")
+        except ValueError:
+            number = -2
+        if number < -1 or host in hosts:
+            what = "named twice" if host in hosts else "not understood"
+            raise ConfigError(
+                f"[zworkers] host_cores: {entry!r} is {what}; give 'address cores' with cores from "
+                "0 up, or -1 for all, separated by commas"
+            )
+        hosts[host] = number
+    return hosts
+
+
+def parse_ports(text: str) -> range:
+    """Return the ports of ``1912-1920``, both ends included; raises ConfigError."""
+    first, _, last = text.partition("-")
+    name = "[dbserver] receiver_ports"
+    ports = range(_port(name, first.strip()), _port(name, (last or first).strip()) + 1)
+    if not ports:
+        raise ConfigError(f"{name}={text}: the first port is above the last")
+    return ports
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is, or resolves to, this host's loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, family=socket.AF_INET)
+    except OSError:
+        return host == "localhost"
+    return any(ipaddress.ip_address(row[4][0]).is_loopback for row in found)
 
 
 def available_cores() -> int:
@@ -63,8 +195,14 @@ def check_cores(text: str | int) -> int:
     return cores
 
 
-def _positive(section: Mapping[str, str], key: str, default: int) -> int:
+def _port(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise ConfigError(f"{name}={text}: give a port from 1 to 65535")
+    return int(text)
+
+
+def _number(section: Mapping[str, str], key: str, default: int, *, least: int) -> int:
     text = section.get(key) or str(default)
-    if not (text.isascii() and text.isdigit()) or int(text) == 0:
-        raise ConfigError(f"[oq_runtime] {key}={text}: give a whole number above 0")
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise ConfigError(f"[oq_runtime] {key}={text}: give a whole number from {least} up")
     return int(text)

@@ -35,3 +35,7 @@ class NodeLost(OqRuntimeError):
 
 class NoWorkers(OqRuntimeError):
     """No node is left to run a task on."""
+
+
+class SecurityError(OqRuntimeError):
+    """Encryption or authentication cannot be guaranteed; nothing is started."""

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from oq_runtime import security
 from oq_runtime.config import Config
 from oq_runtime.errors import OqRuntimeError
 
@@ -25,9 +26,13 @@ SOCKET_PATH_BYTES = 107
 def start(config: Config, owner: int) -> Path:
     """Start broker and agent for ``owner`` (a pid) and return the session's directory.
 
-    Raises OqRuntimeError when the temporary directory is full or not writable.
+    With a cluster there is only the broker. Raises ConfigError for a weak authkey, and
+    OqRuntimeError when the temporary directory is full or not writable.
     """
-    command = [sys.executable, "-m", "oq_runtime.launch", str(owner), str(config.cores)]
+    if config.cluster is not None:
+        security.read_secret(config.cluster.authkey)  # refuses a weak one before anything starts
+    slots = config.cores if config.cluster is None else 0
+    command = [sys.executable, "-m", "oq_runtime.launch", str(owner), str(slots)]
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
         [*command, str(config.window_bytes)],
@@ -46,7 +51,7 @@ def start(config: Config, owner: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("owner", type=int)
-    parser.add_argument("slots", type=int)
+    parser.add_argument("slots", type=int, help="of the private agent; 0: none, use the cluster")
     parser.add_argument("window_bytes", type=int)
     args = parser.parse_args()
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
@@ -64,14 +69,16 @@ def main() -> None:
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
     control = f"ipc://{directory}/control"
     common = ["--directory", str(directory), "--owner", str(args.owner)]
-    agent = _spawn(
-        directory, "agent", *common, "--control-url", control, "--slots", str(args.slots)
-    )
-    broker = _spawn(
-        directory, "broker", *common, "--agent-pid", str(agent),
-        "--window-bytes", str(args.window_bytes),
-    )  # fmt: skip
-    (directory / "pids").write_text(json.dumps([broker, agent]))
+    window = ["--window-bytes", str(args.window_bytes)]
+    if args.slots:
+        agent = _spawn(
+            directory, "agent", *common, "--control-url", control, "--slots", str(args.slots)
+        )
+        broker = _spawn(directory, "broker", *common, *window, "--agent-pid", str(agent))
+        pids = [broker, agent]
+    else:
+        pids = [_spawn(directory, "broker", *common, *window)]
+    (directory / "pids").write_text(json.dumps(pids))
     print(json.dumps({"directory": str(directory)}))
 
 

@@ -75,7 +75,7 @@ class MemoryUsed:
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
-    pass
+    on: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +225,8 @@ class Node:
                 self.memory = part
                 if part > HARD_MEMORY and now - self.killed_s >= KILL_INTERVAL_S:
                     self._kill_newest(now, effects)
-            case DrainAsked():
-                self.draining = True
+            case DrainAsked(on):
+                self.draining = on
             case Released(job, reason):
                 self._end(job, reason, effects)
             case TaskGiven(job, task, attempt):

@@ -11,6 +11,8 @@ opaque bytes (pickles that only the engine and the workers open); they are forwa
     broker  <--Hello, Fetch, Chunk, Beat--  agent  (data)    broker --Chunk, Beat-->  agent  (data)
     agent   --Run-->  worker             agent  <--Ready, Started, Part, Ended--  worker
 
+    oq-workers  --Command-->  agent      oq-workers <--AgentStatus--  agent
+
 Between broker and agent each call of the broker opens an epoch. ``epoch`` and ``seq`` number the
 messages of either direction of either socket, so that one that was lost shows as a gap; then the
 epoch is over, and what it had under way is void.
@@ -19,7 +21,7 @@ epoch is over, and what it had under way is void.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -226,6 +228,25 @@ class Beat(Message, frozen=True, tag="beat"):
     closed: bool = False
 
 
+class Command(Message, frozen=True, tag="command"):
+    """From ``oq-workers``: answered with AgentStatus once it is carried out."""
+
+    action: Literal["status", "start", "stop", "kill"]
+
+
+class AgentStatus(Message, frozen=True, tag="agentstatus"):
+    """One node: ``memory`` is the part in use, ``jobs`` the names of the leases."""
+
+    host: str
+    pid: int
+    slots: int
+    busy: int
+    jobs: list[str]
+    memory: float
+    engine: str
+    state: str
+
+
 class Ready(Message, frozen=True, tag="ready"):
     pid: int
 
@@ -243,7 +264,7 @@ class Part(Message, frozen=True, tag="part"):
 AnyMessage = (
     Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | StatusQuery
     | Status | Lease | Leased | NoLease | Release | Task | Fetch | Chunk | Started | Ended | Grant
-    | Abort | Died | Beat | Ready | Run | Part
+    | Abort | Died | Beat | Command | AgentStatus | Ready | Run | Part
 )  # fmt: skip
 
 

@@ -1,0 +1,193 @@
+"""Who may talk to whom: CURVE keys derived from the cluster's one secret, and a gate that is shut.
+
+Every socket on TCP is encrypted and authenticated by ZMTP's CURVE mechanism (RFC 26/ZMTP-CURVE).
+All members derive the same two key pairs from ``[dbserver] authkey``: one for whoever binds, one
+for whoever connects. Without the secret no handshake completes, and nothing is decoded before that.
+Not covered: what an admitted member may do; the right to submit is the right to run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from oq_runtime.errors import ConfigError, SecurityError
+
+#: characters of the shortest secret that is accepted
+MIN_CHARACTERS = 16
+#: cost of scrypt (RFC 7914): 16 MiB and about 50 ms
+SCRYPT: dict[str, Any] = {"n": 2**14, "r": 8, "p": 1, "dklen": 32}
+SALT = b"oq-runtime cluster secret 1"
+DOMAIN = b"oq-runtime"
+#: milliseconds for each try of the self-test
+TRY_MS = 1000
+REMEDY = (
+    "set [dbserver] authkey in openquake.cfg, the same on all nodes, to a random text, e.g. of "
+    "python3 -c 'import secrets; print(secrets.token_urlsafe(32))', or to file:/path of a file "
+    "with one"
+)
+WRONG_KEY = "wrong authkey, or no encryption, on one of the two sides"
+
+
+def read_secret(authkey: str) -> bytes:
+    """Return the secret of ``authkey``: the text itself, or ``file:/path``.
+
+    Raises ConfigError, without showing the secret, when it is weak or its file cannot be used.
+    """
+    where = "[dbserver] authkey"
+    if authkey.startswith("file:"):
+        path = Path(authkey.removeprefix("file:"))
+        where += f" ({path})"
+        try:
+            mode = path.stat().st_mode
+            authkey = path.read_text().partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = getattr(exc, "strerror", None) or "not a text file"
+            raise ConfigError(f"{where}: {reason}") from None
+        if stat.S_IMODE(mode) & stat.S_IRWXO:
+            raise ConfigError(f"{where}: others may read it; chmod o-rwx it")
+    if authkey == "changeme" or len(authkey) < MIN_CHARACTERS:
+        what = "the default" if authkey == "changeme" else f"shorter than {MIN_CHARACTERS}"
+        raise ConfigError(f"{where} is {what}; {REMEDY}")
+    return authkey.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The key pairs of the side that binds and of the side that connects, in Z85."""
+
+    server_public: bytes
+    server_secret: bytes = field(repr=False)
+    client_public: bytes
+    client_secret: bytes = field(repr=False)
+
+    @classmethod
+    def derive(cls, secret: bytes) -> Keys:
+        """Return the same keys for the same secret: scrypt (RFC 7914), then BLAKE2b per label."""
+        root = hashlib.scrypt(secret, salt=SALT, **SCRYPT)
+        return cls(*_pair(root, b"server"), *_pair(root, b"client"))
+
+
+def _pair(root: bytes, label: bytes) -> tuple[bytes, bytes]:
+    seed = bytearray(hashlib.blake2b(label, key=root, digest_size=32).digest())
+    seed[0] &= 248  # clamped as RFC 7748, section 5, demands of an X25519 scalar
+    seed[31] = seed[31] & 127 | 64
+    secret = z85.encode(bytes(seed))
+    return zmq.curve_public(secret), secret
+
+
+def secure_server(socket: zmq.Socket[Any], keys: Keys) -> None:
+    """Make a socket that will bind admit nobody but holders of the keys."""
+    socket.curve_server = True
+    socket.curve_publickey, socket.curve_secretkey = keys.server_public, keys.server_secret
+    socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no gate, no entry
+
+
+def secure_client(socket: zmq.Socket[Any], keys: Keys) -> None:
+    """Make a socket that will connect talk to nobody but a holder of the keys."""
+    socket.curve_serverkey = keys.server_public
+    socket.curve_publickey, socket.curve_secretkey = keys.client_public, keys.client_secret
+
+
+class Gate:
+    """Admits the derived client key, and nobody else, to the sockets of a context (ZAP, RFC 27).
+
+    To be opened before the first bind: CURVE alone admits any client that knows the server's key.
+    Tried at once; raises SecurityError when it does not shut.
+    """
+
+    def __init__(self, context: zmq.Context[Any], keys: Keys) -> None:
+        if not zmq.has("curve"):
+            raise SecurityError("this libzmq was built without CURVE; install pyzmq from its wheel")
+        self.keys = keys
+        self.authenticator = ThreadAuthenticator(context)
+        self.authenticator.start()
+        self.authenticator.configure_curve_callback(DOMAIN.decode(), credentials_provider=self)
+        try:
+            self_test(context, keys)
+        except BaseException:
+            self.stop()
+            raise
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Say whether a client key (Z85) may enter; called by the authenticator."""
+        return key == self.keys.client_public
+
+    def stop(self) -> None:
+        self.authenticator.stop()
+
+
+def self_test(context: zmq.Context[Any], keys: Keys) -> None:
+    """Try the gate of ``context``: the right key must pass, a random one must not.
+
+    Raises SecurityError otherwise; takes a few milliseconds.
+    """
+    public, secret = zmq.curve_keypair()
+    stranger = Keys(keys.server_public, b"", public, secret)
+    for who, expected in ((keys, "accepted"), (stranger, "refused")):
+        server: zmq.Socket[Any] = context.socket(zmq.ROUTER)
+        client: zmq.Socket[Any] = context.socket(zmq.DEALER)
+        server.linger = client.linger = 0
+        secure_server(server, keys)
+        secure_client(client, who)
+        monitor = HandshakeMonitor(client)
+        try:
+            port = server.bind_to_random_port("tcp://127.0.0.1")
+            client.connect(f"tcp://127.0.0.1:{port}")
+            kinds: list[str] = []
+            while not kinds and monitor.socket.poll(TRY_MS):
+                kinds = [kind for kind, _ in monitor.events()]
+        finally:
+            monitor.close()
+            client.close()
+            server.close()
+        if kinds[:1] != [expected]:
+            raise SecurityError(
+                f"the self-test of the encryption failed: a "
+                f"{'known' if who is keys else 'random'} key was {(kinds or ['not answered'])[0]}"
+            )
+
+
+class HandshakeMonitor:
+    """Tells what becomes of the connections of a socket; to be made before bind or connect."""
+
+    def __init__(self, socket: zmq.Socket[Any]) -> None:
+        self.watched = socket
+        self.socket = socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_DISCONNECTED
+        )
+
+    def events(self) -> list[tuple[str, str]]:
+        """Return what has happened, never waiting: ``(kind, endpoint or reason)``.
+
+        Kinds are ``accepted``, ``refused`` and ``disconnected``.
+        """
+        found = []
+        while self.socket.poll(0):
+            event = recv_monitor_message(self.socket)
+            endpoint = event["endpoint"].decode(errors="replace")
+            match event["event"]:
+                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    found.append(("accepted", endpoint))
+                case zmq.EVENT_DISCONNECTED:
+                    found.append(("disconnected", endpoint))
+                case _:
+                    found.append(("refused", f"{WRONG_KEY} ({endpoint})"))
+        return found
+
+    def close(self) -> None:
+        self.watched.disable_monitor()
+        self.socket.close(linger=0)
