@@ -166,7 +166,7 @@ class Cluster(RuleBasedStateMachine):
                 self.unconsumed.add(task)
             case DropStaged(task, _):
                 assert task not in self.commits
-                self.staged.pop(task)
+                self.staged.pop(task, None)  # one that still waits for the window has none
             case GiveUp(task, error, history):
                 assert task not in self.failed | set(self.commits)
                 if error == "NoWorkers":
