@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local conformance chaos clean venv \
+.PHONY: help demo test lint types unit local cluster conformance chaos clean venv \
 	.venv .venv-3.23 .venv-3.25
 
 help:
@@ -29,7 +29,7 @@ help:
 	@echo "make test         all test lanes, a table at the end"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make chaos        RUNS=n SEED=n"
-	@echo "make lint | types | unit | local    one test lane"
+	@echo "make lint | types | unit | local | cluster    one test lane"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
 	@echo "make clean        remove build/ and caches (virtual environments stay)"
 
@@ -76,6 +76,9 @@ unit: $(STAMP)
 
 local: $(STAMP)
 	$(VENV)/bin/python -m pytest tests/local
+
+cluster: $(STAMP)
+	$(VENV)/bin/python -m pytest -rs tests/cluster
 
 conformance: $(STAMP)
 	$(VENV)/bin/python -m tests.conformance $(if $(SAMPLE),--sample $(SAMPLE)) \

@@ -218,7 +218,7 @@ def test_interrupt_frees_the_slots(cluster: Cluster, number: signal.Signals) -> 
 
 @pytest.mark.parametrize(
     ("key", "word"),
-    [("x" * 32, "authkey"), ("changeme", "changeme"), ("short", "shorter")],
+    [("x" * 32, "authkey"), ("changeme", "changeme"), ("tiny", "shorter")],
     ids=["wrong", "default", "short"],
 )
 def test_wrong_authkey(cluster: Cluster, tmp_path: Path, key: str, word: str) -> None:

@@ -55,7 +55,9 @@ def read_secret(authkey: str) -> bytes:
         if stat.S_IMODE(mode) & stat.S_IRWXO:
             raise ConfigError(f"{where}: others may read it; chmod o-rwx it")
     if authkey == "changeme" or len(authkey) < MIN_CHARACTERS:
-        what = "the default" if authkey == "changeme" else f"shorter than {MIN_CHARACTERS}"
+        what = (
+            "the default" if authkey == "changeme" else f"shorter than {MIN_CHARACTERS} characters"
+        )
         raise ConfigError(f"{where} is {what}; {REMEDY}")
     return authkey.encode()
 

@@ -1,0 +1,165 @@
+"""Keys and the gate: who gets in, who does not, and what both sides are told, on real sockets."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from oq_runtime import security
+from oq_runtime.errors import ConfigError, SecurityError
+from oq_runtime.security import Gate, HandshakeMonitor, Keys, read_secret
+
+SECRET = "correct-horse-battery"
+KEYS = Keys.derive(SECRET.encode())
+LIMIT_S = 3.0
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    context: zmq.Context[Any] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def gate(context: zmq.Context[Any]) -> Iterator[Gate]:
+    gate = Gate(context, KEYS)
+    yield gate
+    gate.stop()
+
+
+def wait_kinds(monitor: HandshakeMonitor) -> list[str]:
+    """The kinds of the first events; none when nothing happens in time."""
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        if found := monitor.events():
+            return [kind for kind, _ in found]
+        monitor.socket.poll(100)
+    return []
+
+
+def meet(context: zmq.Context[Any], client_keys: Keys | None) -> tuple[list[str], list[str], bool]:
+    """Connect a client to a server of KEYS: events of the server, of the client, and an echo."""
+    server, client = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    server.linger = client.linger = 0
+    security.secure_server(server, KEYS)
+    if client_keys:
+        security.secure_client(client, client_keys)
+    monitors = HandshakeMonitor(server), HandshakeMonitor(client)
+    try:
+        client.connect(f"tcp://127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}")
+        client.send(b"hello")
+        kinds = wait_kinds(monitors[0]), wait_kinds(monitors[1])
+        arrived = bool(server.poll(500 if kinds[0][:1] != ["accepted"] else LIMIT_S * 1000))
+        return *kinds, arrived
+    finally:
+        for monitor in monitors:
+            monitor.close()
+        server.close()
+        client.close()
+
+
+def stranger() -> Keys:
+    """Knows the server's public key, and has a key of its own."""
+    public, secret = zmq.curve_keypair()
+    return dataclasses.replace(KEYS, client_public=public, client_secret=secret)
+
+
+@pytest.mark.usefixtures("gate")
+def test_the_right_key_gets_in(context: zmq.Context[Any]) -> None:
+    assert meet(context, KEYS) == (["accepted"], ["accepted"], True)
+
+
+@pytest.mark.usefixtures("gate")
+@pytest.mark.parametrize(
+    "keys",
+    [Keys.derive(b"another secret of 16"), stranger(), None],
+    ids=["wrong secret", "stranger", "no encryption"],
+)
+def test_nobody_else_gets_in_and_both_sides_know(
+    context: zmq.Context[Any], keys: Keys | None
+) -> None:
+    server, client, arrived = meet(context, keys)
+    assert (server[:1], client[:1], arrived) == (["refused"], ["refused"], False)
+
+
+def test_without_a_gate_nobody_gets_in(context: zmq.Context[Any]) -> None:
+    server, _, arrived = meet(context, KEYS)
+    assert "accepted" not in server and not arrived
+
+
+class OpenGate(Gate):
+    def callback(self, domain: str, key: bytes) -> bool:
+        return True
+
+
+class ShutGate(Gate):
+    def callback(self, domain: str, key: bytes) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("kind", "who"), [(OpenGate, "random"), (ShutGate, "known")])
+def test_a_gate_that_does_not_work_is_found_out(
+    context: zmq.Context[Any], kind: type[Gate], who: str
+) -> None:
+    with pytest.raises(SecurityError, match=f"a {who} key was"):
+        kind(context, KEYS)
+
+
+def test_libzmq_without_curve(context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security.zmq, "has", lambda _: False)
+    with pytest.raises(SecurityError, match="CURVE"):
+        Gate(context, KEYS)
+
+
+def test_keys_are_the_same_everywhere_and_all_different() -> None:
+    assert Keys.derive(SECRET.encode()) == KEYS
+    values = dataclasses.astuple(KEYS) + dataclasses.astuple(Keys.derive(SECRET.encode() + b"x"))
+    assert len(set(values)) == 8
+    assert all(len(value) == 40 for value in values), "Z85 of 32 bytes"
+
+
+def test_secrets_are_not_shown() -> None:
+    for secret in (KEYS.server_secret, KEYS.client_secret):
+        assert secret.decode() not in repr(KEYS)
+
+
+@pytest.mark.parametrize("authkey", ["changeme", "", "fifteen-letters"])
+def test_weak_keys_are_refused_with_the_remedy(authkey: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_secret(authkey)
+    assert "authkey" in str(caught.value) and "token_urlsafe" in str(caught.value)
+    assert not authkey or authkey == "changeme" or authkey not in str(caught.value)
+
+
+def test_file_form(tmp_path: Path) -> None:
+    path = tmp_path / "authkey"
+    path.write_text(f" {SECRET} \nignored\n")
+    path.chmod(0o640)
+    assert read_secret(f"file:{path}") == SECRET.encode()
+
+
+def test_file_that_others_may_read(tmp_path: Path) -> None:
+    path = tmp_path / "authkey"
+    path.write_text(SECRET)
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod") as caught:
+        read_secret(f"file:{path}")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short", b"\xff\xfe" * 20])
+def test_file_that_cannot_be_used(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "authkey"
+    if content is not None:
+        path.write_bytes(content)
+        path.chmod(0o600)
+    with pytest.raises(ConfigError) as caught:
+        read_secret(f"file:{path}")
+    assert str(path) in str(caught.value)
