@@ -30,7 +30,7 @@ LANES = (
     Lane("types", "runtime/src", (("mypy",),)),
     Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
     Lane("local", "tests/local", (("pytest", "tests/local"),)),
-    Lane("cluster", "tests/cluster", (("pytest", "-rs", "tests/cluster"),)),
+    Lane("cluster", "tests/cluster", (("pytest", "-rs", "-m", "not slow", "tests/cluster"),)),
     Lane("contract", "tests/contract", (("pytest", "tests/contract"),)),
     Lane("contract-3.25", "tests/contract", (("pytest", "tests/contract"),), ".venv-3.25"),
     Lane("contract-3.23", "tests/contract", (("pytest", "tests/contract"),), ".venv-3.23"),

@@ -122,7 +122,7 @@ class Session:
     def _greet(self) -> int:
         """Wait for the first nodes; return their slots."""
         started_s = time.monotonic()
-        told = ""
+        told = reasons = ""
         transport.send(self.socket, protocol.Hello(pid=self.pid, role="engine"))
         while (waited_s := time.monotonic() - started_s) < READY_SECS:
             if not self.poller.poll(100):
@@ -148,7 +148,7 @@ class Session:
                     return sum(node.slots for node in message.nodes)
             time.sleep(0.01)
             transport.send(self.socket, protocol.StatusQuery())
-        raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s")
+        raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s: {reasons}")
 
     def send(self, message: protocol.Message, *frames: Any) -> None:
         """Send to the broker; raises BrokerLost when it is gone and the queue to it is full."""

@@ -65,7 +65,7 @@ def main() -> None:
         shutil.rmtree(directory)
         sys.exit(f"TMPDIR {temporary}: {exc.strerror}; free space or set another TMPDIR")
     if len(os.fsencode(directory / "control")) > SOCKET_PATH_BYTES:
-        directory.rmdir()
+        shutil.rmtree(directory)
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
     control = f"ipc://{directory}/control"
     common = ["--directory", str(directory), "--owner", str(args.owner)]
