@@ -38,8 +38,8 @@ IGNORED = {
     r"oqparam\.hazard_calculation_id": "job id of the parent",
     r"(ruptimes|gmf_data/rup_info)\.time": "seconds spent per rupture",
     r"(ruptimes|gmf_data/rup_info)\.task_no": "number of the task which did the rupture",
-    r"(filtered_)?ruptures\.geom_id": "row in rupgeoms, which depends on the order in which tasks end;"
-    " the geometries are compared in the order of the ruptures",
+    r"(filtered_)?ruptures\.geom_id": "row in rupgeoms, which depends on the order in which tasks"
+    " end; the geometries are compared in the order of the ruptures",
 }
 # arrays which tasks extend as they end, so their rows are compared sorted like those of a table
 UNORDERED = re.compile(
