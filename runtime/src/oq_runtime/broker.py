@@ -27,7 +27,7 @@ import zmq
 
 from oq_runtime import config, facts, protocol, security, transport
 from oq_runtime import scheduler as core
-from oq_runtime.errors import ProtocolError, TransitionError
+from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, TransitionError
 
 BEAT_SECS = 2.0
 #: seconds between two calls of an agent that does not answer, at first and at most
@@ -140,7 +140,6 @@ class Broker:
         self.gate = security.Gate(self.context, keys) if keys else None
         self.data_urls = data_urls
         self.data: zmq.Socket[Any] | None = None
-        self.engine = transport.router(self.context, f"ipc://{directory}/engine")
         self.peers = {name: Peer(name, self._connector(url)) for name, url in agents.items()}
         self.data_peers: dict[bytes, Peer] = {}
         self.watched: dict[int, Callable[[], None]] = {}
@@ -159,6 +158,8 @@ class Broker:
         self.phases: dict[str, protocol.Phase] = {}
         self.next_beat_s = 0.0
         self._bind_data()
+        # the last: whoever finds this socket knows that all the rest could be set up
+        self.engine = transport.router(self.context, f"ipc://{directory}/engine")
 
     def _connector(self, url: str) -> Callable[[], Connection]:
         def connect() -> Connection:
@@ -184,7 +185,10 @@ class Broker:
                 self.data = transport.router(self.context, url, secure=secure)
             except zmq.ZMQError as exc:
                 if exc.errno != zmq.EADDRINUSE:
-                    raise
+                    raise ConfigError(
+                        f"{url}: {exc.strerror}; set [dbserver] receiver_host to an address of "
+                        "this host"
+                    ) from exc
             else:
                 self.data_url = url
                 return
@@ -559,6 +563,9 @@ def main() -> None:
         )
         signal.signal(signal.SIGTERM, lambda *_: broker.stop())
         broker.run()
+    except OqRuntimeError as exc:
+        log(str(exc))
+        sys.exit(1)
     finally:
         shutil.rmtree(args.directory, ignore_errors=True)
 

@@ -13,12 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from oq_runtime import security
 from oq_runtime.config import Config
 from oq_runtime.errors import OqRuntimeError
 
+#: seconds for the broker to be there
+START_SECS = 20.0
 #: bytes of a socket's path, see unix(7)
 SOCKET_PATH_BYTES = 107
 
@@ -70,21 +73,30 @@ def main() -> None:
     control = f"ipc://{directory}/control"
     common = ["--directory", str(directory), "--owner", str(args.owner)]
     window = ["--window-bytes", str(args.window_bytes)]
+    started = []
     if args.slots:
         agent = _spawn(
             directory, "agent", *common, "--control-url", control, "--slots", str(args.slots)
         )
-        broker = _spawn(directory, "broker", *common, *window, "--agent-pid", str(agent))
-        pids = [broker, agent]
-    else:
-        pids = [_spawn(directory, "broker", *common, *window)]
-    (directory / "pids").write_text(json.dumps(pids))
+        started.append(agent)
+        window += ["--agent-pid", str(agent.pid)]
+    broker = _spawn(directory, "broker", *common, *window)
+    (directory / "pids").write_text(json.dumps([p.pid for p in (broker, *started)]))
+    with (directory / "broker.log").open() as log:
+        deadline_s = time.monotonic() + START_SECS
+        while not (directory / "engine").exists():
+            if broker.poll() is not None or time.monotonic() > deadline_s:
+                for process in (broker, *started):
+                    process.terminate()
+                lines = log.read().strip().splitlines() or ["the broker did not start"]
+                sys.exit(lines[-1])
+            time.sleep(0.01)
     print(json.dumps({"directory": str(directory)}))
 
 
-def _spawn(directory: Path, name: str, *args: str) -> int:
+def _spawn(directory: Path, name: str, *args: str) -> subprocess.Popen[bytes]:
     with (directory / f"{name}.log").open("wb") as stream:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", f"oq_runtime.{name}", *args],
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -93,7 +105,6 @@ def _spawn(directory: Path, name: str, *args: str) -> int:
             cwd="/",
             env=os.environ,
         )
-    return process.pid
 
 
 if __name__ == "__main__":
