@@ -32,6 +32,7 @@ import psutil
 
 from tests.cluster import netns
 from tests.cluster.netns import MASTER, Net, NetError, Process
+from tests.leftovers import shm, unused_shm, wait_for
 
 #: slots of the nodes
 SLOTS = {"node1": 1, "node2": 2, "node3": 5}
@@ -44,7 +45,6 @@ START_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
 #: the services run as this user; an engine installed by root starts a DbServer for nobody else
 USER = "openquake"
-SHM = Path("/dev/shm")
 TAIL_LINES = 20
 
 CFG = """\
@@ -95,11 +95,6 @@ try:
 except OSError as error:
     sys.exit(str(error))
 """
-
-
-def shm() -> set[str]:
-    """The names in /dev/shm, to be compared with those of a later moment."""
-    return {path.name for path in SHM.iterdir()}
 
 
 class Cluster:
@@ -261,7 +256,7 @@ class Cluster:
 
     def wait_for(self, condition: Callable[[], object], limit_s: float) -> bool:
         """Wait until ``condition()`` is true; False when that takes longer than ``limit_s``."""
-        return netns.wait_for(condition, limit_s)
+        return wait_for(condition, limit_s)
 
     # -- what is left
 
@@ -274,7 +269,7 @@ class Cluster:
         lines = [f"{host}: process {pid} {_command_line(pid)}" for host, pid in self._strangers()]
         lines += [f"{host}: {path}" for host, path in self._unexpected_files()]
         new = shm() - (self._shm if shm_before is None else shm_before)
-        return lines + ([f"/dev/shm/{name}" for name in _unused_shm(new)] if new else [])
+        return lines + ([f"/dev/shm/{name}" for name in unused_shm(new)] if new else [])
 
     def remove_leftovers(self) -> None:
         """SIGKILL the processes that ``leftovers`` lists; remove the directories and sockets."""
@@ -335,7 +330,7 @@ class Cluster:
 
     def _await(self, process: Process, ready: Callable[[], bool]) -> None:
         """Wait until a service is ready; raises NetError with its last words if it never is."""
-        if netns.wait_for(lambda: process.poll() is not None or ready(), START_LIMIT_S) and (
+        if wait_for(lambda: process.poll() is not None or ready(), START_LIMIT_S) and (
             process.poll() is None
         ):
             return
@@ -363,17 +358,3 @@ def _command_line(pid: int) -> str:
         process = psutil.Process(pid)
         return " ".join(process.cmdline()) or process.name()
     return "(gone)"
-
-
-def _unused_shm(names: set[str]) -> list[str]:
-    """Those of the entries that nobody has mapped: other programs use /dev/shm as well."""
-    inodes = {}
-    for name in names:
-        with contextlib.suppress(OSError):
-            inodes[str((SHM / name).stat().st_ino)] = name
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            for line in maps.read_text(errors="replace").splitlines():
-                if "/dev/shm/" in line:
-                    inodes.pop(line.split()[4], None)
-    return sorted(name for name in inodes.values() if (SHM / name).exists())

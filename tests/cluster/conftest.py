@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import netns
-from tests.cluster.cluster import Cluster, shm
-from tests.cluster.netns import Net, wait_for
+from tests.cluster.cluster import Cluster
+from tests.cluster.netns import Net
+from tests.leftovers import shm, wait_for
 
 HERE = Path(__file__).parent
 #: how long the processes of an ended job may take to go away

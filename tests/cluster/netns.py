@@ -22,13 +22,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from tests.cluster import wire
 from tests.cluster.wire import Fault
+from tests.leftovers import wait_for
 
 Direction = Literal["in", "out"]
 
@@ -70,16 +71,6 @@ class Process(subprocess.Popen[str]):
 
     host: str
     log: Path
-
-
-def wait_for(condition: Callable[[], object], limit_s: float) -> bool:
-    """Wait until ``condition()`` is true; False when that takes longer than ``limit_s``."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def unavailable() -> str:

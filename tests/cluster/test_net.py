@@ -14,7 +14,8 @@ import pytest
 
 from tests.cluster import netns
 from tests.cluster.cluster import Cluster
-from tests.cluster.netns import MASTER, Net, NetError, wait_for
+from tests.cluster.netns import MASTER, Net, NetError
+from tests.leftovers import wait_for
 
 SLEEP = [sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"]
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-LIMIT_S = 5.0
-SHM = Path("/dev/shm")
+from tests.leftovers import shm, unused_shm, wait_for
+
 HERE = Path(__file__).parent
-
-
-def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
-    """Wait until ``condition()`` is true; False when that takes longer than ``limit_s``."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def session_processes(tmpdir: Path, name: str = "") -> list[psutil.Process]:
@@ -56,30 +44,12 @@ def sessions(tmpdir: Path) -> list[Path]:
     return sorted(tmpdir.glob("oq-run-*"))
 
 
-def _shm() -> set[str]:
-    return {path.name for path in SHM.iterdir()}
-
-
-def _unused_shm(names: set[str]) -> list[str]:
-    """Those of the entries that nobody has mapped: other programs use /dev/shm as well."""
-    inodes = {}
-    for name in names:
-        with contextlib.suppress(OSError):
-            inodes[str((SHM / name).stat().st_ino)] = name
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # semaphores are mapped under another, deleted name
-            for line in maps.read_text(errors="replace").splitlines():
-                if "/dev/shm/" in line:
-                    inodes.pop(line.split()[4], None)
-    return sorted(name for name in inodes.values() if (SHM / name).exists())
-
-
 def leftovers_of(tmpdir: Path, shm_before: set[str]) -> list[str]:
     """One line per process, directory or shared memory that outlived its session."""
     lines = [f"process {p}" for p in session_processes(tmpdir)]
     lines += [f"directory {path}" for path in sessions(tmpdir)]
-    new = _shm() - shm_before
-    return lines + ([f"/dev/shm/{name}" for name in _unused_shm(new)] if new else [])
+    new = shm() - shm_before
+    return lines + ([f"/dev/shm/{name}" for name in unused_shm(new)] if new else [])
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +90,7 @@ def env(engine_home: dict[str, str], tmpdir: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def leftovers(tmpdir: Path) -> Iterator[None]:
     """After each test: no process, no session directory, no shared memory is left."""
-    before = _shm()
+    before = shm()
     yield
     clean = wait_for(lambda: not leftovers_of(tmpdir, before))
     lines = [] if clean else leftovers_of(tmpdir, before)

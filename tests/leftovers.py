@@ -1,0 +1,40 @@
+"""Waiting for a condition, and shared memory that nobody uses any more; for all lanes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SHM = Path("/dev/shm")
+LIMIT_S = 5.0
+
+
+def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
+    """Wait until ``condition()`` is true; False when that takes longer than ``limit_s``."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def shm() -> set[str]:
+    """The names in /dev/shm, to be compared with those of a later moment."""
+    return {path.name for path in SHM.iterdir()}
+
+
+def unused_shm(names: set[str]) -> list[str]:
+    """Those of the entries that nobody has mapped: other programs use /dev/shm as well."""
+    inodes = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            inodes[str((SHM / name).stat().st_ino)] = name
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # semaphores are mapped under another, deleted name
+            for line in maps.read_text(errors="replace").splitlines():
+                if "/dev/shm/" in line:
+                    inodes.pop(line.split()[4], None)
+    return sorted(name for name in inodes.values() if (SHM / name).exists())
