@@ -27,6 +27,8 @@ MIN_CHARACTERS = 16
 SCRYPT: dict[str, Any] = {"n": 2**14, "r": 8, "p": 1, "dklen": 32}
 SALT = b"oq-runtime cluster secret 1"
 DOMAIN = b"oq-runtime"
+#: milliseconds after which a connection that says nothing is closed
+HANDSHAKE_MS = 10_000
 #: milliseconds for each try of the self-test
 TRY_MS = 1000
 REMEDY = (
@@ -54,6 +56,7 @@ def read_secret(authkey: str) -> bytes:
             raise ConfigError(f"{where}: {reason}") from None
         if stat.S_IMODE(mode) & stat.S_IRWXO:
             raise ConfigError(f"{where}: others may read it; chmod o-rwx it")
+    authkey = authkey.strip()
     if authkey == "changeme" or len(authkey) < MIN_CHARACTERS:
         what = (
             "the default" if authkey == "changeme" else f"shorter than {MIN_CHARACTERS} characters"
@@ -92,6 +95,7 @@ def secure_server(socket: zmq.Socket[Any], keys: Keys) -> None:
     socket.curve_publickey, socket.curve_secretkey = keys.server_public, keys.server_secret
     socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no gate, no entry
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 
 def secure_client(socket: zmq.Socket[Any], keys: Keys) -> None:
@@ -171,6 +175,8 @@ class HandshakeMonitor:
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             | zmq.EVENT_DISCONNECTED
         )
+        # with a limit, unread events would block libzmq's I/O thread, and so all sockets
+        self.socket.setsockopt(zmq.RCVHWM, 0)
 
     def events(self) -> list[tuple[str, str]]:
         """Return what has happened, never waiting: ``(kind, endpoint or reason)``.
