@@ -28,13 +28,15 @@ from typing import Any
 import psutil
 import zmq
 
-from oq_runtime import config, facts, protocol, security, systemd, transport
+from oq_runtime import config, facts, memory, protocol, security, systemd, transport
 from oq_runtime import node as core
 from oq_runtime.config import WORKER_VARIABLE
 from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError
 from oq_runtime.spool import Spool
 
 BEAT_SECS = 2.0
+#: seconds between two looks at the memory
+LOOK_SECS = 0.5
 #: chunks of results queued on the data socket; the rest waits in the spool
 DATA_HWM = 16
 #: last bytes of a dead worker's stderr that go into the error message
@@ -51,10 +53,18 @@ class Process:
         self.log = log
         self.pidfd = os.pidfd_open(popen.pid)
         self.peer: bytes | None = None
+        self.peak_bytes = 0
 
-    def reason(self) -> str:
-        """Say how the process ended, with the last words of its stderr."""
-        code = self.popen.wait()
+    def kill(self) -> None:
+        # not Popen.kill(), which reaps a process that has just ended
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def reap(self) -> str:
+        """Reap the process and say how it ended, with the last words of its stderr."""
+        _, status, used = os.wait4(self.popen.pid, 0)
+        self.peak_bytes = used.ru_maxrss * 1024  # KiB, see getrusage(2)
+        code = self.popen.returncode = os.waitstatus_to_exitcode(status)
+        os.close(self.pidfd)
         text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         with contextlib.suppress(OSError), self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - STDERR_TAIL_BYTES))
@@ -126,7 +136,9 @@ class Agent:
         self.processes: dict[int, Process] = {}
         self.by_peer: dict[bytes, int] = {}
         self.jobs: dict[str, JobIO] = {}
-        self.next_beat_s = 0.0
+        self.next_beat_s = self.next_look_s = 0.0
+        # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
+        self.oom_kills = self.oom_kills_before = memory.oom_kills()
 
     def run(self) -> None:
         try:
@@ -134,9 +146,9 @@ class Agent:
                 self._step()
         finally:
             for process in self.processes.values():
-                process.popen.kill()
+                process.kill()
             for process in self.processes.values():
-                process.popen.wait()
+                process.reap()
             if self.monitor is not None:
                 self.monitor.close()
             if self.gate is not None:
@@ -175,7 +187,8 @@ class Agent:
             if job.data is not None:
                 wanted = zmq.POLLIN | (zmq.POLLOUT if job.uploads else 0)
                 poller.register(job.data.socket, wanted)
-        ready = dict(poller.poll(max(0, round((self.next_beat_s - time.monotonic()) * 1000))))
+        due_s = min(self.next_beat_s, self.next_look_s)
+        ready = dict(poller.poll(max(0, round((due_s - time.monotonic()) * 1000))))
         if self.owner in ready:
             self.running = False
             return
@@ -200,19 +213,34 @@ class Agent:
             if self.jobs.get(name) is job:
                 self._upload(job)
         now = time.monotonic()
+        if now >= self.next_look_s:
+            self._look(now)
         if now >= self.next_beat_s:
             self._beat(now)
+
+    def _look(self, now: float) -> None:
+        self.next_look_s = now + LOOK_SECS
+        self.oom_kills_before = max(self.oom_kills_before, self.oom_kills)
+        self.oom_kills = memory.oom_kills()
+        used = memory.usage()
+        workers = {w: memory.resident(p.popen.pid) for w, p in self.processes.items()}
+        self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
+        systemd.notify("WATCHDOG=1")
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + BEAT_SECS
         self._handle(core.Tick())
-        self._handle(core.MemoryUsed(memory_used()))
-        systemd.notify("WATCHDOG=1")
         if self.ending and not self.core.busy and not any(j.spools for j in self.jobs.values()):
             self.running = False
+        used = self.core.memory
+        beat = protocol.Beat(
+            busy=self.core.busy,
+            closed=self.core.closed,
+            free_bytes=max(0, used.limit_bytes - used.used_bytes),
+        )
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
-                self._to_broker(name, protocol.Beat(busy=self.core.busy, closed=self.core.closed))
+                self._to_broker(name, beat)
             if job.data is not None:
                 job.data.send(protocol.Beat())
 
@@ -255,7 +283,9 @@ class Agent:
                 job.data = transport.Link(data, name, message.epoch)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(core.LeaseAsked(name))
-            case protocol.Task(task=task, attempt=attempt) if job.data:
+            case protocol.Task(task=task, attempt=attempt, alone=alone) if job.data:
+                if alone:
+                    self._handle(core.AloneAsked(name, task, attempt))
                 if len(frames) > 2:
                     job.payloads[task, attempt] = frames[2].bytes
                     self._handle(core.TaskGiven(name, task, attempt))
@@ -292,7 +322,7 @@ class Agent:
             slots=self.core.slots,
             busy=self.core.busy,
             jobs=sorted(self.core.leases),
-            memory=self.core.memory,
+            memory=self.core.memory_part,
             engine=self.own_facts.engine,
             state="stopped" if self.core.draining else "up",
         )
@@ -353,7 +383,7 @@ class Agent:
                 if process.popen.pid == message.pid:
                     process.peer = peer
                     self.by_peer[peer] = worker
-                    self._handle(core.WorkerReady(worker))
+                    self._handle(core.WorkerReady(worker, memory.resident(message.pid)))
             return
         found = self.core.workers.get(self.by_peer.get(peer, -1))
         job = self.jobs.get(message.job)
@@ -380,17 +410,20 @@ class Agent:
                     digest=spool.digest,
                 )
                 self._to_broker(message.job, ended)
-                self._handle(core.WorkerEnded(found.id))
+                resident = memory.resident(self.processes[found.id].popen.pid)
+                self._handle(core.WorkerEnded(found.id, resident))
 
     def _reap(self, worker: int) -> None:
         process = self.processes.pop(worker)
-        reason = process.reason()
-        os.close(process.pidfd)
+        reason = process.reap()
+        killed = process.popen.returncode == -signal.SIGKILL
+        oom = killed and memory.oom_kills() > self.oom_kills_before
+        self.oom_kills_before += oom  # each kill explains one death
         if process.peer is not None:
             del self.by_peer[process.peer]
         if process.popen.returncode:
             log(reason)
-        self._handle(core.WorkerGone(worker, reason))
+        self._handle(core.WorkerGone(worker, reason, oom, process.peak_bytes))
 
     # ---- effects out
 
@@ -411,9 +444,11 @@ class Agent:
                     transport.send_to(self.workers, peer, run, payload)
                 case core.Kill(worker):
                     if process := self.processes.get(worker):
-                        process.popen.kill()
-                case core.ReportDeath(job, task, attempt, reason, started):
-                    died = protocol.Died(task=task, attempt=attempt, reason=reason, started=started)
+                        process.kill()
+                case core.ReportDeath(job, task, attempt, reason, started, oom):
+                    died = protocol.Died(
+                        task=task, attempt=attempt, reason=reason, started=started, oom=oom
+                    )
                     self._to_broker(job, died)
                 case core.DropAttempt(job, task, attempt):
                     if found := self.jobs.get(job):
@@ -477,12 +512,6 @@ class Agent:
 def log(text: str) -> None:
     """Print one line; the service manager adds time and name."""
     print(text, file=sys.stderr, flush=True)
-
-
-def memory_used() -> float:
-    """Return the part of this node's memory that is in use."""
-    memory = psutil.virtual_memory()
-    return 1.0 - memory.available / memory.total
 
 
 def own_address(cluster: config.Cluster) -> str:

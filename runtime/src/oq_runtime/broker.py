@@ -32,6 +32,9 @@ from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, Transi
 BEAT_SECS = 2.0
 #: seconds between two calls of an agent that does not answer, at first and at most
 CALL_SECS, CALL_MAX_SECS = 0.05, 2.0
+MEMORY_REMEDY = (
+    "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
+)
 
 
 @dataclass(slots=True)
@@ -373,8 +376,10 @@ class Broker:
             self._lose(peer, "messages were lost on the way")
             return
         if peer.state == "leased":
-            closed = message.closed if isinstance(message, protocol.Beat) else None
-            self._handle(core.NodeSeen(peer.name, closed))
+            seen = core.NodeSeen(peer.name)
+            if isinstance(message, protocol.Beat):
+                seen = core.NodeSeen(peer.name, message.closed, message.free_bytes)
+            self._handle(seen)
             self._from_node(peer, message)
             return
         match message:
@@ -403,8 +408,8 @@ class Broker:
                 staging = Staging(message.parts, message.nbytes, message.digest)
                 self.staging[task, attempt] = staging
                 self._handle(core.Ended(name, task, attempt, message.nbytes))
-            case protocol.Died(task=task, attempt=attempt, reason=reason):
-                self._handle(core.Died(name, task, attempt, f"{reason}, host {peer.host}"))
+            case protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom):
+                self._handle(core.Died(name, task, attempt, f"{reason}, host {peer.host}", oom))
 
     def _from_data(self, sender: bytes, message: Any, frames: list[zmq.Frame]) -> None:
         assert self.data is not None
@@ -454,11 +459,11 @@ class Broker:
 
     def _apply(self, effect: core.Effect) -> None:
         match effect:
-            case core.Assign(node, task, attempt):
+            case core.Assign(node, task, attempt, alone):
                 submission = self.submissions[task]
                 size = len(submission.payload)
                 header = protocol.Task(
-                    task=task, attempt=attempt, func=submission.func, nbytes=size
+                    task=task, attempt=attempt, func=submission.func, nbytes=size, alone=alone
                 )
                 inline = [submission.payload] if size <= protocol.INLINE_BYTES else []
                 self._send(self.peers[node], header, *inline)
@@ -493,10 +498,14 @@ class Broker:
 
     def _fail(self, task: int, error: str, history: tuple[str, ...]) -> None:
         submission = self._forget(task)
-        text = (
+        # all in the last line, which is the one that oq-run shows
+        verdict = (
             f"task #{submission.task} ({submission.func}) was given up after "
-            f"{self.core.tasks[task].attempt} attempts:\n" + "\n".join(history)
+            f"{self.core.tasks[task].attempt} attempts; {history[-1]}"
         )
+        if error == "OutOfMemory":
+            verdict += MEMORY_REMEDY
+        text = "\n".join([*history[:-1], verdict])
         log(text)
         header = protocol.Failed(
             job=self.job, task=submission.task, map=submission.map, error=error, text=text

@@ -29,6 +29,10 @@ class WorkerDied(OqRuntimeError):
     """A task lost its worker process as often as it may; the message has the history."""
 
 
+class OutOfMemory(OqRuntimeError):
+    """A task ran out of memory also when it had a node for itself; the message has the figures."""
+
+
 class NodeLost(OqRuntimeError):
     """A task lost its node, or its results on the way from it, too often."""
 

@@ -5,12 +5,14 @@ A worker belongs to one lease and runs one task at a time, so that blame for its
 
 Several leases share the slots by max-min fairness: none gets more than it wants while another has
 less than its part; what cannot be divided goes to the lease that has been served least. A share
-that shrinks stops nothing that runs.
+that shrinks stops nothing that runs. An attempt that must be alone waits until no other runs on the
+node, whoever's it is, and holds all others back until it has ended.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -20,6 +22,8 @@ FENCE_AFTER_S = 30.0
 SOFT_MEMORY, HARD_MEMORY = 0.80, 0.90
 #: seconds between two such kills: the memory of the first must be free before the second is due
 KILL_INTERVAL_S = 2.0
+#: bytes by which a worker may grow over what it had at its start before it is replaced
+GROWTH_BYTES = 1 << 30
 
 
 class WorkerState(Enum):
@@ -35,7 +39,9 @@ class Worker:
     state: WorkerState = WorkerState.STARTING
     task: int = -1
     attempt: int = -1
+    alone: bool = False
     since_s: float = 0.0
+    start_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -48,6 +54,7 @@ class Lease:
     wanted: int = -1
     served_s: float = 0.0
     pending: deque[tuple[int, int]] = field(default_factory=deque)
+    alone: set[tuple[int, int]] = field(default_factory=set)
 
 
 # ---- events
@@ -68,9 +75,11 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUsed:
-    """The part of the memory of this node (or of its cgroup) that is in use."""
+    """What is in use of the memory of this node (or of its cgroup), and by each worker."""
 
-    part: float
+    used_bytes: int
+    limit_bytes: int
+    workers: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,15 @@ class DrainAsked:
 class Released:
     job: str
     reason: str = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class AloneAsked:
+    """An attempt that is going to be given must run alone on this node."""
+
+    job: str
+    task: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +119,28 @@ class AbortAsked:
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
     worker: int
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
+    """The worker has ended its task, and now holds so much memory."""
+
     worker: int
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerGone:
+    """The process has ended; ``oom``: killed by the kernel for lack of memory.
+
+    ``nbytes`` is the most memory that it had.
+    """
+
     worker: int
     reason: str
+    oom: bool = False
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +149,8 @@ class Tick:
 
 
 Event = (
-    LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | TaskGiven | AbortAsked | WorkerReady
-    | WorkerEnded | WorkerGone | Tick
+    LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | AloneAsked | TaskGiven | AbortAsked
+    | WorkerReady | WorkerEnded | WorkerGone | Tick
 )  # fmt: skip
 
 
@@ -160,6 +189,7 @@ class ReportDeath:
     attempt: int
     reason: str
     started: bool
+    oom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +222,7 @@ class Node:
         self.workers: dict[int, Worker] = {}
         self.spawned = 0
         self.draining = False
-        self.memory = 0.0
+        self.memory = MemoryUsed(0, 1)
         self.killed_s = -KILL_INTERVAL_S
         self.ticked_s: float | None = None
 
@@ -203,7 +233,12 @@ class Node:
     @property
     def closed(self) -> bool:
         """Whether no new task should come: draining, or short of memory with tasks under way."""
-        return self.draining or (self.memory > SOFT_MEMORY and self.busy > 0)
+        return self.draining or (self.memory_part > SOFT_MEMORY and self.busy > 0)
+
+    @property
+    def memory_part(self) -> float:
+        """The part of the memory that is in use."""
+        return self.memory.used_bytes / self.memory.limit_bytes
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, monotonic); return what is to be done."""
@@ -221,14 +256,17 @@ class Node:
                     if wanted is not None and wanted != self.leases[job].wanted:
                         self.leases[job].wanted = wanted
                         self._share(effects)
-            case MemoryUsed(part):
-                self.memory = part
-                if part > HARD_MEMORY and now - self.killed_s >= KILL_INTERVAL_S:
+            case MemoryUsed():
+                self.memory = event
+                if self.memory_part > HARD_MEMORY and now - self.killed_s >= KILL_INTERVAL_S:
                     self._kill_newest(now, effects)
             case DrainAsked(on):
                 self.draining = on
             case Released(job, reason):
                 self._end(job, reason, effects)
+            case AloneAsked(job, task, attempt):
+                if job in self.leases:
+                    self.leases[job].alone.add((task, attempt))
             case TaskGiven(job, task, attempt):
                 if job in self.leases:
                     self.leases[job].pending.append((task, attempt))
@@ -236,14 +274,17 @@ class Node:
                     effects.append(DropAttempt(job, task, attempt))
             case AbortAsked(job, task, attempt):
                 self._abort(job, task, attempt, effects)
-            case WorkerReady(worker):
+            case WorkerReady(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
-                    found.state = WorkerState.IDLE
-            case WorkerEnded(worker):
+                    found.state, found.start_bytes = WorkerState.IDLE, nbytes
+            case WorkerEnded(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
                     found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
-            case WorkerGone(worker, reason):
-                self._gone(worker, reason, effects)
+                    if nbytes - found.start_bytes > GROWTH_BYTES:
+                        self._kill(found, effects)
+                        self._spawn(self.leases[found.job], effects)
+            case WorkerGone():
+                self._gone(event, effects)
             case Tick():
                 self._tick(now, effects)
         self._fill(now, effects)
@@ -286,18 +327,31 @@ class Node:
         """Give waiting tasks to idle workers, and start workers where they are missing."""
         free = self.slots - self.busy
         # the lease that is furthest below its share comes first
-        for lease in sorted(self.leases.values(), key=lambda one: self._running(one) - one.slots):
+        leases = sorted(self.leases.values(), key=lambda one: self._running(one) - one.slots)
+        alone = [one for one in leases if one.pending and one.pending[0] in one.alone]
+        if alone or any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
+            if self.busy:
+                return
+            leases, free = alone[:1], 1
+        for lease in leases:
             for worker in self._of(lease.job):
                 if free > 0 and lease.pending and worker.state is WorkerState.IDLE:
-                    worker.task, worker.attempt = lease.pending.popleft()
-                    worker.state, worker.since_s = WorkerState.BUSY, now
-                    effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
+                    self._start(worker, lease, now, effects)
                     free -= 1
             starting = sum(w.state is WorkerState.STARTING for w in self._of(lease.job))
             for _ in range(min(len(lease.pending) - starting, free - starting)):
                 if len(self.workers) >= self.slots and not self._make_room(lease, effects):
                     break
                 self._spawn(lease, effects)
+
+    def _start(self, worker: Worker, lease: Lease, now: float, effects: list[Effect]) -> None:
+        worker.task, worker.attempt = key = lease.pending.popleft()
+        worker.state, worker.since_s, worker.alone = WorkerState.BUSY, now, key in lease.alone
+        if worker.alone:
+            lease.alone.remove(key)
+            for other in [w for w in self.workers.values() if w is not worker]:
+                self._kill(other, effects)  # idle ones hold memory as well
+        effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
 
     def _running(self, lease: Lease) -> int:
         return sum(w.state is WorkerState.BUSY for w in self._of(lease.job))
@@ -331,28 +385,40 @@ class Node:
             return
         self.killed_s = now
         newest = max(busy, key=lambda w: (w.since_s, w.id))
-        reason = f"killed to free memory: {self.memory:.0%} in use, the limit is {HARD_MEMORY:.0%}"
-        self._kill_busy(newest, reason, effects)
+        figures = self._figures(self.memory.workers.get(newest.id, 0))
+        reason = f"killed to free memory: {figures}, the limit is {HARD_MEMORY:.0%}"
+        self._kill_busy(newest, reason, effects, oom=True)
 
-    def _kill_busy(self, worker: Worker, reason: str, effects: list[Effect]) -> None:
+    def _figures(self, worker_bytes: int) -> str:
+        used, limit = gib(self.memory.used_bytes), gib(self.memory.limit_bytes)
+        return f"its worker had {gib(worker_bytes)}, {used} of {limit} were in use"
+
+    def _kill_busy(
+        self, worker: Worker, reason: str, effects: list[Effect], *, oom: bool = False
+    ) -> None:
         self._kill(worker, effects)
         effects.append(DropAttempt(worker.job, worker.task, worker.attempt))
-        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, True))
+        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, True, oom))
 
-    def _gone(self, worker_id: int, reason: str, effects: list[Effect]) -> None:
-        worker = self.workers.pop(worker_id, None)
+    def _gone(self, gone: WorkerGone, effects: list[Effect]) -> None:
+        worker = self.workers.pop(gone.worker, None)
         if worker is None:
             return
         lease = self.leases[worker.job]
+        reason = gone.reason
+        if gone.oom:
+            reason += f" by the kernel for lack of memory: {self._figures(gone.nbytes)}"
         if worker.state is WorkerState.BUSY:
-            effects.append(DropAttempt(lease.job, worker.task, worker.attempt))
-            effects.append(ReportDeath(lease.job, worker.task, worker.attempt, reason, True))
+            task, attempt = worker.task, worker.attempt
+            effects.append(DropAttempt(lease.job, task, attempt))
+            effects.append(ReportDeath(lease.job, task, attempt, reason, True, gone.oom))
         elif worker.state is WorkerState.STARTING and lease.pending:
             # workers that cannot start must not be spawned for ever: charge a waiting task
             task, attempt = lease.pending.popleft()
+            lease.alone.discard((task, attempt))
             effects.append(DropAttempt(lease.job, task, attempt))
             text = f"worker could not start: {reason}"
-            effects.append(ReportDeath(lease.job, task, attempt, text, False))
+            effects.append(ReportDeath(lease.job, task, attempt, text, False, gone.oom))
         if worker.state is not WorkerState.STARTING and len(self._of(lease.job)) < lease.slots:
             self._spawn(lease, effects)
 
@@ -361,6 +427,7 @@ class Node:
         lease = self.leases.get(job)
         if lease is None:
             return
+        lease.alone.discard((task, attempt))
         if (task, attempt) in lease.pending:
             lease.pending.remove((task, attempt))
         for worker in self._of(job):
@@ -375,3 +442,8 @@ class Node:
             self._kill(worker, effects)
         effects.append(LeaseEnded(job, reason))
         self._share(effects)
+
+
+def gib(nbytes: int) -> str:
+    """Return a number of bytes in GiB, for a message."""
+    return f"{nbytes / (1 << 30):.2f} GiB"

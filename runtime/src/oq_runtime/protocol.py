@@ -164,12 +164,16 @@ class Release(Message, frozen=True, tag="release"):
 
 
 class Task(Message, frozen=True, tag="task"):
-    """Payload inline when there is one frame behind the header, else to be fetched."""
+    """Payload inline when there is one frame behind the header, else to be fetched.
+
+    ``alone``: nothing else may run on the node at the same time.
+    """
 
     task: int
     attempt: int
     func: str
     nbytes: int
+    alone: bool = False
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
@@ -214,18 +218,25 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 class Died(Message, frozen=True, tag="died"):
+    """The worker of an attempt has ended; ``oom``: killed for lack of memory."""
+
     task: int
     attempt: int
     reason: str
     started: bool
+    oom: bool = False
 
 
 class Beat(Message, frozen=True, tag="beat"):
-    """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please."""
+    """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please.
+
+    ``free_bytes``: of the node's memory.
+    """
 
     wanted: int = 0
     busy: int = 0
     closed: bool = False
+    free_bytes: int = 0
 
 
 class Command(Message, frozen=True, tag="command"):

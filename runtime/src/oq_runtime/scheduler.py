@@ -22,6 +22,8 @@ SUSPECT_AFTER_S = 10.0
 LOST_AFTER_S = 30.0
 #: attempts of a task that may end with the death of its worker process
 MAX_DEATHS = 3
+#: attempts of a task that may run out of memory: one beside others, one alone on its node
+MAX_OOMS = 2
 #: attempts that may be lost with their nodes, or damaged on the way, before the task is given up
 MAX_NODE_LOSSES = 10
 #: bytes of results that may be staged in the broker; one larger attempt is let through alone
@@ -38,12 +40,13 @@ class State(Enum):
     UPLOADING = "uploading"
     COMMITTED = "committed"
     POISONED = "poisoned"
+    FAILED_OOM = "out of memory"
     CANCELLED = "cancelled"
 
 
-FINAL = frozenset({State.COMMITTED, State.POISONED, State.CANCELLED})
+FINAL = frozenset({State.COMMITTED, State.POISONED, State.FAILED_OOM, State.CANCELLED})
 
-# {state: {transition: next state}}; "refused" and "poisoned" are the two outcomes of a failed
+# {state: {transition: next state}}; "retry", "give up" and "fail oom" are the outcomes of a failed
 # attempt, decided by the budgets in _retry
 TRANSITIONS: dict[State, dict[str, State]] = {
     State.QUEUED: {
@@ -55,28 +58,33 @@ TRANSITIONS: dict[State, dict[str, State]] = {
         "start": State.RUNNING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.RUNNING: {
         "end": State.WAITING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.WAITING: {
         "grant": State.UPLOADING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.UPLOADING: {
         "commit": State.COMMITTED,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.COMMITTED: {},
     State.POISONED: {},
+    State.FAILED_OOM: {},
     State.CANCELLED: {},
 }
 
@@ -100,10 +108,11 @@ class NodeResized:
 
 @dataclass(frozen=True, slots=True)
 class NodeSeen:
-    """A sign of life; ``closed`` (None: as before) says that the node takes no new tasks."""
+    """A sign of life; ``closed`` says that the node takes no new tasks. None: as before."""
 
     node: str
     closed: bool | None = None
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +154,13 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Died:
+    """The worker of the attempt has ended; ``oom``: for lack of memory."""
+
     node: str
     task: int
     attempt: int
     reason: str
+    oom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +189,12 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
+    """``alone``: nothing else may run on the node at the same time."""
+
     node: str
     task: int
     attempt: int
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,23 +245,33 @@ class Task:
     node: str = ""
     nbytes: int = 0
     deaths: int = 0
+    ooms: int = 0
     node_losses: int = 0
     avoid: str = ""
     history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY_LINES))
 
+    @property
+    def alone(self) -> bool:
+        """Whether the next attempt, or the one under way, has a node for itself."""
+        return self.ooms > 0
+
 
 @dataclass(slots=True)
 class Node:
+    """``kept_for``: the task that has this node for itself, or waits until it is empty."""
+
     name: str
     slots: int
     seen_s: float
     closed: bool = False
+    free_bytes: int = 0
     running: set[int] = field(default_factory=set)
+    kept_for: int | None = None
 
     @property
     def credit(self) -> int:
         """Slots that are free; never negative, also when the share has shrunk below what runs."""
-        return max(0, self.slots - len(self.running))
+        return 0 if self.kept_for is not None else max(0, self.slots - len(self.running))
 
 
 class Scheduler:
@@ -270,6 +295,7 @@ class Scheduler:
         self.tasks: dict[int, Task] = {}
         self.nodes: dict[str, Node] = {}
         self.queue: list[tuple[float, int]] = []  # (-weight, task)
+        self.alone: list[int] = []  # queued for a node of their own, in order of arrival
         self.waiting: list[int] = []  # ended, in order of arrival, not granted yet
         self.staged: dict[int, int] = {}  # granted or committed and not consumed: task -> bytes
         self.live: set[int] = set()
@@ -295,11 +321,13 @@ class Scheduler:
             case NodeResized(node, slots):
                 if node in self.nodes:
                     self.nodes[node].slots = slots
-            case NodeSeen(node, closed):
+            case NodeSeen(node, closed, free_bytes):
                 if node in self.nodes:
                     self.nodes[node].seen_s = now
                     if closed is not None:
                         self.nodes[node].closed = closed
+                    if free_bytes is not None:
+                        self.nodes[node].free_bytes = free_bytes
             case NodeGone(node, reason):
                 self._lose(node, reason, effects)
             case Submitted(task, group, func, weight):
@@ -316,7 +344,7 @@ class Scheduler:
                 if current := self._current(node, task, attempt, effects):
                     self._move(current, "end", f"ended on {node}, {nbytes} bytes")
                     current.nbytes = nbytes
-                    self.nodes[node].running.discard(task)
+                    self._vacate(current)
                     self.waiting.append(task)
             case Uploaded(node, task, attempt, intact):
                 if current := self._current(node, task, attempt, effects):
@@ -330,10 +358,13 @@ class Scheduler:
                     else:
                         current.node_losses += 1  # charged like a loss: the task did no harm
                         self._retry(current, f"damaged on the way from {node}", effects)
-            case Died(node, task, attempt, reason):
+            case Died(node, task, attempt, reason, oom):
                 if current := self._current(node, task, attempt, effects):
-                    current.deaths += 1
-                    current.avoid = node
+                    if oom:
+                        current.ooms += 1
+                    else:
+                        current.deaths += 1
+                        current.avoid = node
                     self._retry(current, f"{reason} on {node}", effects)
             case Consumed(task):
                 if task in self.tasks and self.tasks[task].state is State.COMMITTED:
@@ -372,10 +403,18 @@ class Scheduler:
         task.state = state
         task.history.append(f"attempt {task.attempt}: {note}")
 
-    def _free(self, task: Task, effects: list[Effect]) -> None:
-        """Take the task from its node and drop what was staged of its attempt."""
+    def _vacate(self, task: Task) -> None:
+        """Take the task from its node, and give back the node that was kept for it."""
         if task.node in self.nodes:
             self.nodes[task.node].running.discard(task.id)
+        if task.alone:
+            for node in self.nodes.values():
+                if node.kept_for == task.id:
+                    node.kept_for = None
+
+    def _free(self, task: Task, effects: list[Effect]) -> None:
+        """Take the task from its node and drop what was staged of its attempt."""
+        self._vacate(task)
         if task.state is State.WAITING:
             self.waiting.remove(task.id)
         if task.state in (State.WAITING, State.UPLOADING):
@@ -384,17 +423,25 @@ class Scheduler:
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
         self._free(task, effects)
-        if task.deaths >= self.max_deaths or task.node_losses >= MAX_NODE_LOSSES:
-            error = "WorkerDied" if task.deaths >= self.max_deaths else "NodeLost"
-            self._give_up(task, error, note, effects)
-            return
-        self._move(task, "retry", note)
-        self.retries[task.func] += 1
-        task.node = ""
-        heapq.heappush(self.queue, (-task.weight, task.id))
+        if task.ooms >= MAX_OOMS:
+            self._give_up(task, "OutOfMemory", note, effects, "fail oom")
+        elif task.deaths >= self.max_deaths:
+            self._give_up(task, "WorkerDied", note, effects)
+        elif task.node_losses >= MAX_NODE_LOSSES:
+            self._give_up(task, "NodeLost", note, effects)
+        else:
+            self._move(task, "retry", note)
+            self.retries[task.func] += 1
+            task.node = ""
+            if task.alone:
+                self.alone.append(task.id)
+            else:
+                heapq.heappush(self.queue, (-task.weight, task.id))
 
-    def _give_up(self, task: Task, error: str, note: str, effects: list[Effect]) -> None:
-        self._move(task, "give up", note)
+    def _give_up(
+        self, task: Task, error: str, note: str, effects: list[Effect], move: str = "give up"
+    ) -> None:
+        self._move(task, move, note)
         self.live.discard(task.id)
         self.given_up += 1
         effects.append(GiveUp(task.id, error, tuple(task.history)))
@@ -455,6 +502,7 @@ class Scheduler:
         healthy = [
             n for n in self.nodes.values() if not n.closed and now - n.seen_s <= SUSPECT_AFTER_S
         ]
+        self._dispatch_alone([n for n in healthy if n.slots > 0], effects)
         while self.queue:
             free = [n for n in healthy if n.credit > 0]
             if not free:
@@ -465,11 +513,30 @@ class Scheduler:
                 continue  # cancelled or given up while it was queued
             # the relatively emptiest node; one on which the task killed its worker comes last
             node = min(free, key=lambda n: (n.name == task.avoid, -n.credit / n.slots, n.name))
-            task.attempt += 1
-            task.node = node.name
-            self._move(task, "assign", f"assigned to {node.name}")
-            node.running.add(task_id)
-            effects.append(Assign(node.name, task_id, task.attempt))
+            self._assign(task, node, effects)
+
+    def _dispatch_alone(self, healthy: list[Node], effects: list[Effect]) -> None:
+        """Keep the node with most free memory for each task that needs one; start it when empty."""
+        self.alone = [t for t in self.alone if self.tasks[t].state is State.QUEUED]
+        for node in self.nodes.values():
+            if node.kept_for in self.alone and node not in healthy:
+                node.kept_for = None
+        for task_id in list(self.alone):
+            kept = [n for n in healthy if n.kept_for == task_id]
+            for node in kept or sorted(healthy, key=lambda n: (-n.free_bytes, n.name)):
+                if node.kept_for in (None, task_id):
+                    node.kept_for = task_id
+                    if not node.running:
+                        self.alone.remove(task_id)
+                        self._assign(self.tasks[task_id], node, effects)
+                    break
+
+    def _assign(self, task: Task, node: Node, effects: list[Effect]) -> None:
+        task.attempt += 1
+        task.node = node.name
+        self._move(task, "assign", f"assigned to {node.name}{', alone' if task.alone else ''}")
+        node.running.add(task.id)
+        effects.append(Assign(node.name, task.id, task.attempt, task.alone))
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
@@ -478,8 +545,11 @@ class Scheduler:
             assert 0 <= node.credit <= node.slots, node
             for task_id in node.running:
                 assert self.tasks[task_id].node == node.name
+                if self.tasks[task_id].alone:
+                    assert node.running == {node.kept_for}, node
+            assert node.kept_for is None or node.kept_for in self.live, node
         for task in self.tasks.values():
-            assert task.deaths <= self.max_deaths
+            assert task.deaths <= self.max_deaths and task.ooms <= MAX_OOMS
             assert task.node_losses <= MAX_NODE_LOSSES
             assert (task.id in self.live) == (task.state not in FINAL)
             in_upload = task.state is State.UPLOADING
