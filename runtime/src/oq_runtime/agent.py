@@ -31,7 +31,7 @@ import zmq
 from oq_runtime import config, facts, memory, protocol, security, systemd, transport
 from oq_runtime import node as core
 from oq_runtime.config import WORKER_VARIABLE
-from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError
+from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
 from oq_runtime.spool import Spool
 
 BEAT_SECS = 2.0
@@ -255,6 +255,8 @@ class Agent:
             message = protocol.decode(frames[1].buffer)
         except (ProtocolError, IndexError) as exc:
             log(f"refused a message on the control socket: {exc}")
+            if isinstance(exc, VersionError):  # the peer reads both versions from any answer
+                transport.send_to(self.control, peer, protocol.Refused(reason=str(exc)))
             return
         name = message.job
         if isinstance(message, protocol.Command):
