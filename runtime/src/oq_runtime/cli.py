@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import selectors
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -337,7 +336,7 @@ def stop_session(directory: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             if selector.get_map():
                 os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(directory, ignore_errors=True)
+    launch.remove(directory)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ TRANSITIONS: dict[State, dict[str, State]] = {
     },
     State.ASSIGNED: {
         "start": State.RUNNING,
+        "end": State.WAITING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
         "cancel": State.CANCELLED,
