@@ -246,6 +246,11 @@ class Cluster:
         self._agent_files.pop(node, None)
         return self._stop(self.agents.pop(node))
 
+    def stop_agents(self) -> None:
+        """SIGTERM to the agents that run; returns when they have ended."""
+        for node in list(self.agents):
+            self.stop_agent(node)
+
     def oq_run(self, job: Path | str, *args: str, **env: str) -> Process:
         """Start ``oq-run JOB args`` on the master; stdout is a pipe, stderr a file (``log``)."""
         argv = [sys.executable, "-m", "oq_runtime.cli", str(job), *args]

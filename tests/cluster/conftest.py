@@ -57,6 +57,13 @@ def cluster(master: Cluster) -> Cluster:
     return master
 
 
+@pytest.fixture
+def no_agents(master: Cluster) -> Cluster:
+    """The cluster with its DbServer; the agents that earlier tests have started are ended."""
+    master.stop_agents()
+    return master
+
+
 @pytest.fixture(autouse=True)
 def leftovers(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test: no fault, no process, no session directory, no shared memory is left."""
