@@ -467,7 +467,7 @@ def one_task(state: State) -> Scheduler:
     if state in (State.RUNNING, State.WAITING, State.UPLOADING, State.COMMITTED):
         core.handle(Started("a", 1, 1), 0.0)
     if state is State.WAITING:
-        core.staged[99] = WINDOW  # the window is full
+        core.staged[99] = core.staged_bytes = WINDOW  # the window is full
     if state in (State.WAITING, State.UPLOADING, State.COMMITTED):
         core.handle(Ended("a", 1, 1, 10), 0.0)
     if state is State.COMMITTED:

@@ -10,7 +10,7 @@ sender is told to abort.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -233,21 +233,30 @@ class Task:
     deaths: int = 0
     node_losses: int = 0
     avoid: str = ""
-    history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY_LINES))
+    history: tuple[str, ...] = ()  # while it is live: a job may have millions of tasks
 
 
 @dataclass(slots=True)
 class Node:
+    """``running`` tasks have a slot each; of ``ended`` ones only the results are still here."""
+
     name: str
     slots: int
     seen_s: float
     closed: bool = False
     running: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
+    offers: set[float] = field(default_factory=set)  # loads with which it is in Scheduler.free
 
     @property
     def credit(self) -> int:
         """Slots that are free; never negative, also when the share has shrunk below what runs."""
         return max(0, self.slots - len(self.running))
+
+    @property
+    def load(self) -> float:
+        """The part of its slots that is taken."""
+        return len(self.running) / self.slots if self.slots else 1.0
 
 
 class Scheduler:
@@ -271,8 +280,12 @@ class Scheduler:
         self.tasks: dict[int, Task] = {}
         self.nodes: dict[str, Node] = {}
         self.queue: list[tuple[float, int]] = []  # (-weight, task)
-        self.waiting: list[int] = []  # ended, in order of arrival, not granted yet
+        # (load, node), the emptiest first; an entry whose load is not the node's any more is void
+        self.free: list[tuple[float, str]] = []
+        # ended, in order of arrival, not granted yet
+        self.waiting: OrderedDict[int, None] = OrderedDict()
         self.staged: dict[int, int] = {}  # granted or committed and not consumed: task -> bytes
+        self.staged_bytes = 0
         self.live: set[int] = set()
         self.submitted = self.committed = self.cancelled = self.given_up = 0
         self.retries: Counter[str] = Counter()  # per function
@@ -293,14 +306,17 @@ class Scheduler:
                 if node in self.nodes:
                     self._lose(node, "it joined again", effects)
                 self.nodes[node] = Node(node, slots, now)
+                self._offer(self.nodes[node])
             case NodeResized(node, slots):
                 if node in self.nodes:
                     self.nodes[node].slots = slots
+                    self._offer(self.nodes[node])
             case NodeSeen(node, closed):
                 if node in self.nodes:
                     self.nodes[node].seen_s = now
                     if closed is not None:
                         self.nodes[node].closed = closed
+                    self._offer(self.nodes[node])
             case NodeGone(node, reason):
                 self._lose(node, reason, effects)
             case Submitted(task, group, func, weight):
@@ -318,13 +334,16 @@ class Scheduler:
                     self._move(current, "end", f"ended on {node}, {nbytes} bytes")
                     current.nbytes = nbytes
                     self.nodes[node].running.discard(task)
-                    self.waiting.append(task)
+                    self.nodes[node].ended.add(task)
+                    self._offer(self.nodes[node])
+                    self.waiting[task] = None
             case Uploaded(node, task, attempt, intact):
                 if current := self._current(node, task, attempt, effects):
                     if current.state is not State.UPLOADING:
                         raise TransitionError(f"task {task} is {current.state.value}: no upload")
                     if intact:
                         self._move(current, "commit", f"committed from {node}")
+                        self.nodes[node].ended.discard(task)
                         self.live.discard(task)
                         self.committed += 1
                         effects.append(Commit(node, task, attempt))
@@ -338,7 +357,7 @@ class Scheduler:
                     self._retry(current, f"{reason} on {node}", effects)
             case Consumed(task):
                 if task in self.tasks and self.tasks[task].state is State.COMMITTED:
-                    self.staged.pop(task, None)
+                    self._unstage(task)
             case Cancelled(group):
                 for task in [t for t in self.live if self.tasks[t].group == group]:
                     self._cancel(self.tasks[task], effects)
@@ -371,17 +390,23 @@ class Scheduler:
             text = f"task {task.id} is {task.state.value}: no {transition}"
             raise TransitionError(text) from None
         task.state = state
-        task.history.append(f"attempt {task.attempt}: {note}")
+        line = f"attempt {task.attempt}: {note}"
+        task.history = () if state is State.COMMITTED else (*task.history, line)[-HISTORY_LINES:]
 
     def _free(self, task: Task, effects: list[Effect]) -> None:
         """Take the task from its node and drop what was staged of its attempt."""
-        if task.node in self.nodes:
-            self.nodes[task.node].running.discard(task.id)
+        if node := self.nodes.get(task.node):
+            node.running.discard(task.id)
+            node.ended.discard(task.id)
+            self._offer(node)
         if task.state is State.WAITING:
-            self.waiting.remove(task.id)
+            del self.waiting[task.id]
         if task.state in (State.WAITING, State.UPLOADING):
-            self.staged.pop(task.id, None)
+            self._unstage(task.id)
             effects.append(DropStaged(task.id, task.attempt))
+
+    def _unstage(self, task: int) -> None:
+        self.staged_bytes -= self.staged.pop(task, 0)
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
         self._free(task, effects)
@@ -398,7 +423,7 @@ class Scheduler:
         self._move(task, "give up", note)
         self.live.discard(task.id)
         self.given_up += 1
-        effects.append(GiveUp(task.id, error, tuple(task.history)))
+        effects.append(GiveUp(task.id, error, task.history))
 
     def _cancel(self, task: Task, effects: list[Effect]) -> None:
         self._free(task, effects)
@@ -413,11 +438,10 @@ class Scheduler:
         if node is None:
             return
         self.lost.append(f"{name}: {reason}")
-        for task_id in sorted(self.live):
+        for task_id in sorted(node.running | node.ended):
             task = self.tasks[task_id]
-            if task.node == name and task.state is not State.QUEUED:
-                task.node_losses += 1
-                self._retry(task, f"node {name} lost ({reason})", effects)
+            task.node_losses += 1
+            self._retry(task, f"node {name} lost ({reason})", effects)
 
     def _lose_silent(self, now: float, effects: list[Effect]) -> None:
         # only on a tick, which comes after all waiting beats were read
@@ -443,41 +467,63 @@ class Scheduler:
 
     def _grant(self, effects: list[Effect]) -> None:
         while self.waiting:
-            task = self.tasks[self.waiting[0]]
-            staged = sum(self.staged.values())
-            if self.staged and staged + task.nbytes > self.window_bytes:
+            task = self.tasks[next(iter(self.waiting))]
+            if self.staged and self.staged_bytes + task.nbytes > self.window_bytes:
                 return
-            self.waiting.pop(0)
+            del self.waiting[task.id]
             self._move(task, "grant", f"upload of {task.nbytes} bytes")
             self.staged[task.id] = task.nbytes
+            self.staged_bytes += task.nbytes
             effects.append(GrantUpload(task.node, task.id, task.attempt))
 
     def _dispatch(self, now: float, effects: list[Effect]) -> None:
-        healthy = [
-            n for n in self.nodes.values() if not n.closed and now - n.seen_s <= SUSPECT_AFTER_S
-        ]
         while self.queue:
-            free = [n for n in healthy if n.credit > 0]
-            if not free:
-                return
-            _, task_id = heapq.heappop(self.queue)
-            task = self.tasks[task_id]
-            if task.state is not State.QUEUED:
-                continue  # cancelled or given up while it was queued
-            # the relatively emptiest node; one on which the task killed its worker comes last
-            node = min(free, key=lambda n: (n.name == task.avoid, -n.credit / n.slots, n.name))
-            task.attempt += 1
-            task.node = node.name
-            self._move(task, "assign", f"assigned to {node.name}")
-            node.running.add(task_id)
-            effects.append(Assign(node.name, task_id, task.attempt))
+            task = self.tasks[self.queue[0][1]]
+            if task.state is State.QUEUED:
+                node = self._take_node(now, task.avoid)
+                if node is None:
+                    return
+                task.attempt += 1
+                task.node = node.name
+                self._move(task, "assign", f"assigned to {node.name}")
+                node.running.add(task.id)
+                self._offer(node)
+                effects.append(Assign(node.name, task.id, task.attempt))
+            heapq.heappop(self.queue)  # assigned, or cancelled or given up while it was queued
+
+    def _offer(self, node: Node) -> None:
+        """Put a node with a free slot where _take_node finds it, under its load of now."""
+        if node.credit and node.load not in node.offers:
+            node.offers.add(node.load)
+            heapq.heappush(self.free, (node.load, node.name))
+
+    def _take_node(self, now: float, avoid: str) -> Node | None:
+        """Take the relatively emptiest node that may get a task; ``avoid`` only if it is alone.
+
+        A node that is closed or silent falls out here and is offered again with its next beat.
+        """
+        avoided = None
+        while self.free:
+            load, name = heapq.heappop(self.free)
+            node = self.nodes.get(name)
+            if node is None:
+                continue
+            node.offers.discard(load)
+            if load != node.load or node.closed or now - node.seen_s > SUSPECT_AFTER_S:
+                continue
+            if name != avoid:
+                if avoided is not None:
+                    self._offer(avoided)
+                return node
+            avoided = node
+        return avoided
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
         assert self.committed + self.given_up + self.cancelled + len(self.live) == self.submitted
         for node in self.nodes.values():
             assert 0 <= node.credit <= node.slots, node
-            for task_id in node.running:
+            for task_id in node.running | node.ended:
                 assert self.tasks[task_id].node == node.name
         for task in self.tasks.values():
             assert task.deaths <= self.max_deaths
@@ -485,5 +531,11 @@ class Scheduler:
             assert (task.id in self.live) == (task.state not in FINAL)
             in_upload = task.state is State.UPLOADING
             assert not in_upload or task.id in self.staged
+            assert (task.id in self.waiting) == (task.state is State.WAITING)
+            if task.id in self.live and task.state is not State.QUEUED:
+                node = self.nodes[task.node]
+                runs = task.state in (State.ASSIGNED, State.RUNNING)
+                assert (task.id in node.running, task.id in node.ended) == (runs, not runs), task
         staged = sorted(self.staged.values())
+        assert sum(staged) == self.staged_bytes
         assert sum(staged) <= self.window_bytes or len(staged) == 1, staged
