@@ -217,6 +217,8 @@ class Agent:
         for kind, reason in self.monitor.events() if self.monitor else ():
             if kind == "refused":
                 log(f"refused a connection: {reason}")
+            elif kind == "disconnected":
+                self.next_beat_s = 0.0  # a broker that died is found by sending to it
         while frames := transport.receive(self.workers):
             self._from_worker(frames)
         for worker, process in list(self.processes.items()):
