@@ -22,13 +22,15 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint types unit local cluster conformance chaos clean venv \
-	.venv .venv-3.23 .venv-3.25
+	bench simulate .venv .venv-3.23 .venv-3.25
 
 help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
 	@echo "make test         all test lanes, a table at the end"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make chaos        RUNS=n SEED=n"
+	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
+	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster    one test lane"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
 	@echo "make clean        remove build/ and caches (virtual environments stay)"
@@ -86,6 +88,20 @@ conformance: $(STAMP)
 
 chaos: $(STAMP)
 	$(VENV)/bin/python -m tests.chaos $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
+
+# The systems that the runtime is compared with have a virtual environment of their own.
+PEERS := .venv-bench
+
+$(PEERS)/.stamp: constraints/bench.txt
+	@echo "making $(PEERS)"
+	@rm -rf $(PEERS)
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install $(PIP_FLAGS) -r constraints/bench.txt
+	@touch $@
+
+bench: $(STAMP) $(PEERS)/.stamp
+	$(VENV)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	  $(if $(ROW),--row $(ROW)) $(if $(SYSTEM),--system $(SYSTEM)) $(if $(PLOTS),--plots $(PLOTS))
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -48,6 +48,29 @@ def grow(x, data, nbytes, monitor):
     return {"in": sum(data[::4099]), f"out{x}": bytes([x]) * nbytes}
 
 
+def stream(x, parts, seconds, monitor):
+    """Partial results over some time, when it was, and a subtask."""
+    start = time.time()
+    for i in range(parts):
+        time.sleep(seconds / parts)
+        yield {"sum": x * (i + 1)}
+    yield {"spans": [(start, time.time())]}
+    yield square, x
+
+
+def until(x, path, monitor):
+    """Wait for a file."""
+    while not os.path.exists(path):
+        time.sleep(0.05)
+    return {"sum": x}
+
+
+def hang(x, monitor):
+    while x == 3:
+        time.sleep(1)
+    return {"sum": x}
+
+
 class Refused:
     """Pickles, but cannot be unpickled."""
 

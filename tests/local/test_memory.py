@@ -30,7 +30,7 @@ def retries():
     session.send(protocol.StatusQuery())
     while not (rest := session.receive()):
         pass
-    return rest[0][0].phases[0].retries
+    return rest[0].phases[0].retries
 try: say(value={call}, retries=retries())
 except Exception as exc: say(type=type(exc).__name__, text=str(exc))
 """

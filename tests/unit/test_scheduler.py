@@ -302,7 +302,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(data=st.data(), nbytes=st.sampled_from([1, 10, 40, 60, WINDOW, WINDOW + 1, 5 * WINDOW]))
     def end(self, data: st.DataObject, nbytes: int) -> None:
-        if attempt := self.pick(data, "running"):
+        if attempt := self.pick(data, "assigned", "running"):  # short ones never say started
             attempt.phase, attempt.nbytes = "waiting", nbytes
             self.message(Ended(attempt.node, attempt.task, attempt.number, nbytes))
 
@@ -347,7 +347,7 @@ class Cluster(RuleBasedStateMachine):
         attempt = self.pick(data, "assigned", "running", "waiting", "uploading")
         if attempt and self.current(attempt.node, attempt.task, attempt.number):
             where = attempt.node, attempt.task, attempt.number
-            allowed = {"assigned": Started, "running": Ended, "uploading": Uploaded}
+            allowed = {"assigned": (Started, Ended), "running": Ended, "uploading": Uploaded}
             events = [Started(*where), Ended(*where, 5), Uploaded(*where, True)]
             self.refused(
                 data.draw(
@@ -512,7 +512,7 @@ def one_task(state: State) -> Scheduler:
     if state in (State.RUNNING, State.WAITING, State.UPLOADING, State.COMMITTED):
         core.handle(Started("a", 1, 1), 0.0)
     if state is State.WAITING:
-        core.staged[99] = WINDOW  # the window is full
+        core.staged[99] = core.staged_bytes = WINDOW  # the window is full
     if state in (State.WAITING, State.UPLOADING, State.COMMITTED):
         core.handle(Ended("a", 1, 1, 10), 0.0)
     if state is State.COMMITTED:
@@ -543,7 +543,6 @@ ATTEMPT = ("a", 1, 1)
 @pytest.mark.parametrize(
     ("state", "event"),
     [
-        (State.ASSIGNED, Ended(*ATTEMPT, 5)),
         (State.ASSIGNED, Uploaded(*ATTEMPT, True)),
         (State.ASSIGNED, Uploaded(*ATTEMPT, False)),
         (State.RUNNING, Started(*ATTEMPT)),

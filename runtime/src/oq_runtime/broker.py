@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import os
-import shutil
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import zmq
 
-from oq_runtime import config, facts, protocol, security, transport
+from oq_runtime import config, facts, launch, payload, protocol, security, store, transport
 from oq_runtime import scheduler as core
 from oq_runtime.errors import (
     ConfigError,
@@ -34,6 +33,7 @@ from oq_runtime.errors import (
     TransitionError,
     VersionError,
 )
+from oq_runtime.store import Store
 
 BEAT_SECS = 2.0
 #: seconds between two calls of an agent that does not answer, at first and at most
@@ -45,13 +45,14 @@ MEMORY_REMEDY = (
 
 @dataclass(slots=True)
 class Submission:
-    """A task as the engine sent it: who, under which number, and the pickle to run."""
+    """A task as the engine sent it: who, under which number, the call and its big arguments."""
 
     client: bytes
     task: int
     map: int
     func: str
-    payload: zmq.Frame
+    call: bytes
+    blobs: list[protocol.Blob]
 
 
 #: a control socket, and on TCP what watches its handshakes
@@ -102,19 +103,27 @@ class Peer:
 
 @dataclass(slots=True)
 class Staging:
-    """Parts of an attempt on their way from an agent."""
+    """The body of an attempt: in the message that ended it, in its node's file, or on its way."""
 
-    parts: int
-    nbytes: int
-    digest: bytes
+    ended: protocol.Ended
+    body: bytes | None
+    descriptor: int = -1
     received: int = 0
-    data: list[bytearray] = field(default_factory=list)
+    hash: Any = field(default_factory=xxhash.xxh3_128)
+
+    def take(self, offset: int, chunk: memoryview) -> bool:
+        """Write the next chunk; False when it is not the next one."""
+        if offset != self.received or offset + len(chunk) > self.ended.nbytes:
+            return False
+        while chunk:
+            written = os.pwrite(self.descriptor, chunk, self.received)
+            self.hash.update(chunk[:written])
+            self.received += written
+            chunk = chunk[written:]
+        return True
 
     def intact(self) -> bool:
-        digest = hashlib.blake2b(digest_size=32)
-        for part in self.data:
-            digest.update(part)
-        return len(self.data) == self.parts and digest.digest() == self.digest
+        return bool(self.hash.digest() == self.ended.digest)
 
 
 class Broker:
@@ -164,6 +173,13 @@ class Broker:
         self.events: deque[core.Event] = deque()
         self.handling = False
         self.staging: dict[tuple[int, int], Staging] = {}
+        self.blobs: dict[bytes, protocol.Blob] = {}
+        self.blob_uses: Counter[bytes] = Counter()
+        # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
+        self.store = Store(
+            store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes
+        )
+        self.local = all(url.startswith("ipc:") for url in data_urls)
         self.phases: dict[str, protocol.Phase] = {}
         self.next_beat_s = 0.0
         self._bind_data()
@@ -249,13 +265,11 @@ class Broker:
         for peer in self.peers.values():
             self._watch_handshake(peer)
             while frames := transport.receive(peer.socket):
-                self._from(frames, lambda m, f, peer=peer: self._from_agent(peer, m), peer)  # type: ignore[misc]
-        while self.data and (frames := transport.receive(self.data)):
-            sender = frames[0].bytes
-            self._from(frames[1:], lambda m, f: self._from_data(sender, m, f))  # noqa: B023
+                self._from(frames, functools.partial(self._from_agent, peer), peer)
+        while self.data and (views := transport.receive(self.data, copy=False)):
+            self._from(views[1:], functools.partial(self._from_data, bytes(views[0])))
         while frames := transport.receive(self.engine):
-            sender = frames[0].bytes
-            self._from(frames[1:], lambda m, f: self._from_engine(sender, m, f))  # noqa: B023
+            self._from(frames[1:], functools.partial(self._from_engine, frames[0]))
         now = time.monotonic()
         for peer in self._callable():
             if now >= peer.next_call_s:
@@ -311,12 +325,12 @@ class Broker:
 
     def _from(
         self,
-        frames: list[zmq.Frame],
-        take: Callable[[Any, list[zmq.Frame]], None],
+        frames: Sequence[Any],
+        take: Callable[[Any, Any], None],
         agent: Peer | None = None,
     ) -> None:
         try:
-            take(protocol.decode(frames[0].buffer), frames[1:])
+            take(protocol.decode(frames[0]), frames[1:])
         except (ProtocolError, TransitionError, IndexError) as exc:
             if agent is not None and isinstance(exc, VersionError):
                 self._lose(agent, f"refused: {exc}", "refused")
@@ -338,23 +352,26 @@ class Broker:
 
     # ---- messages in
 
-    def _from_engine(self, peer: bytes, message: Any, frames: list[zmq.Frame]) -> None:
+    def _from_engine(self, peer: bytes, message: Any, frames: list[Any]) -> None:
         match message:
             case protocol.Hello(pid=pid):
                 self._watch(pid, lambda: self._client_ended(peer))
                 self._welcome(peer)
-            case protocol.Submit(task=task, map=map_, func=func, weight=weight):
+            case protocol.Submit(task=task, map=map_, func=func, weight=weight, blobs=blobs):
                 number = self.unsubmitted
                 self.unsubmitted += 1
                 group = self.groups.setdefault((peer, map_), len(self.groups))
-                self.submissions[number] = Submission(peer, task, map_, func, frames[0])
+                self.submissions[number] = Submission(peer, task, map_, func, frames[0], blobs)
+                for blob in blobs:
+                    self.blobs[blob.digest] = blob
+                    self.blob_uses[blob.digest] += 1
                 self.numbers[peer, task] = number
                 phase = self.phases.setdefault(func, protocol.Phase(name=func))
                 phase.total += 1
                 self._handle(core.Submitted(number, group, func, weight))
-            case protocol.Consumed(task=task):
-                number = self.numbers.pop((peer, task), -1)
-                self._handle(core.Consumed(number))
+            case protocol.Consumed(tasks=tasks):
+                for task in tasks:
+                    self._handle(core.Consumed(self.numbers.pop((peer, task), -1)))
             case protocol.Cancel(map=map_):
                 self._cancel(peer, map_)
             case protocol.StatusQuery():
@@ -380,7 +397,7 @@ class Broker:
         for client, task in [key for key in self.numbers if key[0] == peer]:
             self._handle(core.Consumed(self.numbers.pop((client, task))))
 
-    def _from_agent(self, peer: Peer, message: Any) -> None:
+    def _from_agent(self, peer: Peer, message: Any, frames: list[Any]) -> None:
         if message.epoch != peer.link.epoch or message.job != self.job:
             return  # of an epoch that is over
         if isinstance(message, protocol.NoLease):
@@ -394,7 +411,7 @@ class Broker:
             if isinstance(message, protocol.Beat):
                 seen = core.NodeSeen(peer.name, message.closed, message.free_bytes)
             self._handle(seen)
-            self._from_node(peer, message)
+            self._from_node(peer, message, frames)
             return
         match message:
             case protocol.Welcome(host=host, slots=slots):
@@ -411,7 +428,7 @@ class Broker:
                 peer.state, peer.reason = "leased", ""
                 self._handle(core.NodeJoined(peer.name, slots))
 
-    def _from_node(self, peer: Peer, message: Any) -> None:
+    def _from_node(self, peer: Peer, message: Any, frames: list[Any]) -> None:
         name = peer.name
         match message:
             case protocol.Leased(slots=slots):
@@ -419,13 +436,19 @@ class Broker:
             case protocol.Started(task=task, attempt=attempt):
                 self._handle(core.Started(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
-                staging = Staging(message.parts, message.nbytes, message.digest)
-                self.staging[task, attempt] = staging
+                body = frames[0] if frames and len(frames[0]) == message.nbytes else None
+                self.staging[task, attempt] = Staging(message, body)
                 self._handle(core.Ended(name, task, attempt, message.nbytes))
+            case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
+                if staging := self.staging.get((task, attempt)):
+                    self.store.adopt(f"{task}-{attempt}", Path(path), staging.ended.nbytes)
+                    self._handle(core.Uploaded(name, task, attempt, True))
+                else:
+                    Path(path).unlink(missing_ok=True)
             case protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom):
                 self._handle(core.Died(name, task, attempt, f"{reason}, host {peer.host}", oom))
 
-    def _from_data(self, sender: bytes, message: Any, frames: list[zmq.Frame]) -> None:
+    def _from_data(self, sender: bytes, message: Any, frames: list[Any]) -> None:
         assert self.data is not None
         if isinstance(message, protocol.Hello):
             greeted = self.peers.get(message.role)
@@ -440,34 +463,22 @@ class Broker:
             self._lose(peer, "results were lost on the way")
             return
         match message:
-            case protocol.Fetch(task=task, attempt=attempt):
-                if submission := self.submissions.get(task):
-                    payload = submission.payload.buffer
-                    for offset, chunk in protocol.chunks(payload):
-                        header = protocol.Chunk(
-                            task=task, attempt=attempt, index=0, offset=offset,
-                            part_bytes=len(payload),
-                        )  # fmt: skip
-                        if not peer.data.send(header, chunk):
-                            self._lose(peer, "its data connection broke")
-                            return
-            case protocol.Chunk(task=task, attempt=attempt):
-                self._stage(peer, task, attempt, message, frames[0].buffer)
+            case protocol.Fetch(digest=digest):
+                self._send_blob(peer, peer.data, digest)
+            case protocol.Chunk(task=task, attempt=attempt, offset=offset):
+                if staging := self.staging.get((task, attempt)):
+                    in_order = staging.take(offset, frames[0])
+                    if not in_order or staging.received == staging.ended.nbytes:
+                        intact = in_order and staging.intact()
+                        self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
-    def _stage(
-        self, peer: Peer, task: int, attempt: int, header: protocol.Chunk, chunk: memoryview
-    ) -> None:
-        staging = self.staging.get((task, attempt))
-        if staging is None:
-            return  # of an attempt that was dropped meanwhile
-        if header.offset == 0:
-            staging.data.append(bytearray(header.part_bytes))
-        part = staging.data[-1]
-        part[header.offset : header.offset + len(chunk)] = chunk
-        staging.received += len(chunk)
-        whole = header.index == staging.parts - 1 and header.offset + len(chunk) == len(part)
-        if whole:
-            self._handle(core.Uploaded(peer.name, task, attempt, staging.intact()))
+    def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
+        if (blob := self.blobs.get(digest)) is None:
+            return  # of a task that is not wanted any more
+        for offset, chunk in protocol.chunks(payload.map_file(blob.path, private=True)):
+            if not link.send(protocol.BlobChunk(digest=digest, offset=offset), chunk):
+                self._lose(peer, "its data connection broke")
+                return
 
     # ---- effects out
 
@@ -475,40 +486,64 @@ class Broker:
         match effect:
             case core.Assign(node, task, attempt, alone):
                 submission = self.submissions[task]
-                size = len(submission.payload)
+                blobs = submission.blobs
+                if not self.local:
+                    blobs = [protocol.Blob(blob.digest, blob.nbytes) for blob in blobs]
                 header = protocol.Task(
-                    task=task, attempt=attempt, func=submission.func, nbytes=size, alone=alone
+                    task=task, attempt=attempt, func=submission.func, blobs=blobs, alone=alone
                 )
-                inline = [submission.payload] if size <= protocol.INLINE_BYTES else []
-                self._send(self.peers[node], header, *inline)
+                self._send(self.peers[node], header, submission.call)
             case core.GrantUpload(node, task, attempt):
-                self._send(self.peers[node], protocol.Grant(task=task, attempt=attempt))
+                self._grant(self.peers[node], task, attempt)
             case core.AbortAttempt(node, task, attempt):
                 found = self.core.tasks.get(task)
                 if found is None or found.attempt != attempt:
-                    self.staging.pop((task, attempt), None)
+                    self._drop(task, attempt)
                 self._send(self.peers[node], protocol.Abort(task=task, attempt=attempt))
             case core.DropStaged(task, attempt):
-                self.staging.pop((task, attempt), None)
+                self._drop(task, attempt)
             case core.Commit(_, task, attempt):
-                self._deliver(task, self.staging.pop((task, attempt)))
+                self._deliver(task, attempt)
             case core.GiveUp(task, error, history):
                 self._fail(task, error, history)
 
-    def _deliver(self, task: int, staging: Staging) -> None:
+    def _grant(self, peer: Peer, task: int, attempt: int) -> None:
+        """Get the body of an attempt, for which there is room in the window."""
+        staging = self.staging[task, attempt]
+        if staging.body is not None:
+            staging.hash.update(staging.body)
+            self._handle(core.Uploaded(peer.name, task, attempt, staging.intact()))
+            return
+        if not staging.ended.path:
+            try:
+                staging.descriptor = self.store.create(f"{task}-{attempt}", staging.ended.nbytes)
+            except OSError as exc:
+                log(f"no room for {staging.ended.nbytes} bytes of results: {exc}")
+                self._handle(core.Uploaded(peer.name, task, attempt, False))
+                return
+        self._send(peer, protocol.Grant(task=task, attempt=attempt))
+
+    def _drop(self, task: int, attempt: int) -> None:
+        if staging := self.staging.pop((task, attempt), None):
+            self._close(staging)
+            self.store.remove(f"{task}-{attempt}")
+
+    def _close(self, staging: Staging) -> None:
+        if staging.descriptor >= 0:
+            os.close(staging.descriptor)
+
+    def _deliver(self, task: int, attempt: int) -> None:
+        staging = self.staging.pop((task, attempt))
+        self._close(staging)
         submission = self._forget(task)
         phase = self.phases[submission.func]
         phase.done += 1
-        phase.received_bytes += staging.nbytes
-        for index, part in enumerate(staging.data):
-            header = protocol.Delivered(
-                job=self.job,
-                task=submission.task,
-                map=submission.map,
-                index=index,
-                last=index == staging.parts - 1,
-            )
-            transport.send_to(self.engine, submission.client, header, part)
+        phase.received_bytes += staging.ended.nbytes
+        path = "" if staging.body is not None else self.store.release(f"{task}-{attempt}")[0]
+        header = protocol.Delivered(
+            job=self.job, task=submission.task, map=submission.map, path=str(path)
+        )
+        transport.send_to(self.engine, submission.client, header, staging.body or b"")
 
     def _fail(self, task: int, error: str, history: tuple[str, ...]) -> None:
         submission = self._forget(task)
@@ -527,7 +562,12 @@ class Broker:
         transport.send_to(self.engine, submission.client, header)
 
     def _forget(self, task: int) -> Submission:
-        return self.submissions.pop(task)
+        submission = self.submissions.pop(task)
+        for blob in submission.blobs:
+            self.blob_uses[blob.digest] -= 1
+            if not self.blob_uses[blob.digest]:
+                del self.blobs[blob.digest], self.blob_uses[blob.digest]
+        return submission
 
     def _status(self) -> protocol.Status:
         for phase in self.phases.values():
@@ -590,7 +630,7 @@ def main() -> None:
         log(str(exc))
         sys.exit(1)
     finally:
-        shutil.rmtree(args.directory, ignore_errors=True)
+        launch.remove(args.directory)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,8 @@ def run(spec: dict[str, Any], report: Any) -> int:
             raise InputError(
                 f"{folder}: {exc.strerror}; free space or set OQ_DATADIR to another directory"
             ) from exc
-    local = os.environ.get("OQ_DATABASE", config.dbserver.host) == "127.0.0.1"
+    dbhost = os.environ.get("OQ_DATABASE", config.dbserver.host)
+    local = dbhost == "127.0.0.1"
     try:
         if local and not database.exists():
             logs.dbcmd("upgrade_db")
@@ -182,7 +183,7 @@ def run(spec: dict[str, Any], report: Any) -> int:
         job.params["exports"] = spec["exports"]
         if spec["export_dir"]:
             job.params["export_dir"] = spec["export_dir"]
-        where = str(database) if local else None
+        where = str(database) if local else f"tcp://{dbhost}:{config.dbserver.port}"
         report({"kind": "created", "job": job.calc_id, "database": where})
     for job in jobs:
         # a second stage takes from the first, which has not run yet, what it lacks itself

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from oq_runtime import security
+from oq_runtime import security, store
 from oq_runtime.config import Config
 from oq_runtime.errors import OqRuntimeError
 
@@ -51,6 +51,12 @@ def start(config: Config, owner: int) -> Path:
         raise OqRuntimeError(f"the session could not be started: {lines[-1]}") from None
 
 
+def remove(directory: Path) -> None:
+    """Remove a session's directory, and the one of the same name in shared memory."""
+    for path in (directory, store.SHARED_MEMORY / directory.name):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("owner", type=int)
@@ -70,6 +76,7 @@ def main() -> None:
     if len(os.fsencode(directory / "control")) > SOCKET_PATH_BYTES:
         shutil.rmtree(directory)
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
+    store.shared_memory(directory.name)
     control = f"ipc://{directory}/control"
     common = ["--directory", str(directory), "--owner", str(args.owner)]
     window = ["--window-bytes", str(args.window_bytes)]

@@ -10,7 +10,7 @@ sender is told to abort.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -56,6 +56,7 @@ TRANSITIONS: dict[State, dict[str, State]] = {
     },
     State.ASSIGNED: {
         "start": State.RUNNING,
+        "end": State.WAITING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
         "fail oom": State.FAILED_OOM,
@@ -248,7 +249,7 @@ class Task:
     ooms: int = 0
     node_losses: int = 0
     avoid: str = ""
-    history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY_LINES))
+    history: tuple[str, ...] = ()  # while it is live: a job may have millions of tasks
 
     @property
     def alone(self) -> bool:
@@ -258,20 +259,30 @@ class Task:
 
 @dataclass(slots=True)
 class Node:
-    """``kept_for``: the task that has this node for itself, or waits until it is empty."""
+    """``running`` tasks have a slot each; of ``ended`` ones only the results are still here.
+
+    ``kept_for``: the task that has this node for itself, or waits until it is empty.
+    """
 
     name: str
     slots: int
     seen_s: float
     closed: bool = False
     free_bytes: int = 0
-    running: set[int] = field(default_factory=set)
     kept_for: int | None = None
+    running: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
+    offers: set[float] = field(default_factory=set)  # loads with which it is in Scheduler.free
 
     @property
     def credit(self) -> int:
         """Slots that are free; never negative, also when the share has shrunk below what runs."""
         return 0 if self.kept_for is not None else max(0, self.slots - len(self.running))
+
+    @property
+    def load(self) -> float:
+        """The part of its slots that is taken."""
+        return len(self.running) / self.slots if self.slots else 1.0
 
 
 class Scheduler:
@@ -296,8 +307,12 @@ class Scheduler:
         self.nodes: dict[str, Node] = {}
         self.queue: list[tuple[float, int]] = []  # (-weight, task)
         self.alone: list[int] = []  # queued for a node of their own, in order of arrival
-        self.waiting: list[int] = []  # ended, in order of arrival, not granted yet
+        # (load, node), the emptiest first; an entry whose load is not the node's any more is void
+        self.free: list[tuple[float, str]] = []
+        # ended, in order of arrival, not granted yet
+        self.waiting: OrderedDict[int, None] = OrderedDict()
         self.staged: dict[int, int] = {}  # granted or committed and not consumed: task -> bytes
+        self.staged_bytes = 0
         self.live: set[int] = set()
         self.submitted = self.committed = self.cancelled = self.given_up = 0
         self.retries: Counter[str] = Counter()  # per function
@@ -318,9 +333,11 @@ class Scheduler:
                 if node in self.nodes:
                     self._lose(node, "it joined again", effects)
                 self.nodes[node] = Node(node, slots, now)
+                self._offer(self.nodes[node])
             case NodeResized(node, slots):
                 if node in self.nodes:
                     self.nodes[node].slots = slots
+                    self._offer(self.nodes[node])
             case NodeSeen(node, closed, free_bytes):
                 if node in self.nodes:
                     self.nodes[node].seen_s = now
@@ -328,6 +345,7 @@ class Scheduler:
                         self.nodes[node].closed = closed
                     if free_bytes is not None:
                         self.nodes[node].free_bytes = free_bytes
+                    self._offer(self.nodes[node])
             case NodeGone(node, reason):
                 self._lose(node, reason, effects)
             case Submitted(task, group, func, weight):
@@ -344,14 +362,18 @@ class Scheduler:
                 if current := self._current(node, task, attempt, effects):
                     self._move(current, "end", f"ended on {node}, {nbytes} bytes")
                     current.nbytes = nbytes
-                    self._vacate(current)
-                    self.waiting.append(task)
+                    self.nodes[node].running.discard(task)
+                    self.nodes[node].ended.add(task)
+                    self._offer(self.nodes[node])
+                    self._give_back(current)
+                    self.waiting[task] = None
             case Uploaded(node, task, attempt, intact):
                 if current := self._current(node, task, attempt, effects):
                     if current.state is not State.UPLOADING:
                         raise TransitionError(f"task {task} is {current.state.value}: no upload")
                     if intact:
                         self._move(current, "commit", f"committed from {node}")
+                        self.nodes[node].ended.discard(task)
                         self.live.discard(task)
                         self.committed += 1
                         effects.append(Commit(node, task, attempt))
@@ -368,7 +390,7 @@ class Scheduler:
                     self._retry(current, f"{reason} on {node}", effects)
             case Consumed(task):
                 if task in self.tasks and self.tasks[task].state is State.COMMITTED:
-                    self.staged.pop(task, None)
+                    self._unstage(task)
             case Cancelled(group):
                 for task in [t for t in self.live if self.tasks[t].group == group]:
                     self._cancel(self.tasks[task], effects)
@@ -401,25 +423,24 @@ class Scheduler:
             text = f"task {task.id} is {task.state.value}: no {transition}"
             raise TransitionError(text) from None
         task.state = state
-        task.history.append(f"attempt {task.attempt}: {note}")
-
-    def _vacate(self, task: Task) -> None:
-        """Take the task from its node, and give back the node that was kept for it."""
-        if task.node in self.nodes:
-            self.nodes[task.node].running.discard(task.id)
-        if task.alone:
-            for node in self.nodes.values():
-                if node.kept_for == task.id:
-                    node.kept_for = None
+        line = f"attempt {task.attempt}: {note}"
+        task.history = () if state is State.COMMITTED else (*task.history, line)[-HISTORY_LINES:]
 
     def _free(self, task: Task, effects: list[Effect]) -> None:
         """Take the task from its node and drop what was staged of its attempt."""
-        self._vacate(task)
+        if node := self.nodes.get(task.node):
+            node.running.discard(task.id)
+            node.ended.discard(task.id)
+            self._offer(node)
+        self._give_back(task)
         if task.state is State.WAITING:
-            self.waiting.remove(task.id)
+            del self.waiting[task.id]
         if task.state in (State.WAITING, State.UPLOADING):
-            self.staged.pop(task.id, None)
+            self._unstage(task.id)
             effects.append(DropStaged(task.id, task.attempt))
+
+    def _unstage(self, task: int) -> None:
+        self.staged_bytes -= self.staged.pop(task, 0)
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
         self._free(task, effects)
@@ -444,7 +465,7 @@ class Scheduler:
         self._move(task, move, note)
         self.live.discard(task.id)
         self.given_up += 1
-        effects.append(GiveUp(task.id, error, tuple(task.history)))
+        effects.append(GiveUp(task.id, error, task.history))
 
     def _cancel(self, task: Task, effects: list[Effect]) -> None:
         self._free(task, effects)
@@ -459,11 +480,10 @@ class Scheduler:
         if node is None:
             return
         self.lost.append(f"{name}: {reason}")
-        for task_id in sorted(self.live):
+        for task_id in sorted(node.running | node.ended):
             task = self.tasks[task_id]
-            if task.node == name and task.state is not State.QUEUED:
-                task.node_losses += 1
-                self._retry(task, f"node {name} lost ({reason})", effects)
+            task.node_losses += 1
+            self._retry(task, f"node {name} lost ({reason})", effects)
 
     def _lose_silent(self, now: float, effects: list[Effect]) -> None:
         # only on a tick, which comes after all waiting beats were read
@@ -489,64 +509,100 @@ class Scheduler:
 
     def _grant(self, effects: list[Effect]) -> None:
         while self.waiting:
-            task = self.tasks[self.waiting[0]]
-            staged = sum(self.staged.values())
-            if self.staged and staged + task.nbytes > self.window_bytes:
+            task = self.tasks[next(iter(self.waiting))]
+            if self.staged and self.staged_bytes + task.nbytes > self.window_bytes:
                 return
-            self.waiting.pop(0)
+            del self.waiting[task.id]
             self._move(task, "grant", f"upload of {task.nbytes} bytes")
             self.staged[task.id] = task.nbytes
+            self.staged_bytes += task.nbytes
             effects.append(GrantUpload(task.node, task.id, task.attempt))
 
     def _dispatch(self, now: float, effects: list[Effect]) -> None:
-        healthy = [
-            n for n in self.nodes.values() if not n.closed and now - n.seen_s <= SUSPECT_AFTER_S
-        ]
-        self._dispatch_alone([n for n in healthy if n.slots > 0], effects)
+        if self.alone:
+            self._dispatch_alone(now, effects)
         while self.queue:
-            free = [n for n in healthy if n.credit > 0]
-            if not free:
-                return
-            _, task_id = heapq.heappop(self.queue)
-            task = self.tasks[task_id]
-            if task.state is not State.QUEUED:
-                continue  # cancelled or given up while it was queued
-            # the relatively emptiest node; one on which the task killed its worker comes last
-            node = min(free, key=lambda n: (n.name == task.avoid, -n.credit / n.slots, n.name))
-            self._assign(task, node, effects)
+            task = self.tasks[self.queue[0][1]]
+            if task.state is State.QUEUED:
+                node = self._take_node(now, task.avoid)
+                if node is None:
+                    return
+                self._assign(task, node, effects)
+            heapq.heappop(self.queue)  # assigned, or cancelled or given up while it was queued
 
-    def _dispatch_alone(self, healthy: list[Node], effects: list[Effect]) -> None:
+    def _dispatch_alone(self, now: float, effects: list[Effect]) -> None:
         """Keep the node with most free memory for each task that needs one; start it when empty."""
         self.alone = [t for t in self.alone if self.tasks[t].state is State.QUEUED]
-        for node in self.nodes.values():
-            if node.kept_for in self.alone and node not in healthy:
-                node.kept_for = None
+        usable = [n for n in self.nodes.values() if n.slots and self._takes_tasks(n, now)]
         for task_id in list(self.alone):
-            kept = [n for n in healthy if n.kept_for == task_id]
-            for node in kept or sorted(healthy, key=lambda n: (-n.free_bytes, n.name)):
-                if node.kept_for in (None, task_id):
-                    node.kept_for = task_id
-                    if not node.running:
-                        self.alone.remove(task_id)
-                        self._assign(self.tasks[task_id], node, effects)
-                    break
+            task = self.tasks[task_id]
+            kept = [n for n in usable if n.kept_for == task_id]
+            if not kept:
+                self._give_back(task)  # a node that closed or fell silent meanwhile
+                kept = [n for n in usable if n.kept_for is None]
+            if not kept:
+                continue
+            node = min(kept, key=lambda n: (-n.free_bytes, n.name))
+            node.kept_for = task_id
+            if not node.running:
+                self.alone.remove(task_id)
+                self._assign(task, node, effects)
 
     def _assign(self, task: Task, node: Node, effects: list[Effect]) -> None:
         task.attempt += 1
         task.node = node.name
         self._move(task, "assign", f"assigned to {node.name}{', alone' if task.alone else ''}")
         node.running.add(task.id)
+        self._offer(node)
         effects.append(Assign(node.name, task.id, task.attempt, task.alone))
+
+    def _give_back(self, task: Task) -> None:
+        """Open to all the node that was kept for the task."""
+        if task.alone:
+            for node in self.nodes.values():
+                if node.kept_for == task.id:
+                    node.kept_for = None
+                    self._offer(node)
+
+    def _takes_tasks(self, node: Node, now: float) -> bool:
+        return not node.closed and now - node.seen_s <= SUSPECT_AFTER_S
+
+    def _offer(self, node: Node) -> None:
+        """Put a node with a free slot where _take_node finds it, under its load of now."""
+        if node.credit and node.load not in node.offers:
+            node.offers.add(node.load)
+            heapq.heappush(self.free, (node.load, node.name))
+
+    def _take_node(self, now: float, avoid: str) -> Node | None:
+        """Take the relatively emptiest node that may get a task; ``avoid`` only if it is alone.
+
+        A node that is closed or silent falls out here and is offered again with its next beat.
+        """
+        avoided = None
+        while self.free:
+            load, name = heapq.heappop(self.free)
+            node = self.nodes.get(name)
+            if node is None:
+                continue
+            node.offers.discard(load)
+            if load != node.load or not node.credit or not self._takes_tasks(node, now):
+                continue
+            if name != avoid:
+                if avoided is not None:
+                    self._offer(avoided)
+                return node
+            avoided = node
+        return avoided
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
         assert self.committed + self.given_up + self.cancelled + len(self.live) == self.submitted
         for node in self.nodes.values():
             assert 0 <= node.credit <= node.slots, node
-            for task_id in node.running:
+            for task_id in node.running | node.ended:
                 assert self.tasks[task_id].node == node.name
-                if self.tasks[task_id].alone:
-                    assert node.running == {node.kept_for}, node
+            if any(self.tasks[task_id].alone for task_id in node.running):
+                assert node.running == {node.kept_for}, node
             assert node.kept_for is None or node.kept_for in self.live, node
         for task in self.tasks.values():
             assert task.deaths <= self.max_deaths and task.ooms <= MAX_OOMS
@@ -554,5 +610,11 @@ class Scheduler:
             assert (task.id in self.live) == (task.state not in FINAL)
             in_upload = task.state is State.UPLOADING
             assert not in_upload or task.id in self.staged
+            assert (task.id in self.waiting) == (task.state is State.WAITING)
+            if task.id in self.live and task.state is not State.QUEUED:
+                node = self.nodes[task.node]
+                runs = task.state in (State.ASSIGNED, State.RUNNING)
+                assert (task.id in node.running, task.id in node.ended) == (runs, not runs), task
         staged = sorted(self.staged.values())
+        assert sum(staged) == self.staged_bytes
         assert sum(staged) <= self.window_bytes or len(staged) == 1, staged
