@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oq_runtime.limits import Limits
 from oq_runtime.node import (
-    FENCE_AFTER_S,
     GROWTH_BYTES,
     AbortAsked,
     AloneAsked,
@@ -204,7 +204,7 @@ def test_worker_that_has_grown_is_replaced(grown: int, replaced: bool) -> None:
 
 
 def test_task_timeout() -> None:
-    node = Node(1, task_timeout_s=10)
+    node = Node(1, Limits(task_timeout_s=10))
     node.handle(LeaseAsked("j"), 0.0)
     node.handle(WorkerReady(1), 0.0)
     node.handle(TaskGiven("j", 1, 1), 1.0)
@@ -318,7 +318,7 @@ def test_abort_of_another_attempt_kills_nothing(job: str, task: int, attempt: in
     assert node.busy == 1
 
 
-@pytest.mark.parametrize(("silent_s", "fenced"), [(FENCE_AFTER_S, False), (30.1, True)])
+@pytest.mark.parametrize(("silent_s", "fenced"), [(Limits().lost_s, False), (30.1, True)])
 def test_silent_broker_is_fenced(silent_s: float, fenced: bool) -> None:
     node = leased(2)
     node.handle(TaskGiven("j", 1, 1), 0.0)

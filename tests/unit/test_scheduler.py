@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from oq_runtime.errors import TransitionError
+from oq_runtime.limits import Limits
 from oq_runtime.scheduler import (
-    LOST_AFTER_S,
-    MAX_DEATHS,
     MAX_NODE_LOSSES,
     MAX_OOMS,
-    SUSPECT_AFTER_S,
     TRANSITIONS,
     AbortAttempt,
     Assign,
@@ -45,7 +43,9 @@ from oq_runtime.scheduler import (
 )
 
 WINDOW = 100
-NO_NODES_LIMIT_S = 60.0
+LIMITS = Limits()
+LOST_AFTER_S, SUSPECT_AFTER_S = LIMITS.lost_s, LIMITS.suspect_s
+MAX_DEATHS = LIMITS.max_attempts
 NAMES = ["n1", "n2", "n3"]
 # seconds of simulated time in which a healthy node must end everything: the other nodes are lost
 # after LOST_AFTER_S, and then each round of the drain ends at least one task
@@ -75,7 +75,7 @@ class Cluster(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(window_bytes=WINDOW, no_nodes_limit_s=NO_NODES_LIMIT_S)
+        self.scheduler = Scheduler(LIMITS, window_bytes=WINDOW)
         self.now = 0.0
         self.next_task = 0
         self.submitted: set[int] = set()
@@ -729,7 +729,7 @@ def test_relative_free_capacity_decides() -> None:
 
 
 def test_all_nodes_lost_gives_up_after_the_limit_naming_the_hosts() -> None:
-    core = Scheduler(no_nodes_limit_s=60.0)
+    core = Scheduler(Limits(no_nodes_limit_s=60.0))
     core.handle(NodeJoined("alpha", 1), 0.0)
     core.handle(NodeJoined("beta", 1), 0.0)
     for task in (1, 2, 3):
@@ -748,7 +748,7 @@ def test_all_nodes_lost_gives_up_after_the_limit_naming_the_hosts() -> None:
 
 
 def test_a_node_in_time_ends_the_wait() -> None:
-    core = Scheduler(no_nodes_limit_s=60.0)
+    core = Scheduler(Limits(no_nodes_limit_s=60.0))
     core.handle(Submitted(1, 0, "f"), 0.0)
     assert assigned(core.handle(NodeJoined("a", 1), 59.0)) == [("a", 1, 1)]
     core.handle(NodeGone("a", "left"), 60.0)
@@ -758,7 +758,7 @@ def test_a_node_in_time_ends_the_wait() -> None:
 
 def test_a_share_of_nothing_is_waited_for() -> None:
     # another job has the slots just now; that is no reason to give up
-    core = Scheduler(no_nodes_limit_s=60.0)
+    core = Scheduler(Limits(no_nodes_limit_s=60.0))
     core.handle(NodeJoined("a", 0), 0.0)
     core.handle(Submitted(1, 0, "f"), 0.0)
     for now in range(0, 100, 10):

@@ -35,9 +35,9 @@ from oq_runtime import config, facts, launch, payload, protocol, security, store
 from oq_runtime import node as core
 from oq_runtime.config import WORKER_VARIABLE
 from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
+from oq_runtime.limits import DEFAULTS, Limits
 from oq_runtime.memory import oom_kills, resident, usage
 
-BEAT_SECS = 2.0
 #: seconds between two looks at the memory
 LOOK_SECS = 0.5
 #: seconds after which an attempt that still runs is told to have started
@@ -137,8 +137,8 @@ class Agent:
     :param slots: worker processes at a time
     :param owner: pid with which this agent ends, or None for a daemon
     :param own_facts: what a broker must have in common with this node
+    :param limits: of silence, memory and time
     :param keys: of the cluster, for a daemon
-    :param task_timeout_s: see ``node.Node``
     """
 
     def __init__(
@@ -150,15 +150,15 @@ class Agent:
         slots: int,
         owner: int | None,
         own_facts: protocol.Facts,
+        limits: Limits,
         keys: security.Keys | None = None,
-        task_timeout_s: float | None = None,
     ) -> None:
         self.directory = directory
         self.store = store.Store(memory, directory, memory_bytes=SHARED_BYTES)
         self.blobs: dict[str, int] = {}  # names in the store, the least recently used first: users
         self.own_facts = own_facts
         self.keys = keys
-        self.core = core.Node(slots, task_timeout_s=task_timeout_s)
+        self.core = core.Node(slots, limits)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
         self.monitor: security.HandshakeMonitor | None = None
@@ -271,7 +271,7 @@ class Agent:
         systemd.notify("WATCHDOG=1")
 
     def _beat(self, now: float) -> None:
-        self.next_beat_s = now + BEAT_SECS
+        self.next_beat_s = now + self.core.limits.beat_s
         self._handle(core.Tick())
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
@@ -365,7 +365,7 @@ class Agent:
             slots=self.core.slots,
             busy=self.core.busy,
             jobs=sorted(self.core.leases),
-            memory=self.core.memory_part,
+            memory=self.core.memory_percent / 100,
             engine=self.own_facts.engine,
             state="stopped" if self.core.draining else "up",
         )
@@ -720,8 +720,8 @@ def run_daemon(address: str | None) -> None:
                 slots=config.available_cores() if wanted < 0 else wanted,
                 owner=None,
                 own_facts=facts.own(cluster.dbserver, cluster.shared_dir),
+                limits=settings.limits,
                 keys=keys,
-                task_timeout_s=settings.task_timeout_s or None,
             )
         except zmq.ZMQError as exc:
             raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc
@@ -759,6 +759,7 @@ def main() -> None:
     parser.add_argument("--control-url", required=True)
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--owner", type=int, required=True)
+    parser.add_argument("--limits", type=launch.limits, default=DEFAULTS)
     args = parser.parse_args()
     try:
         agent = Agent(
@@ -768,6 +769,7 @@ def main() -> None:
             slots=args.slots,
             owner=args.owner,
             own_facts=facts.own(),
+            limits=args.limits,
         )
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
         agent.run()

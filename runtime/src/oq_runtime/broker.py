@@ -33,11 +33,11 @@ from oq_runtime.errors import (
     TransitionError,
     VersionError,
 )
+from oq_runtime.limits import DEFAULTS, Limits
 from oq_runtime.store import Store
 
-BEAT_SECS = 2.0
-#: seconds between two calls of an agent that does not answer, at first and at most
-CALL_SECS, CALL_MAX_SECS = 0.05, 2.0
+#: seconds between two calls of an agent that does not answer, at first; then up to a beat
+CALL_SECS = 0.05
 MEMORY_REMEDY = (
     "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
 )
@@ -62,11 +62,13 @@ Connection = tuple["zmq.Socket[Any]", security.HandshakeMonitor | None]
 class Peer:
     """An agent as the broker knows it, over the calls that it took to reach it.
 
-    ``state``: ``calling`` until it has granted a lease, ``leased``, or ``refused``.
+    ``state``: ``calling`` until it has granted a lease, ``leased``, or ``refused``. At most
+    ``most_s`` seconds are between two calls.
     """
 
-    def __init__(self, name: str, connect: Callable[[], Connection]) -> None:
+    def __init__(self, name: str, connect: Callable[[], Connection], most_s: float) -> None:
         self.name = name
+        self.most_s = most_s
         self.connect = connect
         self.socket, self.monitor = connect()
         self.state = "calling"
@@ -82,7 +84,7 @@ class Peer:
         self.link = transport.Link(self.socket, job, self.link.epoch + 1)
         self.data = None
         sent = self.link.send(hello)
-        self.pause_s = CALL_MAX_SECS if sent else min(self.pause_s * 1.5, CALL_MAX_SECS)
+        self.pause_s = self.most_s if sent else min(self.pause_s * 1.5, self.most_s)
         self.next_call_s = now + self.pause_s
 
     def hang_up(self, state: str, reason: str) -> None:
@@ -92,7 +94,7 @@ class Peer:
         self.socket, self.monitor = self.connect()
         self.link = transport.Link(self.socket, self.link.job, self.link.epoch + 1)
         self.data = None
-        self.pause_s = CALL_SECS if state == "calling" else CALL_MAX_SECS
+        self.pause_s = CALL_SECS if state == "calling" else self.most_s
         self.next_call_s = time.monotonic() + self.pause_s
 
     def close(self, linger_ms: int = 0) -> None:
@@ -134,6 +136,7 @@ class Broker:
     :param agent_pid: pid of a private agent, whose death is seen at once
     :param owner: pid with which this broker ends
     :param window_bytes: results staged at a time
+    :param limits: of silence and attempts
     :param own_facts: what the agents must have in common with this host
     :param keys: of the cluster, where the agents are reached over TCP
     """
@@ -147,18 +150,21 @@ class Broker:
         agent_pid: int | None,
         owner: int,
         window_bytes: int,
+        limits: Limits,
         own_facts: protocol.Facts,
         keys: security.Keys | None = None,
     ) -> None:
         self.job = directory.name
         self.keys = keys
         self.own_facts = own_facts
-        self.core = core.Scheduler(window_bytes=window_bytes)
+        self.core = core.Scheduler(limits, window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
         self.data_urls = data_urls
         self.data: zmq.Socket[Any] | None = None
-        self.peers = {name: Peer(name, self._connector(url)) for name, url in agents.items()}
+        self.peers = {
+            name: Peer(name, self._connector(url), limits.beat_s) for name, url in agents.items()
+        }
         self.data_peers: dict[bytes, Peer] = {}
         self.watched: dict[int, Callable[[], None]] = {}
         self.running = True
@@ -294,7 +300,7 @@ class Broker:
         return [p for p in self.peers.values() if p.state != "leased"] if self.data else []
 
     def _beat(self, now: float) -> None:
-        self.next_beat_s = now + BEAT_SECS
+        self.next_beat_s = now + self.core.limits.beat_s
         if self.data is None:
             self._bind_data()
         self._tell_wanted()
@@ -602,6 +608,7 @@ def main() -> None:
     parser.add_argument("--agent-pid", type=int, help="of a private agent; without: the cluster")
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--window-bytes", type=int, required=True)
+    parser.add_argument("--limits", type=launch.limits, default=DEFAULTS)
     args = parser.parse_args()
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
@@ -621,6 +628,7 @@ def main() -> None:
             agent_pid=args.agent_pid,
             owner=args.owner,
             window_bytes=args.window_bytes,
+            limits=args.limits,
             own_facts=own,
             keys=keys,
         )

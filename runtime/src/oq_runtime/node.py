@@ -16,11 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-#: seconds without a beat from a broker after which its lease is fenced: workers killed
-FENCE_AFTER_S = 30.0
-#: parts of the memory above which no new task is taken, and the newest attempt is killed
-SOFT_MEMORY, HARD_MEMORY = 0.80, 0.90
-#: seconds between two such kills: the memory of the first must be free before the second is due
+from oq_runtime.limits import DEFAULTS, Limits
+
+#: seconds between two kills for lack of memory: that of the first must be free before the second
 KILL_INTERVAL_S = 2.0
 #: bytes by which a worker may grow over what it had at its start before it is replaced
 GROWTH_BYTES = 1 << 30
@@ -212,12 +210,12 @@ class Node:
     """State of one agent.
 
     :param slots: worker processes that may run a task at a time
-    :param task_timeout_s: seconds after which the worker of a task is killed; None: never
+    :param limits: of silence, of memory and of the time of a task
     """
 
-    def __init__(self, slots: int, *, task_timeout_s: float | None = None) -> None:
+    def __init__(self, slots: int, limits: Limits = DEFAULTS) -> None:
         self.slots = slots
-        self.task_timeout_s = task_timeout_s
+        self.limits = limits
         self.leases: dict[str, Lease] = {}
         self.workers: dict[int, Worker] = {}
         self.spawned = 0
@@ -233,12 +231,13 @@ class Node:
     @property
     def closed(self) -> bool:
         """Whether no new task should come: draining, or short of memory with tasks under way."""
-        return self.draining or (self.memory_part > SOFT_MEMORY and self.busy > 0)
+        full = self.memory_percent > self.limits.memory_soft_percent
+        return self.draining or (full and self.busy > 0)
 
     @property
-    def memory_part(self) -> float:
-        """The part of the memory that is in use."""
-        return self.memory.used_bytes / self.memory.limit_bytes
+    def memory_percent(self) -> float:
+        """How much of the memory is in use."""
+        return 100 * self.memory.used_bytes / self.memory.limit_bytes
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, monotonic); return what is to be done."""
@@ -258,7 +257,8 @@ class Node:
                         self._share(effects)
             case MemoryUsed():
                 self.memory = event
-                if self.memory_part > HARD_MEMORY and now - self.killed_s >= KILL_INTERVAL_S:
+                full = self.memory_percent > self.limits.memory_hard_percent
+                if full and now - self.killed_s >= KILL_INTERVAL_S:
                     self._kill_newest(now, effects)
             case DrainAsked(on):
                 self.draining = on
@@ -369,14 +369,14 @@ class Node:
         self.ticked_s = now
         for lease in list(self.leases.values()):
             lease.served_s += seconds * self._running(lease)
-            if now - lease.heard_s > FENCE_AFTER_S:
+            if now - lease.heard_s > self.limits.lost_s:
                 self._end(lease.job, f"broker silent for {now - lease.heard_s:.0f} s", effects)
         if len(self.leases) > 1:
             self._share(effects)
         for worker in list(self.workers.values()):
-            limit = self.task_timeout_s
+            limit = self.limits.task_timeout_s
             if limit and worker.state is WorkerState.BUSY and now - worker.since_s > limit:
-                reason = f"killed after {now - worker.since_s:.0f} s, task_timeout is {limit:g} s"
+                reason = f"killed after {now - worker.since_s:.0f} s, task_timeout_s is {limit:g} s"
                 self._kill_busy(worker, reason, effects)
 
     def _kill_newest(self, now: float, effects: list[Effect]) -> None:
@@ -386,7 +386,8 @@ class Node:
         self.killed_s = now
         newest = max(busy, key=lambda w: (w.since_s, w.id))
         figures = self._figures(self.memory.workers.get(newest.id, 0))
-        reason = f"killed to free memory: {figures}, the limit is {HARD_MEMORY:.0%}"
+        limit = self.limits.memory_hard_percent
+        reason = f"killed to free memory: {figures}, the limit is {limit:g}%"
         self._kill_busy(newest, reason, effects, oom=True)
 
     def _figures(self, worker_bytes: int) -> str:

@@ -15,13 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from oq_runtime.errors import TransitionError
+from oq_runtime.limits import DEFAULTS, Limits
 
-#: seconds without a beat after which a node gets no new tasks
-SUSPECT_AFTER_S = 10.0
-#: seconds without a beat after which a node is lost and its attempts void
-LOST_AFTER_S = 30.0
-#: attempts of a task that may end with the death of its worker process
-MAX_DEATHS = 3
 #: attempts of a task that may run out of memory: one beside others, one alone on its node
 MAX_OOMS = 2
 #: attempts that may be lost with their nodes, or damaged on the way, before the task is given up
@@ -288,21 +283,14 @@ class Node:
 class Scheduler:
     """State of one broker.
 
+    :param limits: of silence and of attempts
     :param window_bytes: results staged at a time, see WINDOW_BYTES
-    :param max_deaths: see MAX_DEATHS
-    :param no_nodes_limit_s: seconds without any node after which the live tasks are given up
     """
 
-    def __init__(
-        self,
-        *,
-        window_bytes: int = WINDOW_BYTES,
-        max_deaths: int = MAX_DEATHS,
-        no_nodes_limit_s: float = 60.0,
-    ) -> None:
+    def __init__(self, limits: Limits = DEFAULTS, *, window_bytes: int = WINDOW_BYTES) -> None:
+        self.limits = limits
         self.window_bytes = window_bytes
-        self.max_deaths = max_deaths
-        self.no_nodes_limit_s = no_nodes_limit_s
+        self.no_nodes_limit_s = limits.no_nodes_limit_s
         self.tasks: dict[int, Task] = {}
         self.nodes: dict[str, Node] = {}
         self.queue: list[tuple[float, int]] = []  # (-weight, task)
@@ -446,7 +434,7 @@ class Scheduler:
         self._free(task, effects)
         if task.ooms >= MAX_OOMS:
             self._give_up(task, "OutOfMemory", note, effects, "fail oom")
-        elif task.deaths >= self.max_deaths:
+        elif task.deaths >= self.limits.max_attempts:
             self._give_up(task, "WorkerDied", note, effects)
         elif task.node_losses >= MAX_NODE_LOSSES:
             self._give_up(task, "NodeLost", note, effects)
@@ -488,7 +476,7 @@ class Scheduler:
     def _lose_silent(self, now: float, effects: list[Effect]) -> None:
         # only on a tick, which comes after all waiting beats were read
         for node in list(self.nodes.values()):
-            if now - node.seen_s > LOST_AFTER_S:
+            if now - node.seen_s > self.limits.lost_s:
                 self._lose(node.name, f"silent for {now - node.seen_s:.0f} s", effects)
 
     def _give_up_without_nodes(self, now: float, effects: list[Effect]) -> None:
@@ -565,7 +553,7 @@ class Scheduler:
                     self._offer(node)
 
     def _takes_tasks(self, node: Node, now: float) -> bool:
-        return not node.closed and now - node.seen_s <= SUSPECT_AFTER_S
+        return not node.closed and now - node.seen_s <= self.limits.suspect_s
 
     def _offer(self, node: Node) -> None:
         """Put a node with a free slot where _take_node finds it, under its load of now."""
@@ -605,7 +593,7 @@ class Scheduler:
                 assert node.running == {node.kept_for}, node
             assert node.kept_for is None or node.kept_for in self.live, node
         for task in self.tasks.values():
-            assert task.deaths <= self.max_deaths and task.ooms <= MAX_OOMS
+            assert task.deaths <= self.limits.max_attempts and task.ooms <= MAX_OOMS
             assert task.node_losses <= MAX_NODE_LOSSES
             assert (task.id in self.live) == (task.state not in FINAL)
             in_upload = task.state is State.UPLOADING
