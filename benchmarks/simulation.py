@@ -199,7 +199,10 @@ def simulate(scenario: Scenario) -> str:
     )
 
 
-HEAD = " nodes slots    tasks    events events/s us/event with-sim/s peak-MiB makespan-s /bound retries"
+HEAD = (
+    " nodes slots    tasks    events events/s us/event "
+    "with-sim/s peak-MiB makespan-s /bound retries"
+)
 LINE = "{:6} {:5} {:8} {:9} {:8.0f} {:8.2f} {:10.0f} {:8.0f} {:10.0f} {:6.3f} {:7}"
 
 

@@ -18,7 +18,7 @@ import pickle
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -39,10 +39,14 @@ LIVE_TASKS, LIVE_BYTES = 4096, 256 << 20
 #: seconds between two writings of the engine's records on finished tasks
 RECORDS_SECS = 1.0
 
+#: seconds for which the engine's check of the memory holds
+CHECK_SECS = 0.1
+
 #: what is called or replaced, with its positional parameters
 SEAMS = {
     "safely_call": ["func", "args", "task_no", "mon"],
     "getargnames": ["task_func"],
+    "check_mem_usage": ["soft_percent", "hard_percent"],
     "get_return_ip": ["receiver_host"],
     "Starmap.submit": ["self", "args", "func"],
     "Starmap._loop": ["self"],
@@ -273,6 +277,24 @@ class LocalSocket:
         self.receiver.local.append(pickle.loads(data))
 
 
+class MemoryCheck:
+    """The engine's check of this machine's memory, which it makes for every result.
+
+    :param check: the engine's function; its answer holds for CHECK_SECS
+    """
+
+    def __init__(self, check: Callable[[], Any]) -> None:
+        self.check = check
+        self.next_s = 0.0
+        self.found: Any = None
+
+    def __call__(self) -> Any:
+        if time.monotonic() > self.next_s:
+            self.found = self.check()
+            self.next_s = time.monotonic() + CHECK_SECS
+        return self.found
+
+
 def local(starmap: Any) -> bool:
     """Whether the engine runs the tasks of this Starmap by itself."""
     # OQ_TASK_NO: engine 3.23 runs one task only, to debug it
@@ -338,6 +360,7 @@ def install_parallel(parallel: Any) -> None:
         return get_return_ip(receiver_host) if receiver_host else "127.0.0.1"
 
     parallel.Socket = socket
+    parallel.check_mem_usage = MemoryCheck(parallel.check_mem_usage)
     parallel.get_return_ip = return_ip
     # the engine would ask each of these hosts for its memory, and wait a minute for a dead one
     parallel.host_cores[:] = []
