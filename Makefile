@@ -103,6 +103,11 @@ bench: $(STAMP) $(PEERS)/.stamp
 	$(VENV)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	  $(if $(ROW),--row $(ROW)) $(if $(SYSTEM),--system $(SYSTEM)) $(if $(PLOTS),--plots $(PLOTS))
 
+simulate: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.simulation $(if $(SWEEP),--sweep) \
+	  $(if $(NODES),--nodes $(NODES)) $(if $(SLOTS),--slots $(SLOTS)) \
+	  $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED))
+
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +
