@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import zmq
@@ -31,7 +31,7 @@ import zmq
 from oq_runtime import config, facts, protocol, security, systemd, transport
 from oq_runtime import node as core
 from oq_runtime.config import WORKER_VARIABLE
-from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError
+from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
 from oq_runtime.spool import Spool
 
 BEAT_SECS = 2.0
@@ -215,7 +215,7 @@ class Agent:
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
                 self._to_broker(name, protocol.Beat(busy=self.core.busy, closed=self.core.closed))
-            if job.data is not None:
+            if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
 
     def _handle(self, event: core.Event) -> None:
@@ -229,6 +229,8 @@ class Agent:
             message = protocol.decode(frames[1].buffer)
         except (ProtocolError, IndexError) as exc:
             log(f"refused a message on the control socket: {exc}")
+            if isinstance(exc, VersionError):  # the peer will understand as little, but see why
+                transport.send_to(self.control, peer, protocol.Refused(reason=str(exc)))
             return
         name = message.job
         if isinstance(message, protocol.Command):
@@ -351,7 +353,7 @@ class Agent:
         peer = frames[0].bytes
         message = protocol.decode(frames[1].buffer)
         if isinstance(message, protocol.Ready):
-            for worker, process in self.processes.items():
+            for worker, process in list(self.processes.items()):  # readiness may start another
                 if process.popen.pid == message.pid:
                     process.peer = peer
                     self.by_peer[peer] = worker
@@ -371,7 +373,11 @@ class Agent:
             case protocol.Started():
                 self._to_broker(message.job, message)
             case protocol.Part():
-                job.spools[key].add(frames[2].buffer)
+                try:
+                    job.spools[key].add(frames[2].buffer)
+                except OSError as exc:
+                    reason = f"killed, its results cannot be stored in {self.directory}"
+                    self._handle(core.WorkerFailed(found.id, f"{reason}: {exc.strerror}"))
             case protocol.Ended():
                 spool = job.spools[key]
                 ended = protocol.Ended(
@@ -465,7 +471,7 @@ class Agent:
         env = dict(os.environ)
         env.setdefault("OMP_NUM_THREADS", "1")
         env[WORKER_VARIABLE] = "1"
-        with log_path.open("wb") as stream:
+        with _writable(log_path) as stream:
             popen = subprocess.Popen(
                 [sys.executable, "-m", "oq_runtime.worker", self.workers_url, str(os.getpid())],
                 stdin=subprocess.DEVNULL,
@@ -474,6 +480,15 @@ class Agent:
                 env=env,
             )
         self.processes[worker] = Process(popen, log_path)
+
+
+def _writable(path: Path) -> IO[bytes]:
+    """Open a log file; with the disk full, better a worker without a log than none."""
+    try:
+        return path.open("wb")
+    except OSError as exc:
+        log(f"{path}: {exc.strerror}")
+        return Path(os.devnull).open("wb")
 
 
 def log(text: str) -> None:

@@ -27,7 +27,13 @@ import zmq
 
 from oq_runtime import config, facts, protocol, security, transport
 from oq_runtime import scheduler as core
-from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, TransitionError
+from oq_runtime.errors import (
+    ConfigError,
+    OqRuntimeError,
+    ProtocolError,
+    TransitionError,
+    VersionError,
+)
 
 BEAT_SECS = 2.0
 #: seconds between two calls of an agent that does not answer, at first and at most
@@ -240,7 +246,7 @@ class Broker:
         for peer in self.peers.values():
             self._watch_handshake(peer)
             while frames := transport.receive(peer.socket):
-                self._from(frames, lambda m, f, peer=peer: self._from_agent(peer, m))  # type: ignore[misc]
+                self._from(frames, lambda m, f, peer=peer: self._from_agent(peer, m), peer)  # type: ignore[misc]
         while self.data and (frames := transport.receive(self.data)):
             sender = frames[0].bytes
             self._from(frames[1:], lambda m, f: self._from_data(sender, m, f))  # noqa: B023
@@ -300,11 +306,18 @@ class Broker:
         peer.hang_up(state, reason)
         self._handle(core.NodeGone(peer.name, reason))
 
-    def _from(self, frames: list[zmq.Frame], take: Callable[[Any, list[zmq.Frame]], None]) -> None:
+    def _from(
+        self,
+        frames: list[zmq.Frame],
+        take: Callable[[Any, list[zmq.Frame]], None],
+        agent: Peer | None = None,
+    ) -> None:
         try:
             take(protocol.decode(frames[0].buffer), frames[1:])
         except (ProtocolError, TransitionError, IndexError) as exc:
             log(f"refused a message: {exc}")
+            if agent is not None and isinstance(exc, VersionError):
+                self._lose(agent, f"refused: {exc}", "refused")
 
     def _handle(self, event: core.Event) -> None:
         """Let the core take an event; one that comes of an effect waits for its turn."""

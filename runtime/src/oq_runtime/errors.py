@@ -17,6 +17,10 @@ class ProtocolError(OqRuntimeError):
     """A message that is not of this protocol, or of another version of it."""
 
 
+class VersionError(ProtocolError):
+    """A message of another version of the protocol; the message names both."""
+
+
 class TransitionError(OqRuntimeError):
     """An event that the state table does not allow; the state is unchanged."""
 

@@ -4,8 +4,8 @@
 A worker belongs to one lease and runs one task at a time, so that blame for its death is exact.
 
 Several leases share the slots by max-min fairness: none gets more than it wants while another has
-less than its part; what cannot be divided goes to the lease that has been served least. A share
-that shrinks stops nothing that runs.
+less than its part; what cannot be divided is held in turns, by the lease that has been served
+least. A share that shrinks stops nothing that runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from enum import Enum
 
 #: seconds without a beat from a broker after which its lease is fenced: workers killed
 FENCE_AFTER_S = 30.0
+#: seconds that a slot which cannot be divided stays with a lease: each change costs the start of a
+#: worker, up to 4 s of computing
+TURN_S = 30.0
 #: parts of the memory above which no new task is taken, and the newest attempt is killed
 SOFT_MEMORY, HARD_MEMORY = 0.80, 0.90
 #: seconds between two such kills: the memory of the first must be free before the second is due
@@ -115,13 +118,21 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    """The attempt of a live worker cannot be brought to its end here."""
+
+    worker: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
 
 Event = (
     LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | TaskGiven | AbortAsked | WorkerReady
-    | WorkerEnded | WorkerGone | Tick
+    | WorkerEnded | WorkerGone | WorkerFailed | Tick
 )  # fmt: skip
 
 
@@ -211,7 +222,9 @@ class Node:
         match event:
             case LeaseAsked(job):
                 self._end(job, "asked for again", effects)
-                self.leases[job] = Lease(job, -1, now)
+                # as if it had been here before: else it would hold what is left for hours
+                served_s = min((lease.served_s for lease in self.leases.values()), default=0.0)
+                self.leases[job] = Lease(job, -1, now, served_s=served_s)
                 self._share(effects)
                 for _ in range(min(self.leases[job].slots, self.slots - len(self.workers))):
                     self._spawn(self.leases[job], effects)
@@ -244,6 +257,9 @@ class Node:
                     found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
             case WorkerGone(worker, reason):
                 self._gone(worker, reason, effects)
+            case WorkerFailed(worker, reason):
+                if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
+                    self._kill_busy(found, reason, effects)
             case Tick():
                 self._tick(now, effects)
         self._fill(now, effects)
@@ -273,7 +289,7 @@ class Node:
         left = self.slots
         # in rounds of one slot each; the last, partial round starts with the least served
         while left and (hungry := [job for job in wants if shares[job] < wants[job]]):
-            hungry.sort(key=lambda job: self.leases[job].served_s)
+            hungry.sort(key=self._turns)
             for job in hungry[:left]:
                 shares[job] += 1
             left -= min(left, len(hungry))
@@ -281,6 +297,10 @@ class Node:
             if share != self.leases[job].slots:
                 self.leases[job].slots = share
                 effects.append(GrantLease(job, share))
+
+    def _turns(self, job: str) -> int:
+        """How many turns the lease has been served."""
+        return int(self.leases[job].served_s / (TURN_S * self.slots))
 
     def _fill(self, now: float, effects: list[Effect]) -> None:
         """Give waiting tasks to idle workers, and start workers where they are missing."""

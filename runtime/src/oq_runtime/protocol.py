@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from oq_runtime.errors import ProtocolError
+from oq_runtime.errors import ProtocolError, VersionError
 
 PROTOCOL_VERSION = 1
 #: bytes of a payload that may travel with its header on the control socket
@@ -287,8 +287,8 @@ def encode(message: Message) -> bytes:
 def decode(frame: bytes | memoryview) -> Any:
     """Return the message of a header frame.
 
-    Raises ProtocolError for bytes that are no header, an unknown kind, a field of the wrong type,
-    or another protocol version; the message then names both versions.
+    Raises ProtocolError for bytes that are no header, an unknown kind or a field of the wrong type,
+    and its VersionError for a header of another version.
     """
     if len(frame) > HEADER_BYTES:
         raise ProtocolError(f"header of {len(frame)} bytes; at most {HEADER_BYTES}")
@@ -303,13 +303,13 @@ def decode(frame: bytes | memoryview) -> Any:
 
 
 def _check_version(frame: bytes | memoryview) -> None:
-    """Raise ProtocolError when the frame is a header of another version, whatever its fields."""
+    """Raise VersionError when the frame is a header of another version, whatever its fields."""
     try:
         version = _versions.decode(frame).v
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return
     if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"peer speaks protocol {version}, this is {PROTOCOL_VERSION}")
+        raise VersionError(f"peer speaks protocol {version}, this is {PROTOCOL_VERSION}")
 
 
 def chunks(part: bytes | memoryview) -> Sequence[tuple[int, memoryview]]:
