@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import psutil
@@ -284,7 +284,7 @@ class Agent:
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
                 self._to_broker(name, beat)
-            if job.data is not None:
+            if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
 
     def _handle(self, event: core.Event) -> None:
@@ -488,7 +488,7 @@ class Agent:
         peer = frames[0]
         message = protocol.decode(frames[1])
         if isinstance(message, protocol.Ready):
-            for worker, process in self.processes.items():
+            for worker, process in list(self.processes.items()):  # readiness may start another
                 if process.popen.pid == message.pid:
                     process.peer = peer
                     self.by_peer[peer] = worker
@@ -639,7 +639,7 @@ class Agent:
         env = dict(os.environ)
         env.setdefault("OMP_NUM_THREADS", "1")
         env[WORKER_VARIABLE] = "1"
-        with log_path.open("wb") as stream:
+        with _writable(log_path) as stream:
             popen = subprocess.Popen(
                 [
                     sys.executable,
@@ -657,6 +657,15 @@ class Agent:
             )
         self.processes[worker] = Process(popen, log_path)
         self.poller.register(self.processes[worker].pidfd, zmq.POLLIN)
+
+
+def _writable(path: Path) -> IO[bytes]:
+    """Open a log file; with the disk full, better a worker without a log than none."""
+    try:
+        return path.open("wb")
+    except OSError as exc:
+        log(f"{path}: {exc.strerror}")
+        return Path(os.devnull).open("wb")
 
 
 def _name(job: str, key: Key) -> str:
