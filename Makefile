@@ -21,8 +21,8 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster conformance chaos clean venv \
-	.venv .venv-3.23 .venv-3.25
+.PHONY: help demo test lint types unit local cluster conformance chaos provisioning clean venv \
+	.venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
@@ -33,6 +33,14 @@ help:
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
 	@echo "make clean        remove build/ and caches (virtual environments stay)"
 
+# $(1) = directory of the new virtual environment.
+define MAKE_VENV
+$(PYTHON) -m venv $(1) || { rm -rf $(1); \
+  echo "'$(PYTHON) -m venv' failed. On Debian or Ubuntu: apt-get install python3-venv" >&2; \
+  echo "or name another Python (3.11 or later): make PYTHON=/path/to/python3 ..." >&2; \
+  exit 1; }
+endef
+
 # One rule per series: $(1) = series.
 define VENV_RULE
 $(call venv_of,$(1)): $(call venv_of,$(1))/.stamp
@@ -40,11 +48,7 @@ $(call venv_of,$(1)): $(call venv_of,$(1))/.stamp
 $(call venv_of,$(1))/.stamp: constraints/engine-$(1).txt constraints/dev.txt runtime/pyproject.toml
 	@echo "making $(call venv_of,$(1)) with engine $(1)"
 	@rm -rf $(call venv_of,$(1))
-	@$(PYTHON) -m venv $(call venv_of,$(1)) || { \
-	  rm -rf $(call venv_of,$(1)); \
-	  echo "'$(PYTHON) -m venv' failed. On Debian or Ubuntu: apt-get install python3-venv" >&2; \
-	  echo "or name another Python (3.11 or later): make PYTHON=/path/to/python3 ..." >&2; \
-	  exit 1; }
+	@$(call MAKE_VENV,$(call venv_of,$(1)))
 	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) \
 	  -r constraints/engine-$(1).txt -r constraints/dev.txt
 	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation -e runtime
@@ -55,6 +59,15 @@ endef
 $(foreach s,$(SERIES),$(eval $(call VENV_RULE,$(s))))
 
 venv: $(STAMP)
+
+.venv-provision: .venv-provision/.stamp
+
+.venv-provision/.stamp: constraints/provision.txt
+	@echo "making .venv-provision with Ansible"
+	@rm -rf .venv-provision
+	@$(call MAKE_VENV,.venv-provision)
+	@.venv-provision/bin/python -m pip install $(PIP_FLAGS) -r constraints/provision.txt
+	@touch $@
 
 demo: $(STAMP)
 	@mkdir -p "$(OQ_DATADIR)"
