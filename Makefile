@@ -45,12 +45,13 @@ endef
 define VENV_RULE
 $(call venv_of,$(1)): $(call venv_of,$(1))/.stamp
 
-$(call venv_of,$(1))/.stamp: constraints/engine-$(1).txt constraints/dev.txt runtime/pyproject.toml
+$(call venv_of,$(1))/.stamp: constraints/engine-$(1).txt constraints/webui.txt constraints/dev.txt \
+		runtime/pyproject.toml
 	@echo "making $(call venv_of,$(1)) with engine $(1)"
 	@rm -rf $(call venv_of,$(1))
 	@$(call MAKE_VENV,$(call venv_of,$(1)))
 	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) \
-	  -r constraints/engine-$(1).txt -r constraints/dev.txt
+	  -r constraints/engine-$(1).txt -r constraints/webui.txt -r constraints/dev.txt
 	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation -e runtime
 	@# numba compiles the engine on its first import, for about a minute: not in the middle of a job
 	@$(if $(filter 3.26,$(1)),CI=true $(call venv_of,$(1))/bin/python -c "import openquake.engine.engine")
