@@ -21,7 +21,8 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster conformance chaos provisioning clean venv \
+.PHONY: help demo test lint types unit local cluster conformance chaos provisioning molecule \
+	wheelhouse clean venv \
 	.venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -30,6 +31,8 @@ help:
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make chaos        RUNS=n SEED=n"
 	@echo "make lint | types | unit | local | cluster    one test lane"
+	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
+	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
 	@echo "make clean        remove build/ and caches (virtual environments stay)"
 
@@ -70,6 +73,18 @@ venv: $(STAMP)
 	@.venv-provision/bin/python -m pip install $(PIP_FLAGS) -r constraints/provision.txt
 	@touch $@
 
+# The packages of an engine series, for clusters without Internet; FOR_PYTHON=3.12 where their
+# Python is another one than here.
+wheelhouse: build/wheelhouse/$(ENGINE)/.stamp
+
+build/wheelhouse/%/.stamp: constraints/engine-%.txt constraints/webui.txt
+	@echo "downloading the packages of engine $* to $(@D)"
+	@mkdir -p $(@D)
+	@$(PYTHON) -m pip download $(PIP_FLAGS) --only-binary :all: --dest $(@D) \
+	  $(if $(FOR_PYTHON),--python-version $(FOR_PYTHON)) \
+	  -r constraints/engine-$*.txt -r constraints/webui.txt
+	@touch $@
+
 demo: $(STAMP)
 	@mkdir -p "$(OQ_DATADIR)"
 	OQ_DATADIR="$(OQ_DATADIR)" $(VENV)/bin/oq-run $(DEMO_JOB)
@@ -100,6 +115,12 @@ conformance: $(STAMP)
 
 chaos: $(STAMP)
 	$(VENV)/bin/python -m tests.chaos $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
+
+# Clusters of containers, provisioned as an administrator would: SCENARIO=default|home|lifecycle.
+SCENARIO ?= default
+
+molecule: .venv-provision/.stamp
+	@molecule/run test --scenario-name $(SCENARIO)
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
