@@ -179,8 +179,8 @@ class Broker:
         self.events: deque[core.Event] = deque()
         self.handling = False
         self.staging: dict[tuple[int, int], Staging] = {}
-        self.blobs: dict[bytes, protocol.Blob] = {}
-        self.blob_uses: Counter[bytes] = Counter()
+        # digest -> file -> tasks that need it; each client has files of its own
+        self.blobs: dict[bytes, Counter[str]] = {}
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
         self.store = Store(
             store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes
@@ -369,8 +369,7 @@ class Broker:
                 group = self.groups.setdefault((peer, map_), len(self.groups))
                 self.submissions[number] = Submission(peer, task, map_, func, frames[0], blobs)
                 for blob in blobs:
-                    self.blobs[blob.digest] = blob
-                    self.blob_uses[blob.digest] += 1
+                    self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
                 self.numbers[peer, task] = number
                 phase = self.phases.setdefault(func, protocol.Phase(name=func))
                 phase.total += 1
@@ -482,9 +481,9 @@ class Broker:
                         self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
     def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
-        if (blob := self.blobs.get(digest)) is None:
+        if (paths := self.blobs.get(digest)) is None:
             return  # of a task that is not wanted any more
-        for offset, chunk in protocol.chunks(payload.map_file(blob.path, private=True)):
+        for offset, chunk in protocol.chunks(payload.map_file(next(iter(paths)), private=True)):
             if not link.send(protocol.BlobChunk(digest=digest, offset=offset), chunk):
                 self._lose(peer, "its data connection broke")
                 return
@@ -573,9 +572,12 @@ class Broker:
     def _forget(self, task: int) -> Submission:
         submission = self.submissions.pop(task)
         for blob in submission.blobs:
-            self.blob_uses[blob.digest] -= 1
-            if not self.blob_uses[blob.digest]:
-                del self.blobs[blob.digest], self.blob_uses[blob.digest]
+            paths = self.blobs[blob.digest]
+            paths[blob.path] -= 1
+            if not paths[blob.path]:
+                del paths[blob.path]
+            if not paths:
+                del self.blobs[blob.digest]
         return submission
 
     def _status(self) -> protocol.Status:
