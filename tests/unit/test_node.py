@@ -117,6 +117,7 @@ def test_a_late_lease_does_not_make_up_for_what_it_has_missed() -> None:
     node = leased(1)
     node.handle(TaskGiven("j", 1, 1), 0.0)
     for s in range(101):
+        node.handle(Heard("j"), TURN_S * s)
         node.handle(Tick(), TURN_S * s)
     node.handle(LeaseAsked("k"), TURN_S * 100)
     assert node.leases["k"].served_s == node.leases["j"].served_s
