@@ -87,3 +87,28 @@ class Refused:
 
 def _refuse():
     raise RuntimeError("this argument cannot be unpickled")
+
+
+def hold(x, mbytes, mbytes_per_s, seconds, monitor):
+    """Take memory in steps of 10 MB, then hold it for some seconds."""
+    taken = []
+    for _ in range(mbytes // 10):
+        taken.append(b"x" * 10_000_000)
+        time.sleep(10 / mbytes_per_s)
+    time.sleep(seconds)
+    return {"sum": x}
+
+
+def no_memory(x, path, monitor):
+    """Fail as Python does for lack of memory, and leave a line per attempt."""
+    with open(path, "a") as file:
+        file.write(f"{x}\n")
+    raise MemoryError(f"task with x={x} found no room")
+
+
+def spoils(x, array, monitor):
+    """Changes its argument in place: nobody else may see it. The result is as big."""
+    before = array.sum()
+    array += x
+    yield {"sum": before + x}
+    yield {"array": array}

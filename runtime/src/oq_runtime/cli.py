@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import selectors
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -132,11 +131,14 @@ def main(
     if spec["log_file"] and not os.access(Path(str(spec["log_file"])).parent, os.W_OK):
         raise BadInput(f"--log-file {log_file}: its directory is missing or not writable")
     try:
-        settings = (
-            Config(cores=check_cores(cores)) if cores else Config.from_sections(config.read())
-        )
+        sections = config.read()
+        if cores:  # on this machine, whatever cluster there is; but with the same limits
+            check_cores(cores)
+            sections = {"oq_runtime": sections.get("oq_runtime", {}) | {"cores": cores}}
+        settings = Config.from_sections(sections)
     except ConfigError as exc:
-        raise BadInput(f"--{exc}" if cores else str(exc)) from exc
+        ours = cores and str(exc).startswith("cores=")
+        raise BadInput(f"--{exc}" if ours else str(exc)) from exc
     run = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
     code = run.execute()
     if as_json:
@@ -359,7 +361,7 @@ def stop_session(directory: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             if selector.get_map():
                 os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(directory, ignore_errors=True)
+    launch.remove(directory)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class ProtocolError(OqRuntimeError):
 
 
 class VersionError(ProtocolError):
-    """A message of another version of the protocol; the message names both."""
+    """A message of another version of the protocol; the text names both."""
 
 
 class TransitionError(OqRuntimeError):
@@ -31,6 +31,10 @@ class BrokerLost(OqRuntimeError):
 
 class WorkerDied(OqRuntimeError):
     """A task lost its worker process as often as it may; the message has the history."""
+
+
+class OutOfMemory(OqRuntimeError):
+    """A task ran out of memory also when it had a node for itself; the message has the figures."""
 
 
 class NodeLost(OqRuntimeError):
