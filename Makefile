@@ -21,15 +21,16 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster conformance chaos provisioning molecule \
-	wheelhouse clean venv \
-	.venv .venv-3.23 .venv-3.25 .venv-provision
+.PHONY: help demo test lint types unit local cluster conformance chaos bench simulate \
+	provisioning molecule wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
 	@echo "make test         all test lanes, a table at the end"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make chaos        RUNS=n SEED=n"
+	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
+	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster    one test lane"
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
 	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
@@ -90,7 +91,7 @@ demo: $(STAMP)
 	OQ_DATADIR="$(OQ_DATADIR)" $(VENV)/bin/oq-run $(DEMO_JOB)
 
 # The contract lane also runs under the two older engine series.
-test: $(ALL_STAMPS)
+test: $(ALL_STAMPS) .venv-provision/.stamp
 	@.venv/bin/python tests/lanes.py
 
 lint: $(STAMP)
@@ -115,6 +116,25 @@ conformance: $(STAMP)
 
 chaos: $(STAMP)
 	$(VENV)/bin/python -m tests.chaos $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
+
+# The systems that the runtime is compared with have a virtual environment of their own.
+PEERS := .venv-bench
+
+$(PEERS)/.stamp: constraints/bench.txt
+	@echo "making $(PEERS)"
+	@rm -rf $(PEERS)
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install $(PIP_FLAGS) -r constraints/bench.txt
+	@touch $@
+
+bench: $(STAMP) $(PEERS)/.stamp
+	$(VENV)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	  $(if $(ROW),--row $(ROW)) $(if $(SYSTEM),--system $(SYSTEM)) $(if $(PLOTS),--plots $(PLOTS))
+
+simulate: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.simulation $(if $(SWEEP),--sweep) \
+	  $(if $(NODES),--nodes $(NODES)) $(if $(SLOTS),--slots $(SLOTS)) \
+	  $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED))
 
 # Clusters of containers, provisioned as an administrator would: SCENARIO=default|home|lifecycle.
 SCENARIO ?= default

@@ -154,7 +154,8 @@ def run(spec: dict[str, Any], report: Any) -> int:
 
     datadir = Path(logs.get_datadir())
     database = Path(os.path.expanduser(config.dbserver.file))
-    local = os.environ.get("OQ_DATABASE", config.dbserver.host) == "127.0.0.1"
+    dbhost = os.environ.get("OQ_DATABASE", config.dbserver.host)
+    local = dbhost == "127.0.0.1"
     for folder in (datadir, database.parent) if local else (datadir,):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ def run(spec: dict[str, Any], report: Any) -> int:
         job.params["exports"] = spec["exports"]
         if spec["export_dir"]:
             job.params["export_dir"] = spec["export_dir"]
-        where = str(database) if local else None
+        where = str(database) if local else f"tcp://{dbhost}:{config.dbserver.port}"
         report({"kind": "created", "job": job.calc_id, "database": where})
     for job in jobs:
         # a second stage takes from the first, which has not run yet, what it lacks itself

@@ -10,18 +10,15 @@ sender is told to abort.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
 
 from oq_runtime.errors import TransitionError
+from oq_runtime.limits import DEFAULTS, Limits
 
-#: seconds without a beat after which a node gets no new tasks
-SUSPECT_AFTER_S = 10.0
-#: seconds without a beat after which a node is lost and its attempts void
-LOST_AFTER_S = 30.0
-#: attempts of a task that may end with the death of its worker process
-MAX_DEATHS = 3
+#: attempts of a task that may run out of memory: one beside others, one alone on its node
+MAX_OOMS = 2
 #: attempts that may be lost with their nodes, or damaged on the way, before the task is given up
 MAX_NODE_LOSSES = 10
 #: bytes of results that may be staged in the broker; one larger attempt is let through alone
@@ -38,12 +35,15 @@ class State(Enum):
     UPLOADING = "uploading"
     COMMITTED = "committed"
     POISONED = "poisoned"
+    FAILED_OOM = "out of memory"
     CANCELLED = "cancelled"
 
 
-FINAL = frozenset({State.COMMITTED, State.POISONED, State.CANCELLED})
+#: in these a task takes a slot
+BUSY = frozenset({State.ASSIGNED, State.RUNNING})
+FINAL = frozenset({State.COMMITTED, State.POISONED, State.FAILED_OOM, State.CANCELLED})
 
-# {state: {transition: next state}}; "refused" and "poisoned" are the two outcomes of a failed
+# {state: {transition: next state}}; "retry", "give up" and "fail oom" are the outcomes of a failed
 # attempt, decided by the budgets in _retry
 TRANSITIONS: dict[State, dict[str, State]] = {
     State.QUEUED: {
@@ -53,30 +53,36 @@ TRANSITIONS: dict[State, dict[str, State]] = {
     },
     State.ASSIGNED: {
         "start": State.RUNNING,
+        "end": State.WAITING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.RUNNING: {
         "end": State.WAITING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.WAITING: {
         "grant": State.UPLOADING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.UPLOADING: {
         "commit": State.COMMITTED,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.COMMITTED: {},
     State.POISONED: {},
+    State.FAILED_OOM: {},
     State.CANCELLED: {},
 }
 
@@ -100,10 +106,11 @@ class NodeResized:
 
 @dataclass(frozen=True, slots=True)
 class NodeSeen:
-    """A sign of life; ``closed`` (None: as before) says that the node takes no new tasks."""
+    """A sign of life; ``closed`` says that the node takes no new tasks. None: as before."""
 
     node: str
     closed: bool | None = None
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +152,13 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Died:
+    """The worker of the attempt has ended; ``oom``: for lack of memory."""
+
     node: str
     task: int
     attempt: int
     reason: str
+    oom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +187,12 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
+    """``alone``: nothing else may run on the node at the same time."""
+
     node: str
     task: int
     attempt: int
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,51 +243,71 @@ class Task:
     node: str = ""
     nbytes: int = 0
     deaths: int = 0
+    ooms: int = 0
     node_losses: int = 0
     avoid: str = ""
-    history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY_LINES))
+    history: tuple[str, ...] = ()  # while it is live: a job may have millions of tasks
+
+    @property
+    def alone(self) -> bool:
+        """Whether the next attempt, or the one under way, has a node for itself."""
+        return self.ooms > 0
 
 
 @dataclass(slots=True)
 class Node:
+    """``running`` tasks have a slot each; of ``ended`` ones only the results are still here.
+
+    ``kept_for``: the task that has this node for itself, or waits until it is empty.
+    """
+
     name: str
     slots: int
     seen_s: float
     closed: bool = False
+    free_bytes: int = 0
+    kept_for: int | None = None
     running: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
+    offers: set[float] = field(default_factory=set)  # loads with which it is in Scheduler.free
 
     @property
     def credit(self) -> int:
         """Slots that are free; never negative, also when the share has shrunk below what runs."""
-        return max(0, self.slots - len(self.running))
+        return 0 if self.kept_for is not None else max(0, self.slots - len(self.running))
+
+    @property
+    def load(self) -> float:
+        """The part of its slots that is taken."""
+        return len(self.running) / self.slots if self.slots else 1.0
 
 
 class Scheduler:
     """State of one broker.
 
+    :param limits: of silence and of attempts
     :param window_bytes: results staged at a time, see WINDOW_BYTES
-    :param max_deaths: see MAX_DEATHS
-    :param no_nodes_limit_s: seconds without any node after which the live tasks are given up
     """
 
-    def __init__(
-        self,
-        *,
-        window_bytes: int = WINDOW_BYTES,
-        max_deaths: int = MAX_DEATHS,
-        no_nodes_limit_s: float = 60.0,
-    ) -> None:
+    def __init__(self, limits: Limits = DEFAULTS, *, window_bytes: int = WINDOW_BYTES) -> None:
+        self.limits = limits
         self.window_bytes = window_bytes
-        self.max_deaths = max_deaths
-        self.no_nodes_limit_s = no_nodes_limit_s
+        self.no_nodes_limit_s = limits.no_nodes_limit_s
         self.tasks: dict[int, Task] = {}
         self.nodes: dict[str, Node] = {}
         self.queue: list[tuple[float, int]] = []  # (-weight, task)
-        self.waiting: list[int] = []  # ended, in order of arrival, not granted yet
+        self.alone: list[int] = []  # queued for a node of their own, in order of arrival
+        # (load, node), the emptiest first; an entry whose load is not the node's any more is void
+        self.free: list[tuple[float, str]] = []
+        # ended, in order of arrival, not granted yet
+        self.waiting: OrderedDict[int, None] = OrderedDict()
         self.staged: dict[int, int] = {}  # granted or committed and not consumed: task -> bytes
+        self.staged_bytes = 0
         self.live: set[int] = set()
         self.submitted = self.committed = self.cancelled = self.given_up = 0
-        self.retries: Counter[str] = Counter()  # per function
+        self.retries: Counter[str] = Counter()  # per function, as is the next
+        self.busy: Counter[str] = Counter()
+        self.live_of: Counter[int] = Counter()  # per group
         self.no_nodes_since_s: float | None = None
         self.lost: list[str] = []
 
@@ -292,14 +325,19 @@ class Scheduler:
                 if node in self.nodes:
                     self._lose(node, "it joined again", effects)
                 self.nodes[node] = Node(node, slots, now)
+                self._offer(self.nodes[node])
             case NodeResized(node, slots):
                 if node in self.nodes:
                     self.nodes[node].slots = slots
-            case NodeSeen(node, closed):
+                    self._offer(self.nodes[node])
+            case NodeSeen(node, closed, free_bytes):
                 if node in self.nodes:
                     self.nodes[node].seen_s = now
                     if closed is not None:
                         self.nodes[node].closed = closed
+                    if free_bytes is not None:
+                        self.nodes[node].free_bytes = free_bytes
+                    self._offer(self.nodes[node])
             case NodeGone(node, reason):
                 self._lose(node, reason, effects)
             case Submitted(task, group, func, weight):
@@ -308,6 +346,7 @@ class Scheduler:
                 self.tasks[task] = Task(task, group, func, weight)
                 self.submitted += 1
                 self.live.add(task)
+                self.live_of[group] += 1
                 heapq.heappush(self.queue, (-weight, task))
             case Started(node, task, attempt):
                 if current := self._current(node, task, attempt, effects):
@@ -317,30 +356,38 @@ class Scheduler:
                     self._move(current, "end", f"ended on {node}, {nbytes} bytes")
                     current.nbytes = nbytes
                     self.nodes[node].running.discard(task)
-                    self.waiting.append(task)
+                    self.nodes[node].ended.add(task)
+                    self._offer(self.nodes[node])
+                    self._give_back(current)
+                    self.waiting[task] = None
             case Uploaded(node, task, attempt, intact):
                 if current := self._current(node, task, attempt, effects):
                     if current.state is not State.UPLOADING:
                         raise TransitionError(f"task {task} is {current.state.value}: no upload")
                     if intact:
                         self._move(current, "commit", f"committed from {node}")
-                        self.live.discard(task)
+                        self.nodes[node].ended.discard(task)
+                        self._end(current)
                         self.committed += 1
                         effects.append(Commit(node, task, attempt))
                     else:
                         current.node_losses += 1  # charged like a loss: the task did no harm
                         self._retry(current, f"damaged on the way from {node}", effects)
-            case Died(node, task, attempt, reason):
+            case Died(node, task, attempt, reason, oom):
                 if current := self._current(node, task, attempt, effects):
-                    current.deaths += 1
-                    current.avoid = node
+                    if oom:
+                        current.ooms += 1
+                    else:
+                        current.deaths += 1
+                        current.avoid = node
                     self._retry(current, f"{reason} on {node}", effects)
             case Consumed(task):
                 if task in self.tasks and self.tasks[task].state is State.COMMITTED:
-                    self.staged.pop(task, None)
+                    self._unstage(task)
             case Cancelled(group):
-                for task in [t for t in self.live if self.tasks[t].group == group]:
-                    self._cancel(self.tasks[task], effects)
+                if self.live_of[group]:
+                    for task in [t for t in self.live if self.tasks[t].group == group]:
+                        self._cancel(self.tasks[task], effects)
             case Tick():
                 self._lose_silent(now, effects)
         self._give_up_without_nodes(now, effects)
@@ -369,42 +416,62 @@ class Scheduler:
         except KeyError:
             text = f"task {task.id} is {task.state.value}: no {transition}"
             raise TransitionError(text) from None
+        self.busy[task.func] += (state in BUSY) - (task.state in BUSY)
         task.state = state
-        task.history.append(f"attempt {task.attempt}: {note}")
+        line = f"attempt {task.attempt}: {note}"
+        task.history = () if state is State.COMMITTED else (*task.history, line)[-HISTORY_LINES:]
 
     def _free(self, task: Task, effects: list[Effect]) -> None:
         """Take the task from its node and drop what was staged of its attempt."""
-        if task.node in self.nodes:
-            self.nodes[task.node].running.discard(task.id)
+        if node := self.nodes.get(task.node):
+            node.running.discard(task.id)
+            node.ended.discard(task.id)
+            self._offer(node)
+        self._give_back(task)
         if task.state is State.WAITING:
-            self.waiting.remove(task.id)
+            del self.waiting[task.id]
         if task.state in (State.WAITING, State.UPLOADING):
-            self.staged.pop(task.id, None)
+            self._unstage(task.id)
             effects.append(DropStaged(task.id, task.attempt))
+
+    def _unstage(self, task: int) -> None:
+        self.staged_bytes -= self.staged.pop(task, 0)
+
+    def _end(self, task: Task) -> None:
+        self.live.discard(task.id)
+        self.live_of[task.group] -= 1
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
         self._free(task, effects)
-        if task.deaths >= self.max_deaths or task.node_losses >= MAX_NODE_LOSSES:
-            error = "WorkerDied" if task.deaths >= self.max_deaths else "NodeLost"
-            self._give_up(task, error, note, effects)
-            return
-        self._move(task, "retry", note)
-        self.retries[task.func] += 1
-        task.node = ""
-        heapq.heappush(self.queue, (-task.weight, task.id))
+        if task.ooms >= MAX_OOMS:
+            self._give_up(task, "OutOfMemory", note, effects, "fail oom")
+        elif task.deaths >= self.limits.max_attempts:
+            self._give_up(task, "WorkerDied", note, effects)
+        elif task.node_losses >= MAX_NODE_LOSSES:
+            self._give_up(task, "NodeLost", note, effects)
+        else:
+            self._move(task, "retry", note)
+            self.retries[task.func] += 1
+            task.node = ""
+            if task.alone:
+                self.alone.append(task.id)
+            else:
+                heapq.heappush(self.queue, (-task.weight, task.id))
 
-    def _give_up(self, task: Task, error: str, note: str, effects: list[Effect]) -> None:
-        self._move(task, "give up", note)
-        self.live.discard(task.id)
+    def _give_up(
+        self, task: Task, error: str, note: str, effects: list[Effect], move: str = "give up"
+    ) -> None:
+        self._move(task, move, note)
+        self._end(task)
         self.given_up += 1
-        effects.append(GiveUp(task.id, error, tuple(task.history)))
+        effects.append(GiveUp(task.id, error, task.history))
 
     def _cancel(self, task: Task, effects: list[Effect]) -> None:
         self._free(task, effects)
         if task.node:
             effects.append(AbortAttempt(task.node, task.id, task.attempt))
         self._move(task, "cancel", "cancelled")
-        self.live.discard(task.id)
+        self._end(task)
         self.cancelled += 1
 
     def _lose(self, name: str, reason: str, effects: list[Effect]) -> None:
@@ -412,16 +479,15 @@ class Scheduler:
         if node is None:
             return
         self.lost.append(f"{name}: {reason}")
-        for task_id in sorted(self.live):
+        for task_id in sorted(node.running | node.ended):
             task = self.tasks[task_id]
-            if task.node == name and task.state is not State.QUEUED:
-                task.node_losses += 1
-                self._retry(task, f"node {name} lost ({reason})", effects)
+            task.node_losses += 1
+            self._retry(task, f"node {name} lost ({reason})", effects)
 
     def _lose_silent(self, now: float, effects: list[Effect]) -> None:
         # only on a tick, which comes after all waiting beats were read
         for node in list(self.nodes.values()):
-            if now - node.seen_s > LOST_AFTER_S:
+            if now - node.seen_s > self.limits.lost_s:
                 self._lose(node.name, f"silent for {now - node.seen_s:.0f} s", effects)
 
     def _give_up_without_nodes(self, now: float, effects: list[Effect]) -> None:
@@ -442,47 +508,115 @@ class Scheduler:
 
     def _grant(self, effects: list[Effect]) -> None:
         while self.waiting:
-            task = self.tasks[self.waiting[0]]
-            staged = sum(self.staged.values())
-            if self.staged and staged + task.nbytes > self.window_bytes:
+            task = self.tasks[next(iter(self.waiting))]
+            if self.staged and self.staged_bytes + task.nbytes > self.window_bytes:
                 return
-            self.waiting.pop(0)
+            del self.waiting[task.id]
             self._move(task, "grant", f"upload of {task.nbytes} bytes")
             self.staged[task.id] = task.nbytes
+            self.staged_bytes += task.nbytes
             effects.append(GrantUpload(task.node, task.id, task.attempt))
 
     def _dispatch(self, now: float, effects: list[Effect]) -> None:
-        healthy = [
-            n for n in self.nodes.values() if not n.closed and now - n.seen_s <= SUSPECT_AFTER_S
-        ]
+        if self.alone:
+            self._dispatch_alone(now, effects)
         while self.queue:
-            free = [n for n in healthy if n.credit > 0]
-            if not free:
-                return
-            _, task_id = heapq.heappop(self.queue)
+            task = self.tasks[self.queue[0][1]]
+            if task.state is State.QUEUED:
+                node = self._take_node(now, task.avoid)
+                if node is None:
+                    return
+                self._assign(task, node, effects)
+            heapq.heappop(self.queue)  # assigned, or cancelled or given up while it was queued
+
+    def _dispatch_alone(self, now: float, effects: list[Effect]) -> None:
+        """Keep the node with most free memory for each task that needs one; start it when empty."""
+        self.alone = [t for t in self.alone if self.tasks[t].state is State.QUEUED]
+        usable = [n for n in self.nodes.values() if n.slots and self._takes_tasks(n, now)]
+        for task_id in list(self.alone):
             task = self.tasks[task_id]
-            if task.state is not State.QUEUED:
-                continue  # cancelled or given up while it was queued
-            # the relatively emptiest node; one on which the task killed its worker comes last
-            node = min(free, key=lambda n: (n.name == task.avoid, -n.credit / n.slots, n.name))
-            task.attempt += 1
-            task.node = node.name
-            self._move(task, "assign", f"assigned to {node.name}")
-            node.running.add(task_id)
-            effects.append(Assign(node.name, task_id, task.attempt))
+            kept = [n for n in usable if n.kept_for == task_id]
+            if not kept:
+                self._give_back(task)  # a node that closed or fell silent meanwhile
+                kept = [n for n in usable if n.kept_for is None]
+            if not kept:
+                continue
+            node = min(kept, key=lambda n: (-n.free_bytes, n.name))
+            node.kept_for = task_id
+            if not node.running:
+                self.alone.remove(task_id)
+                self._assign(task, node, effects)
+
+    def _assign(self, task: Task, node: Node, effects: list[Effect]) -> None:
+        task.attempt += 1
+        task.node = node.name
+        self._move(task, "assign", f"assigned to {node.name}{', alone' if task.alone else ''}")
+        node.running.add(task.id)
+        self._offer(node)
+        effects.append(Assign(node.name, task.id, task.attempt, task.alone))
+
+    def _give_back(self, task: Task) -> None:
+        """Open to all the node that was kept for the task."""
+        if task.alone:
+            for node in self.nodes.values():
+                if node.kept_for == task.id:
+                    node.kept_for = None
+                    self._offer(node)
+
+    def _takes_tasks(self, node: Node, now: float) -> bool:
+        return not node.closed and now - node.seen_s <= self.limits.suspect_s
+
+    def _offer(self, node: Node) -> None:
+        """Put a node with a free slot where _take_node finds it, under its load of now."""
+        if node.credit and node.load not in node.offers:
+            node.offers.add(node.load)
+            heapq.heappush(self.free, (node.load, node.name))
+
+    def _take_node(self, now: float, avoid: str) -> Node | None:
+        """Take the relatively emptiest node that may get a task; ``avoid`` only if it is alone.
+
+        A node that is closed or silent falls out here and is offered again with its next beat.
+        """
+        avoided = None
+        while self.free:
+            load, name = heapq.heappop(self.free)
+            node = self.nodes.get(name)
+            if node is None:
+                continue
+            node.offers.discard(load)
+            if load != node.load or not node.credit or not self._takes_tasks(node, now):
+                continue
+            if name != avoid:
+                if avoided is not None:
+                    self._offer(avoided)
+                return node
+            avoided = node
+        return avoided
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
         assert self.committed + self.given_up + self.cancelled + len(self.live) == self.submitted
         for node in self.nodes.values():
             assert 0 <= node.credit <= node.slots, node
-            for task_id in node.running:
+            for task_id in node.running | node.ended:
                 assert self.tasks[task_id].node == node.name
+            if any(self.tasks[task_id].alone for task_id in node.running):
+                assert node.running == {node.kept_for}, node
+            assert node.kept_for is None or node.kept_for in self.live, node
+        assert +self.live_of == Counter(self.tasks[task_id].group for task_id in self.live)
+        busy = [self.tasks[task_id].func for n in self.nodes.values() for task_id in n.running]
+        assert +self.busy == Counter(busy)
         for task in self.tasks.values():
-            assert task.deaths <= self.max_deaths
+            assert task.deaths <= self.limits.max_attempts and task.ooms <= MAX_OOMS
             assert task.node_losses <= MAX_NODE_LOSSES
             assert (task.id in self.live) == (task.state not in FINAL)
             in_upload = task.state is State.UPLOADING
             assert not in_upload or task.id in self.staged
+            assert (task.id in self.waiting) == (task.state is State.WAITING)
+            if task.id in self.live and task.state is not State.QUEUED:
+                node = self.nodes[task.node]
+                runs = task.state in (State.ASSIGNED, State.RUNNING)
+                assert (task.id in node.running, task.id in node.ended) == (runs, not runs), task
         staged = sorted(self.staged.values())
+        assert sum(staged) == self.staged_bytes
         assert sum(staged) <= self.window_bytes or len(staged) == 1, staged

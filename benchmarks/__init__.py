@@ -1,0 +1,1 @@
+"""Benchmarks of the runtime: against other systems (``make bench``) and simulated."""

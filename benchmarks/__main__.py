@@ -1,0 +1,134 @@
+"""``python -m benchmarks``: measure rows on systems in turn, for several rounds.
+
+In each round every system is started, measured and ended, one after the other, so that whatever
+else happens on the machine hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.rows import EXPERIMENTS, Experiment
+from benchmarks.systems import PEERS_PYTHON, ROOT, START, Failed, Hung, Lab
+from tests.cluster import netns
+
+BUILD = ROOT / "build"
+
+
+@dataclass
+class Bench:
+    """
+    :param rows: names of the rows that are wanted
+    :param systems: names of those that are wanted
+    """
+
+    lab: Lab
+    rows: set[str]
+    systems: set[str]
+    quick: bool
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.figures = {
+            row.name: report.Figures(row)
+            for experiment in EXPERIMENTS
+            for row in experiment.rows
+            if row.name in self.rows
+        }
+
+    def round(self) -> None:
+        wanted = [e for e in EXPERIMENTS if any(row.name in self.rows for row in e.rows)]
+        for (shared, _), group in groupby(wanted, lambda e: (e.on is not None, dict(e.slots))):
+            experiments = list(group)
+            systems = dict.fromkeys(s for e in experiments for s in e.systems if s in self.systems)
+            for system in systems:
+                mine = [e for e in experiments if system in e.systems]
+                self.shared(system, mine) if shared else self.apart(system, mine)
+
+    def shared(self, system: str, experiments: Sequence[Experiment]) -> None:
+        """Measure all of them on one start of the system."""
+        left = list(experiments)
+        try:
+            with self.lab.running(system, left[0].slots) as running:
+                while left:
+                    assert left[0].on
+                    self.take(system, left[0].on(running, self.quick))
+                    left.pop(0)
+        except (Hung, Failed) as exc:
+            for experiment in left:
+                self.fail(system, experiment, exc)
+
+    def apart(self, system: str, experiments: Sequence[Experiment]) -> None:
+        for experiment in experiments:
+            assert experiment.measure
+            try:
+                self.take(system, experiment.measure(self.lab, system, self.quick))
+            except (Hung, Failed) as exc:
+                self.fail(system, experiment, exc)
+
+    def take(self, system: str, found: dict[str, float]) -> None:
+        for row, value in found.items():
+            if row in self.figures:
+                self.figures[row].add(system, value)
+                unit = self.figures[row].row.unit
+                self.console.print(f"{row:10} {system:20} {value:10.4g} {unit}", highlight=False)
+
+    def fail(self, system: str, experiment: Experiment, exc: Exception) -> None:
+        for row in experiment.rows:
+            if row.name in self.figures:
+                self.figures[row.name].fail(system, str(exc))
+                self.console.print(f"{row.name:10} {system:20} {exc}", highlight=False)
+
+
+def names(text: str, known: Sequence[str], what: str) -> set[str]:
+    """The comma-separated names, or all that are known."""
+    given = [name for name in text.split(",") if name] or list(known)
+    for name in given:
+        if name not in known:
+            sys.exit(f"there is no {what} {name!r}; choose of {', '.join(known)}")
+    return set(given)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("--row", default="", help="comma-separated; default: all")
+    parser.add_argument("--system", default="", help="comma-separated; default: all")
+    parser.add_argument("--rounds", type=int, help="default: 5, quick: 2")
+    parser.add_argument("--quick", action="store_true", help="less work, fewer rounds")
+    parser.add_argument("--json", type=Path, default=BUILD / "bench.json")
+    parser.add_argument("--plots", type=Path, help="directory for one PNG per row")
+    args = parser.parse_args()
+    all_rows = [row.name for experiment in EXPERIMENTS for row in experiment.rows]
+    rows = names(args.row, all_rows, "row")
+    systems = names(args.system, list(START), "system")
+    if reason := netns.unavailable():
+        sys.exit(f"the benchmarks need network namespaces: {reason}")
+    if not PEERS_PYTHON.exists():
+        sys.exit(f"{PEERS_PYTHON} is missing; run make .venv-bench")
+    rounds = args.rounds or (2 if args.quick else 5)
+    console = Console()
+    with Lab(BUILD / "bench-log") as lab:
+        bench = Bench(lab, rows, systems, args.quick, console)
+        for number in range(1, rounds + 1):
+            console.rule(f"round {number} of {rounds}")
+            bench.round()
+    figures = list(bench.figures.values())
+    report.show(console, figures)
+    report.write(args.json, figures)
+    console.print(f"written to {args.json}")
+    if args.plots:
+        for one in figures:
+            if any(one.values.values()):
+                console.print(f"drawn in {report.plot(args.plots, one)}")
+
+
+if __name__ == "__main__":
+    main()
