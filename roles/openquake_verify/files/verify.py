@@ -160,10 +160,11 @@ def workers() -> str:
 
 def tasks() -> str:
     """Tasks on every worker: Python, engine and mounts are there and fit."""
-    ran = json.loads(as_openquake(str(PREFIX / "venv/bin/oq-workers"), "debug", "--json"))
-    if idle := [host for host, number in ran.items() if not number]:
+    answer = json.loads(as_openquake(str(PREFIX / "venv/bin/oq-workers"), "debug", "--json"))
+    rows = answer["hosts"]
+    if idle := [host for host, row in rows.items() if not row["answered"]]:
         raise Wrong(f"no task was run by {', '.join(idle)}; see journalctl -u openquake-worker")
-    return ", ".join(f"{host} ran {number}" for host, number in sorted(ran.items()))
+    return ", ".join(f"{host}: {row['answered']} slots" for host, row in sorted(rows.items()))
 
 
 def job() -> str:
