@@ -257,9 +257,9 @@ def closed() -> str:
 
 
 NODE = [firewall, account, secret]
+MASTER = [dbserver, database, settings, engine, exports, gate, workers, tasks, job, webui]
 CHECKS: dict[str, list[Callable[[], str]]] = {
-    "master": [*NODE, dbserver, database, settings, engine, exports, gate, workers, tasks, job]
-    + [webui],
+    "master": [*NODE, *MASTER],
     "worker": [*NODE, agent, mounts, owner, master, swap],
     "stranger": [closed],
 }
