@@ -48,6 +48,7 @@ USER = "openquake"
 #: the modules of the task functions, for drivers and workers
 TASKS = Path(__file__).parents[1] / "local"
 TAIL_LINES = 20
+AGENT = ("-m", "oq_runtime.agent")
 
 CFG = """\
 [distribution]
@@ -233,22 +234,26 @@ class Cluster:
         done = self.net.run(host, argv, limit_s=limit_s + netns.COMMAND_LIMIT_S)
         return done.stdout if done.returncode == 0 else None
 
-    def start_agent(self, node: str, *args: str, **env: str) -> Process:
+    def start_agent(
+        self, node: str, *args: str, program: Sequence[str] = AGENT, **env: str
+    ) -> Process:
         """Start the node's agent; returns when it listens on its control port.
 
         :param args: more options of the command
+        :param program: what Python runs
         :param env: more of the environment
         """
         directory = self.tmpdir(node) / "agent"
         shutil.rmtree(directory, ignore_errors=True)  # as the service manager does
         directory.mkdir(mode=0o700)
-        argv = [sys.executable, "-m", "oq_runtime.agent", "--address", self.net.address[node]]
+        argv = [sys.executable, *program, "--address", self.net.address[node]]
         special = {"RUNTIME_DIRECTORY": str(directory), **env}
         process = self._start(node, f"agent-{node}", [*argv, *args], special)
         self._await(process, lambda: self.net.listens(node, CTRL_PORT))
         self.agents[node] = process
         self._agent_files[node] = set(self._session_files(node))
-        self._agent_cfg[node] = "" if args or env else self.cfg.read_text()
+        plain = not args and not env and program == AGENT
+        self._agent_cfg[node] = self.cfg.read_text() if plain else ""
         return process
 
     def start_agents(self) -> None:

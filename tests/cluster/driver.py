@@ -23,7 +23,7 @@ def retries() -> int:
     session = Session.current()
     session.send(protocol.StatusQuery())
     while True:
-        for message, _ in session.receive():
+        for message in session.receive():
             if isinstance(message, protocol.Status):
                 return sum(phase.retries for phase in message.phases)
 
@@ -33,7 +33,11 @@ def main() -> None:
     function, arguments = getattr(tasks, sys.argv[1]), json.loads(sys.argv[2])
     try:
         value = parallel.Starmap(function, arguments).reduce(acc=AccumDict())
-        print(json.dumps({"value": value, "retries": retries()}))
+        sums = {
+            name: getattr(found, "sum", lambda found=found: found)()
+            for name, found in value.items()
+        }
+        print(json.dumps({"value": sums, "retries": retries()}))
     except Exception as exc:
         print(json.dumps({"error": type(exc).__name__, "text": str(exc)}))
 

@@ -7,7 +7,9 @@ and subtasks; right is a sum that is known beforehand, off by what is lost or co
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +17,12 @@ from typing import Any
 
 import psutil
 
+from oq_runtime import protocol
+from oq_runtime.progress import StatusReader
 from tests.cluster.cluster import Cluster
 from tests.cluster.netns import MASTER, Process
 from tests.conformance.compare import compare
+from tests.leftovers import wait_for
 
 JOB = Path(__file__).parents[2] / "examples/event_based_risk/job.ini"
 #: a tenth of the example: 5 s of work besides the 4 s that each worker takes to import the engine
@@ -35,6 +40,13 @@ SHORT_BEATS = {"beat_s": 0.5, "suspect_s": 1.5, "lost_s": 4, "no_nodes_limit_s":
 def calculate(cluster: Cluster, *args: str, **env: str) -> Process:
     """Start the small calculation."""
     return cluster.oq_run(JOB, "--json", *SMALL, *args, **env)
+
+
+def corpus(job: str) -> Path:
+    """A job of those that the engine brings along."""
+    spec = importlib.util.find_spec("openquake.qa_tests_data")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / job
 
 
 def drive(
@@ -119,9 +131,35 @@ def workers(cluster: Cluster, node: str) -> list[psutil.Process]:
 
 
 def broker(run: Process) -> psutil.Process:
-    """The broker of a job: of all processes on the master the one that has the job as its owner."""
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if "oq_runtime.broker" in words and words[words.index("--owner") + 1] == str(run.pid):
-            return process
-    raise AssertionError(f"job {run.pid} has no broker")
+    """The broker of a job: the one that has the job's process as its owner."""
+    found: list[psutil.Process] = []
+
+    def look() -> bool:
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "oq_runtime.broker" in words and words[words.index("--owner") + 1] == str(run.pid):
+                found.append(process)
+        return bool(found)
+
+    assert wait_for(look, 60), f"job {run.pid} has no broker: {run.log.read_text()}"
+    return found[0]
+
+
+def broker_status(run: Process) -> protocol.Status:
+    """What the broker of a job says of its nodes."""
+    words = broker(run).cmdline()
+    reader = StatusReader(Path(words[words.index("--directory") + 1]))
+    try:
+        reader.poll()
+        found: list[protocol.Status] = []
+        wait_for(lambda: (status := reader.poll()) and found.append(status) is None, 10)
+    finally:
+        reader.close()
+    return found[0]
+
+
+def number(run: Process) -> int:
+    """The number of a calculation, as its log has it."""
+    found = re.search(r"#(\d+) ", run.log.read_text())
+    assert found, run.log.read_text()
+    return int(found[1])

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import numpy
+
 
 def square(x, mon=None):
     return {"sum": x * x}
@@ -76,6 +78,11 @@ def hang(x, monitor):
     while x == 3:
         time.sleep(1)
     return {"sum": x}
+
+
+def array(x, values, monitor):
+    """A big result: 8 bytes per value."""
+    return {"array": numpy.full(values, float(x))}
 
 
 class Refused:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oq_runtime.limits import Limits
 from oq_runtime.node import (
     GROWTH_BYTES,
+    TURN_S,
     AbortAsked,
     AloneAsked,
     DrainAsked,
@@ -107,13 +108,25 @@ def test_a_single_slot_alternates_between_leases() -> None:
     node.handle(TaskGiven("j", 1, 1), 0.0)
     assert shares(node) == {"j": 1, "k": 0}
     node.handle(Tick(), 0.0)
-    node.handle(Tick(), 2.0)  # j has been served 2 s
+    node.handle(Tick(), TURN_S - 1)
+    assert shares(node) == {"j": 1, "k": 0}, "each turn costs the start of a worker"
+    node.handle(Tick(), TURN_S)
     assert shares(node) == {"j": 0, "k": 1}
-    node.handle(TaskGiven("j", 2, 1), 2.0)
-    assert node.handle(TaskGiven("k", 7, 1), 2.0) == [], "the slot is busy"
-    effects = node.handle(WorkerEnded(1), 3.0)
+    node.handle(TaskGiven("j", 2, 1), TURN_S)
+    assert node.handle(TaskGiven("k", 7, 1), TURN_S) == [], "the slot is busy"
+    effects = node.handle(WorkerEnded(1), TURN_S + 1)
     assert effects == [Kill(1), Spawn(2, "k")], "k is below its share and comes before j"
-    assert node.handle(WorkerReady(2), 3.0) == [RunOn(2, "k", 7, 1)]
+    assert node.handle(WorkerReady(2), TURN_S + 1) == [RunOn(2, "k", 7, 1)]
+
+
+def test_a_late_lease_does_not_make_up_for_what_it_has_missed() -> None:
+    node = leased(1)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    for s in range(101):
+        node.handle(Heard("j"), TURN_S * s)
+        node.handle(Tick(), TURN_S * s)
+    node.handle(LeaseAsked("k"), TURN_S * 100)
+    assert node.leases["k"].served_s == node.leases["j"].served_s
 
 
 def test_a_share_that_shrinks_stops_nothing() -> None:

@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import psutil
@@ -306,7 +306,7 @@ class Agent:
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
                 self._to_broker(name, beat)
-            if job.data is not None:
+            if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
 
     def _handle(self, event: core.Event) -> None:
@@ -355,8 +355,8 @@ class Agent:
                 self.poller.register(data, zmq.POLLIN)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(core.LeaseAsked(name))
-                slots = self.core.leases[name].slots
-                self.journal.say(f"lease of {name} of {job.user} granted: {slots} slots")
+                if lease := self.core.leases.get(name):
+                    self.journal.say(f"lease of {name} of {job.user} granted: {lease.slots} slots")
             case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data:
                 if message.alone:
                     self._handle(core.AloneAsked(name, task, attempt))
@@ -519,7 +519,7 @@ class Agent:
         peer = frames[0]
         message = protocol.decode(frames[1])
         if isinstance(message, protocol.Ready):
-            for worker, process in self.processes.items():
+            for worker, process in list(self.processes.items()):  # readiness may start another
                 if process.popen.pid == message.pid:
                     process.peer = peer
                     self.by_peer[peer] = worker
@@ -673,7 +673,7 @@ class Agent:
         env.setdefault("OMP_NUM_THREADS", "1")
         env[WORKER_VARIABLE] = "1"
         env[NODE_VARIABLE] = self.control_url
-        with log_path.open("wb") as stream:
+        with self._writable(log_path) as stream:
             popen = subprocess.Popen(
                 [
                     sys.executable,
@@ -691,6 +691,14 @@ class Agent:
             )
         self.processes[worker] = Process(popen, log_path)
         self.poller.register(self.processes[worker].pidfd, zmq.POLLIN)
+
+    def _writable(self, path: Path) -> IO[bytes]:
+        """Open a log file; with the disk full, better a worker without a log than none."""
+        try:
+            return path.open("wb")
+        except OSError as exc:
+            self.journal.repeat("log", f"{path}: {exc.strerror}")
+            return Path(os.devnull).open("wb")
 
 
 def _name(job: str, key: Key) -> str:

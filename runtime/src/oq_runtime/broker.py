@@ -396,9 +396,12 @@ class Broker:
         transport.send_to(self.engine, peer, welcome)
 
     def _cancel(self, peer: bytes, map_: int) -> None:
+        before = self.core.cancelled
         for (client, number), group in list(self.groups.items()):
             if client == peer and map_ in (-1, number):
                 self._handle(core.Cancelled(group))
+        if self.core.cancelled == before:
+            return  # as at the end of every job
         for number, submission in list(self.submissions.items()):
             cancelled = self.core.tasks[number].state is core.State.CANCELLED
             if submission.client == peer and cancelled:
@@ -583,12 +586,8 @@ class Broker:
         return submission
 
     def _status(self) -> protocol.Status:
-        for phase in self.phases.values():
-            phase.running, phase.retries = 0, self.core.retries[phase.name]
-        for node in self.core.nodes.values():
-            for task in node.running:
-                if task in self.submissions:
-                    self.phases[self.submissions[task].func].running += 1
+        for name, phase in self.phases.items():
+            phase.running, phase.retries = self.core.busy[name], self.core.retries[name]
         nodes = []
         for peer in self.peers.values():
             found = self.core.nodes.get(peer.name)

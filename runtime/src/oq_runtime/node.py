@@ -4,9 +4,9 @@
 A worker belongs to one lease and runs one task at a time, so that blame for its death is exact.
 
 Several leases share the slots by max-min fairness: none gets more than it wants while another has
-less than its part; what cannot be divided goes to the lease that has been served least. A share
-that shrinks stops nothing that runs. An attempt that must be alone waits until no other runs on the
-node, whoever's it is, and holds all others back until it has ended.
+less than its part; what cannot be divided is held in turns, by the lease that has been served
+least. A share that shrinks stops nothing that runs. An attempt that must be alone waits until no
+other runs on the node, whoever's it is, and holds all others back until it has ended.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from enum import Enum
 
 from oq_runtime.limits import DEFAULTS, Limits
 
+#: seconds that a slot which cannot be divided stays with a lease: each change costs the start of a
+#: worker, up to 4 s of computing
+TURN_S = 30.0
 #: seconds between two kills for lack of memory: that of the first must be free before the second
 KILL_INTERVAL_S = 2.0
 #: bytes by which a worker may grow over what it had at its start before it is replaced
@@ -254,7 +257,9 @@ class Node:
         match event:
             case LeaseAsked(job):
                 self._end(job, "asked for again", effects)
-                self.leases[job] = Lease(job, -1, now)
+                # as if it had been here before: else it would hold what is left for hours
+                served_s = min((lease.served_s for lease in self.leases.values()), default=0.0)
+                self.leases[job] = Lease(job, -1, now, served_s=served_s)
                 self._share(effects)
                 for _ in range(min(self.leases[job].slots, self.slots - len(self.workers))):
                     self._spawn(self.leases[job], effects)
@@ -323,7 +328,7 @@ class Node:
         left = self.slots
         # in rounds of one slot each; the last, partial round starts with the least served
         while left and (hungry := [job for job in wants if shares[job] < wants[job]]):
-            hungry.sort(key=lambda job: self.leases[job].served_s)
+            hungry.sort(key=self._turns)
             for job in hungry[:left]:
                 shares[job] += 1
             left -= min(left, len(hungry))
@@ -331,6 +336,10 @@ class Node:
             if share != self.leases[job].slots:
                 self.leases[job].slots = share
                 effects.append(GrantLease(job, share))
+
+    def _turns(self, job: str) -> int:
+        """How many turns the lease has been served."""
+        return int(self.leases[job].served_s / (TURN_S * self.slots))
 
     def _fill(self, now: float, effects: list[Effect]) -> None:
         """Give waiting tasks to idle workers, and start workers where they are missing."""

@@ -39,6 +39,8 @@ class State(Enum):
     CANCELLED = "cancelled"
 
 
+#: in these a task takes a slot
+BUSY = frozenset({State.ASSIGNED, State.RUNNING})
 FINAL = frozenset({State.COMMITTED, State.POISONED, State.FAILED_OOM, State.CANCELLED})
 
 # {state: {transition: next state}}; "retry", "give up" and "fail oom" are the outcomes of a failed
@@ -303,7 +305,9 @@ class Scheduler:
         self.staged_bytes = 0
         self.live: set[int] = set()
         self.submitted = self.committed = self.cancelled = self.given_up = 0
-        self.retries: Counter[str] = Counter()  # per function
+        self.retries: Counter[str] = Counter()  # per function, as is the next
+        self.busy: Counter[str] = Counter()
+        self.live_of: Counter[int] = Counter()  # per group
         self.no_nodes_since_s: float | None = None
         self.lost: list[str] = []
 
@@ -342,6 +346,7 @@ class Scheduler:
                 self.tasks[task] = Task(task, group, func, weight)
                 self.submitted += 1
                 self.live.add(task)
+                self.live_of[group] += 1
                 heapq.heappush(self.queue, (-weight, task))
             case Started(node, task, attempt):
                 if current := self._current(node, task, attempt, effects):
@@ -362,7 +367,7 @@ class Scheduler:
                     if intact:
                         self._move(current, "commit", f"committed from {node}")
                         self.nodes[node].ended.discard(task)
-                        self.live.discard(task)
+                        self._end(current)
                         self.committed += 1
                         effects.append(Commit(node, task, attempt))
                     else:
@@ -380,8 +385,9 @@ class Scheduler:
                 if task in self.tasks and self.tasks[task].state is State.COMMITTED:
                     self._unstage(task)
             case Cancelled(group):
-                for task in [t for t in self.live if self.tasks[t].group == group]:
-                    self._cancel(self.tasks[task], effects)
+                if self.live_of[group]:
+                    for task in [t for t in self.live if self.tasks[t].group == group]:
+                        self._cancel(self.tasks[task], effects)
             case Tick():
                 self._lose_silent(now, effects)
         self._give_up_without_nodes(now, effects)
@@ -410,6 +416,7 @@ class Scheduler:
         except KeyError:
             text = f"task {task.id} is {task.state.value}: no {transition}"
             raise TransitionError(text) from None
+        self.busy[task.func] += (state in BUSY) - (task.state in BUSY)
         task.state = state
         line = f"attempt {task.attempt}: {note}"
         task.history = () if state is State.COMMITTED else (*task.history, line)[-HISTORY_LINES:]
@@ -429,6 +436,10 @@ class Scheduler:
 
     def _unstage(self, task: int) -> None:
         self.staged_bytes -= self.staged.pop(task, 0)
+
+    def _end(self, task: Task) -> None:
+        self.live.discard(task.id)
+        self.live_of[task.group] -= 1
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
         self._free(task, effects)
@@ -451,7 +462,7 @@ class Scheduler:
         self, task: Task, error: str, note: str, effects: list[Effect], move: str = "give up"
     ) -> None:
         self._move(task, move, note)
-        self.live.discard(task.id)
+        self._end(task)
         self.given_up += 1
         effects.append(GiveUp(task.id, error, task.history))
 
@@ -460,7 +471,7 @@ class Scheduler:
         if task.node:
             effects.append(AbortAttempt(task.node, task.id, task.attempt))
         self._move(task, "cancel", "cancelled")
-        self.live.discard(task.id)
+        self._end(task)
         self.cancelled += 1
 
     def _lose(self, name: str, reason: str, effects: list[Effect]) -> None:
@@ -592,6 +603,9 @@ class Scheduler:
             if any(self.tasks[task_id].alone for task_id in node.running):
                 assert node.running == {node.kept_for}, node
             assert node.kept_for is None or node.kept_for in self.live, node
+        assert +self.live_of == Counter(self.tasks[task_id].group for task_id in self.live)
+        busy = [self.tasks[task_id].func for n in self.nodes.values() for task_id in n.running]
+        assert +self.busy == Counter(busy)
         for task in self.tasks.values():
             assert task.deaths <= self.limits.max_attempts and task.ooms <= MAX_OOMS
             assert task.node_losses <= MAX_NODE_LOSSES
