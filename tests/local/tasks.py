@@ -111,3 +111,11 @@ def no_memory(x, path, monitor):
     with open(path, "a") as file:
         file.write(f"{x}\n")
     raise MemoryError(f"task with x={x} found no room")
+
+
+def spoils(x, array, monitor):
+    """Changes its argument in place: nobody else may see it. The result is as big."""
+    before = array.sum()
+    array += x
+    yield {"sum": before + x}
+    yield {"array": array}

@@ -446,7 +446,7 @@ class Agent:
             stored = f"{name}-{blob.digest.hex()}"
             if blob.path:
                 continue
-            if stored in self.store:
+            if stored in self.blobs:
                 self.blobs[stored] = self.blobs.pop(stored) + 1  # now the most recently used
                 holds.append(stored)
                 continue
