@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -760,10 +761,10 @@ def run_daemon(address: str | None) -> None:
     wanted = cluster.hosts[address]
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
     os.umask(0o077)
-    # its name is this agent's own, so that what a killed predecessor has left is found
+    # named alike each time, so that what a killed predecessor has left is found
     name = f"oq-agent-{address}-{cluster.ctrl_port}"
-    memory = store.SHARED_MEMORY / name
     directory, disk = (own_directory(variable, name) for variable in DIRECTORIES)
+    memory = store.SHARED_MEMORY / f"{name}-{zlib.crc32(os.fsencode(directory)):08x}"
     if len(os.fsencode(directory / "workers")) > launch.SOCKET_PATH_BYTES:
         raise ConfigError(f"{directory} is too long for sockets; set a shorter TMPDIR")
     try:
@@ -782,7 +783,7 @@ def run_daemon(address: str | None) -> None:
         raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc
     # from here on the port is bound, so no other agent uses these directories
     try:
-        store.shared_memory(name)
+        store.shared_memory(memory.name)
         for stale in [*directory.iterdir(), *disk.iterdir()]:
             if stale.name != "workers":  # the socket, which is bound by now
                 stale.unlink(missing_ok=True)
