@@ -238,6 +238,15 @@ class Node:
         return self.draining or (full and self.busy > 0)
 
     @property
+    def ready(self) -> int:
+        """Workers that have started."""
+        return sum(w.state is not WorkerState.STARTING for w in self.workers.values())
+
+    def beat_age_s(self, now: float) -> float | None:
+        """Return the longest silence of a broker, None without a lease."""
+        return max((now - lease.heard_s for lease in self.leases.values()), default=None)
+
+    @property
     def memory_percent(self) -> float:
         """How much of the memory is in use."""
         return 100 * self.memory.used_bytes / self.memory.limit_bytes
