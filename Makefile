@@ -32,6 +32,7 @@ help:
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster    one test lane"
+	@echo "make provisioning checks of the playbooks and roles without hosts"
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
 	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
@@ -135,6 +136,9 @@ simulate: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.simulation $(if $(SWEEP),--sweep) \
 	  $(if $(NODES),--nodes $(NODES)) $(if $(SLOTS),--slots $(SLOTS)) \
 	  $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED))
+
+provisioning: .venv-provision/.stamp
+	.venv-provision/bin/python -m pytest tests/provisioning
 
 # Clusters of containers, provisioned as an administrator would: SCENARIO=default|home|lifecycle.
 SCENARIO ?= default

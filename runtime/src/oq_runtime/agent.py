@@ -321,16 +321,22 @@ class Agent:
         wanted = message.wanted if isinstance(message, protocol.Beat) else None
         self._handle(core.Heard(name, wanted))
         match message:
-            case protocol.Lease(data_url=url):
+            case protocol.Lease(data_url=url) if job.data is None:
                 keys = self.keys
                 secure = functools.partial(security.secure_client, keys=keys) if keys else None
-                data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                job.local = keys is None
+                try:
+                    if url.startswith("ipc:") is not job.local:
+                        raise ProtocolError("not encrypted")
+                    data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                except (zmq.ZMQError, ProtocolError) as exc:
+                    self._give_back(name, f"no way to {url}: {exc}")
+                    return
                 job.data = transport.Link(data, name, message.epoch)
-                job.local = url.startswith("ipc:")
                 self.poller.register(data, zmq.POLLIN)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(core.LeaseAsked(name))
-            case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data:
+            case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data and frames[2:]:
                 if message.alone:
                     self._handle(core.AloneAsked(name, task, attempt))
                 self._take(name, job, (task, attempt), frames[2], blobs)
@@ -463,7 +469,7 @@ class Agent:
         if not isinstance(message, protocol.BlobChunk):
             return
         incoming = job.incoming.get(message.digest)
-        if incoming is None or not incoming.take(message.offset, frames[1]):
+        if incoming is None or not frames[1:] or not incoming.take(message.offset, frames[1]):
             self._give_back(name, "a big argument came in pieces that do not fit")
         elif incoming.received == incoming.blob.nbytes:
             self._complete(name, job, incoming)
@@ -614,7 +620,11 @@ class Agent:
             placed = protocol.Placed(task=key[0], attempt=key[1], path=str(path))
             self._to_broker(name, placed)
             return
-        body = payload.map_file(self.store.path(stored), private=True)
+        try:
+            body = payload.map_file(self.store.path(stored), private=True)
+        except OSError as exc:
+            self._give_back(name, f"results are not there any more: {exc}")
+            return
         job.uploads.append((key, protocol.chunks(body)))
         if job.data is not None:
             self.poller.modify(job.data.socket, zmq.POLLIN | zmq.POLLOUT)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xxhash
 import zmq
 
@@ -445,6 +446,8 @@ class Broker:
                 self._handle(core.Started(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
                 body = frames[0] if frames and len(frames[0]) == message.nbytes else None
+                if not self.local:
+                    message = msgspec.structs.replace(message, path="")
                 self.staging[task, attempt] = Staging(message, body)
                 self._handle(core.Ended(name, task, attempt, message.nbytes))
             case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
@@ -474,7 +477,8 @@ class Broker:
             case protocol.Fetch(digest=digest):
                 self._send_blob(peer, peer.data, digest)
             case protocol.Chunk(task=task, attempt=attempt, offset=offset):
-                if staging := self.staging.get((task, attempt)):
+                staging = self.staging.get((task, attempt))
+                if staging is not None and staging.descriptor >= 0:
                     in_order = staging.take(offset, frames[0])
                     if not in_order or staging.received == staging.ended.nbytes:
                         intact = in_order and staging.intact()
