@@ -21,8 +21,8 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster conformance chaos clean venv \
-	bench simulate .venv .venv-3.23 .venv-3.25
+.PHONY: help demo test lint types unit local cluster conformance chaos bench simulate \
+	provisioning molecule wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
@@ -32,23 +32,31 @@ help:
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster    one test lane"
+	@echo "make provisioning checks of the playbooks and roles without hosts"
+	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
+	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
 	@echo "make clean        remove build/ and caches (virtual environments stay)"
+
+# $(1) = directory of the new virtual environment.
+define MAKE_VENV
+$(PYTHON) -m venv $(1) || { rm -rf $(1); \
+  echo "'$(PYTHON) -m venv' failed. On Debian or Ubuntu: apt-get install python3-venv" >&2; \
+  echo "or name another Python (3.11 or later): make PYTHON=/path/to/python3 ..." >&2; \
+  exit 1; }
+endef
 
 # One rule per series: $(1) = series.
 define VENV_RULE
 $(call venv_of,$(1)): $(call venv_of,$(1))/.stamp
 
-$(call venv_of,$(1))/.stamp: constraints/engine-$(1).txt constraints/dev.txt runtime/pyproject.toml
+$(call venv_of,$(1))/.stamp: constraints/engine-$(1).txt constraints/webui.txt constraints/dev.txt \
+		runtime/pyproject.toml
 	@echo "making $(call venv_of,$(1)) with engine $(1)"
 	@rm -rf $(call venv_of,$(1))
-	@$(PYTHON) -m venv $(call venv_of,$(1)) || { \
-	  rm -rf $(call venv_of,$(1)); \
-	  echo "'$(PYTHON) -m venv' failed. On Debian or Ubuntu: apt-get install python3-venv" >&2; \
-	  echo "or name another Python (3.11 or later): make PYTHON=/path/to/python3 ..." >&2; \
-	  exit 1; }
+	@$(call MAKE_VENV,$(call venv_of,$(1)))
 	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) \
-	  -r constraints/engine-$(1).txt -r constraints/dev.txt
+	  -r constraints/engine-$(1).txt -r constraints/webui.txt -r constraints/dev.txt
 	@$(call venv_of,$(1))/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation -e runtime
 	@# numba compiles the engine on its first import, for about a minute: not in the middle of a job
 	@$(if $(filter 3.26,$(1)),CI=true $(call venv_of,$(1))/bin/python -c "import openquake.engine.engine")
@@ -58,12 +66,33 @@ $(foreach s,$(SERIES),$(eval $(call VENV_RULE,$(s))))
 
 venv: $(STAMP)
 
+.venv-provision: .venv-provision/.stamp
+
+.venv-provision/.stamp: constraints/provision.txt
+	@echo "making .venv-provision with Ansible"
+	@rm -rf .venv-provision
+	@$(call MAKE_VENV,.venv-provision)
+	@.venv-provision/bin/python -m pip install $(PIP_FLAGS) -r constraints/provision.txt
+	@touch $@
+
+# The packages of an engine series, for clusters without Internet; FOR_PYTHON=3.12 where their
+# Python is another one than here.
+wheelhouse: build/wheelhouse/$(ENGINE)/.stamp
+
+build/wheelhouse/%/.stamp: constraints/engine-%.txt constraints/webui.txt
+	@echo "downloading the packages of engine $* to $(@D)"
+	@mkdir -p $(@D)
+	@$(PYTHON) -m pip download $(PIP_FLAGS) --only-binary :all: --dest $(@D) \
+	  $(if $(FOR_PYTHON),--python-version $(FOR_PYTHON)) \
+	  -r constraints/engine-$*.txt -r constraints/webui.txt
+	@touch $@
+
 demo: $(STAMP)
 	@mkdir -p "$(OQ_DATADIR)"
 	OQ_DATADIR="$(OQ_DATADIR)" $(VENV)/bin/oq-run $(DEMO_JOB)
 
 # The contract lane also runs under the two older engine series.
-test: $(ALL_STAMPS)
+test: $(ALL_STAMPS) .venv-provision/.stamp
 	@.venv/bin/python tests/lanes.py
 
 lint: $(STAMP)
@@ -107,6 +136,15 @@ simulate: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.simulation $(if $(SWEEP),--sweep) \
 	  $(if $(NODES),--nodes $(NODES)) $(if $(SLOTS),--slots $(SLOTS)) \
 	  $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED))
+
+provisioning: .venv-provision/.stamp
+	.venv-provision/bin/python -m pytest tests/provisioning
+
+# Clusters of containers, provisioned as an administrator would: SCENARIO=default|home|lifecycle.
+SCENARIO ?= default
+
+molecule: .venv-provision/.stamp
+	@molecule/run test --scenario-name $(SCENARIO)
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis

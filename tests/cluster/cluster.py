@@ -5,11 +5,11 @@ One directory holds all of it::
     openquake.cfg       of all hosts, with a new authkey
     oqdata/db.sqlite3   the database
     shared/oqdata       the datastores
-    t/<host>            TMPDIR of the host
+    t/<host>            TMPDIR of the host; t/<node>/agent is the RuntimeDirectory of its agent
     log/<name>.log      what the processes write to stderr
 
-Shared memory and files are those of the machine: a host can be cut off, but not fill its own disk.
-Not covered: the network and its faults (``netns``).
+Shared memory and files are those of the machine: a host can be cut off, but fills its own disk only
+where a test mounts one as its TMPDIR. Not covered: the network and its faults (``netns``).
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ START_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
 #: the services run as this user; an engine installed by root starts a DbServer for nobody else
 USER = "openquake"
+#: the modules of the task functions, for drivers and workers
+TASKS = Path(__file__).parents[1] / "local"
 TAIL_LINES = 20
+AGENT = ("-m", "oq_runtime.agent")
 
 CFG = """\
 [distribution]
 oq_distribute = zmq
+serialize_jobs = {serialize_jobs}
 
 [dbserver]
 multi_user = false
@@ -73,6 +77,7 @@ shared_dir = {home}/shared
 
 [oq_runtime]
 code = import oq_runtime.activate
+{settings}
 """
 
 # the DbServer's own protocol, without the seconds that importing the engine takes
@@ -104,12 +109,9 @@ class Cluster:
     :param net: a network that has ``master`` and the nodes
     :param home: an empty directory with a short path: sockets have paths of at most 107 bytes
     :param slots: worker processes per node
-    :param settings: more lines for openquake.cfg, such as ``"[memory]\\nlimit = 1"``
     """
 
-    def __init__(
-        self, net: Net, home: Path, slots: Mapping[str, int] = SLOTS, settings: str = ""
-    ) -> None:
+    def __init__(self, net: Net, home: Path, slots: Mapping[str, int] = SLOTS) -> None:
         self.net = net
         self.home = home
         self.slots = dict(slots)
@@ -122,25 +124,34 @@ class Cluster:
         self.agents: dict[str, Process] = {}
         self.runs: list[Process] = []
         self._agent_files: dict[str, set[Path]] = {}
+        self._agent_cfg: dict[str, str] = {}  # of those that were started with nothing special
         self._webui_children: set[int] = set()
         self._numbers = itertools.count(1)
         self._shm = shm()
         for path in (home / "oqdata", self.datadir, self.log, *map(self.tmpdir, net.hosts)):
             path.mkdir(parents=True, exist_ok=True)
         self.cfg.touch(mode=0o640)  # before the secret is in it
-        master = net.address[MASTER]
+        self.configure()
+
+    def configure(self, serialize_jobs: int = 1, **settings: object) -> None:
+        """Write openquake.cfg; ``start_agents`` then starts those anew that have read another.
+
+        :param settings: of the section [oq_runtime], besides the defaults
+        """
+        address = self.net.address
         self.cfg.write_text(
             CFG.format(
-                home=home,
-                master=master,
+                home=self.home,
+                master=address[MASTER],
                 dbserver_port=DBSERVER_PORT,
                 receiver_ports=RECEIVER_PORTS,
                 authkey=self.authkey,
-                host_cores=",".join(f"{net.address[node]} {n}" for node, n in self.slots.items()),
+                host_cores=",".join(f"{address[node]} {n}" for node, n in self.slots.items()),
                 ctrl_port=CTRL_PORT,
                 webui_port=WEBUI_PORT,
+                serialize_jobs=serialize_jobs,
+                settings="\n".join(f"{name} = {value}" for name, value in settings.items()),
             )
-            + settings
         )
 
     def __enter__(self) -> Self:
@@ -183,6 +194,7 @@ class Cluster:
             "OQ_DATADIR": str(self.datadir),
             "TMPDIR": str(self.tmpdir(host)),
             "PYTHONHASHSEED": "0",
+            "PYTHONPATH": str(TASKS),
             "CI": "true",
             "COLUMNS": "200",
             **more,
@@ -222,23 +234,36 @@ class Cluster:
         done = self.net.run(host, argv, limit_s=limit_s + netns.COMMAND_LIMIT_S)
         return done.stdout if done.returncode == 0 else None
 
-    def start_agent(self, node: str, *args: str, **env: str) -> Process:
+    def start_agent(
+        self, node: str, *args: str, program: Sequence[str] = AGENT, **env: str
+    ) -> Process:
         """Start the node's agent; returns when it listens on its control port.
 
         :param args: more options of the command
+        :param program: what Python runs
         :param env: more of the environment
         """
-        argv = [sys.executable, "-m", "oq_runtime.agent", "--address", self.net.address[node]]
-        process = self._start(node, f"agent-{node}", [*argv, *args], env)
+        directory = self.tmpdir(node) / "agent"
+        shutil.rmtree(directory, ignore_errors=True)  # as the service manager does
+        directory.mkdir(mode=0o700)
+        argv = [sys.executable, *program, "--address", self.net.address[node]]
+        special = {"RUNTIME_DIRECTORY": str(directory), **env}
+        process = self._start(node, f"agent-{node}", [*argv, *args], special)
         self._await(process, lambda: self.net.listens(node, CTRL_PORT))
         self.agents[node] = process
         self._agent_files[node] = set(self._session_files(node))
+        plain = not args and not env and program == AGENT
+        self._agent_cfg[node] = self.cfg.read_text() if plain else ""
         return process
 
     def start_agents(self) -> None:
-        """Start the agents that do not run."""
+        """Start the agents that do not run, or not with the configuration and nothing else."""
         for node in self.slots:
-            if node not in self.agents or self.agents[node].poll() is not None:
+            running = node in self.agents and self.agents[node].poll() is None
+            if running and self._agent_cfg[node] != self.cfg.read_text():
+                self.stop_agent(node)
+                running = False
+            if not running:
                 self.start_agent(node)
 
     def stop_agent(self, node: str) -> int:
@@ -246,10 +271,19 @@ class Cluster:
         self._agent_files.pop(node, None)
         return self._stop(self.agents.pop(node))
 
+    def stop_agents(self) -> None:
+        """SIGTERM to the agents that run; returns when they have ended."""
+        for node in list(self.agents):
+            self.stop_agent(node)
+
     def oq_run(self, job: Path | str, *args: str, **env: str) -> Process:
         """Start ``oq-run JOB args`` on the master; stdout is a pipe, stderr a file (``log``)."""
-        argv = [sys.executable, "-m", "oq_runtime.cli", str(job), *args]
-        name = f"oq-run-{next(self._numbers)}"
+        return self.run(["-m", "oq_runtime.cli", str(job), *args], env)
+
+    def run(self, args: Sequence[str], env: Mapping[str, str]) -> Process:
+        """Start ``python args`` on the master; stdout is a pipe, stderr a file (``log``)."""
+        name = f"run-{next(self._numbers)}"
+        argv = [sys.executable, *args]
         process = self._start(MASTER, name, argv, env, stdout=subprocess.PIPE)
         self.runs.append(process)
         return process
@@ -268,6 +302,7 @@ class Cluster:
         """
         lines = [f"{host}: process {pid} {_command_line(pid)}" for host, pid in self._strangers()]
         lines += [f"{host}: {path}" for host, path in self._unexpected_files()]
+        lines += [f"{host}: open {path}" for host, path in self._spooled()]
         new = shm() - (self._shm if shm_before is None else shm_before)
         return lines + ([f"/dev/shm/{name}" for name in unused_shm(new)] if new else [])
 
@@ -297,6 +332,17 @@ class Cluster:
             running = host in self.agents and self.agents[host].poll() is None
             expected = self._agent_files.get(host, set()) if running else set()
             found += [(host, path) for path in self._session_files(host) if path not in expected]
+        return found
+
+    def _spooled(self) -> list[tuple[str, str]]:
+        """The spool files of the agents; they have no names, so nobody else can see them."""
+        found = []
+        for node, agent in self.agents.items():
+            for link in Path(f"/proc/{agent.pid}/fd").glob("*"):
+                with contextlib.suppress(OSError):
+                    target = os.readlink(link)
+                    if target.startswith(f"{self.tmpdir(node)}/") and target.endswith("(deleted)"):
+                        found.append((node, target))
         return found
 
     def _service_pids(self) -> set[int]:

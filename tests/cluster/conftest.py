@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster import netns
 from tests.cluster.cluster import Cluster
+from tests.cluster.jobs import calculate, datastore, result
 from tests.cluster.netns import Net
 from tests.leftovers import shm, wait_for
 
@@ -51,9 +52,29 @@ def webui(master: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def cluster(master: Cluster) -> Cluster:
-    """The cluster with its DbServer and all agents: started once, and again those that died."""
+def cluster(request: pytest.FixtureRequest, master: Cluster) -> Cluster:
+    """The cluster with its DbServer and all agents: started once, and again those that died.
+
+    The mark ``settings(name=value, ...)`` sets [oq_runtime] of openquake.cfg.
+    """
+    settings: dict[str, object] = {}
+    for mark in reversed(list(request.node.iter_markers("settings"))):  # the nearest is the last
+        settings |= mark.kwargs
+    master.configure(**settings)
     master.start_agents()
+    return master
+
+
+@pytest.fixture(scope="session")
+def undisturbed(master: Cluster) -> Path:
+    """The datastore of the small calculation on one machine."""
+    return datastore(result(calculate(master, "--cores=2")))
+
+
+@pytest.fixture
+def no_agents(master: Cluster) -> Cluster:
+    """The cluster with its DbServer; the agents that earlier tests have started are ended."""
+    master.stop_agents()
     return master
 
 

@@ -22,7 +22,7 @@ from openquake.baselib import parallel, workerpool
 from oq_runtime import adapter
 # install_parallel has called check_seams before it replaced anything
 assert adapter.engine_version() in adapter.SUPPORTED, adapter.engine_version()
-assert parallel.submit["zmq"].__module__ == "oq_runtime.adapter", parallel.submit["zmq"]
+assert parallel.Starmap.submit.__module__ == "oq_runtime.adapter", parallel.Starmap.submit
 assert parallel.Socket.__module__ == "oq_runtime.adapter"
 assert workerpool.WorkerMaster.__module__ == "oq_runtime.adapter"
 assert parallel.submit["processpool"].__module__ == parallel.__name__
@@ -33,7 +33,7 @@ PRISTINE = """
 from openquake.baselib import parallel
 from oq_runtime import adapter
 adapter.check_seams(parallel)
-assert parallel.submit["zmq"].__module__ == parallel.__name__
+assert parallel.Starmap.submit.__module__ == parallel.__name__
 """
 
 FAKE_VERSION = """

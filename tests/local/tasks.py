@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import numpy
+
 
 def square(x, mon=None):
     return {"sum": x * x}
@@ -48,6 +50,34 @@ def grow(x, data, nbytes, monitor):
     return {"in": sum(data[::4099]), f"out{x}": bytes([x]) * nbytes}
 
 
+def stream(x, parts, seconds, monitor):
+    """Partial results over some time, when it was, and a subtask."""
+    start = time.time()
+    for i in range(parts):
+        time.sleep(seconds / parts)
+        yield {"sum": x * (i + 1)}
+    yield {"spans": [(start, time.time())]}
+    yield square, x
+
+
+def until(x, path, monitor):
+    """Wait for a file."""
+    while not os.path.exists(path):
+        time.sleep(0.05)
+    return {"sum": x}
+
+
+def hang(x, monitor):
+    while x == 3:
+        time.sleep(1)
+    return {"sum": x}
+
+
+def array(x, values, monitor):
+    """A big result: 8 bytes per value."""
+    return {"array": numpy.full(values, float(x))}
+
+
 class Refused:
     """Pickles, but cannot be unpickled."""
 
@@ -57,3 +87,28 @@ class Refused:
 
 def _refuse():
     raise RuntimeError("this argument cannot be unpickled")
+
+
+def hold(x, mbytes, mbytes_per_s, seconds, monitor):
+    """Take memory in steps of 10 MB, then hold it for some seconds."""
+    taken = []
+    for _ in range(mbytes // 10):
+        taken.append(b"x" * 10_000_000)
+        time.sleep(10 / mbytes_per_s)
+    time.sleep(seconds)
+    return {"sum": x}
+
+
+def no_memory(x, path, monitor):
+    """Fail as Python does for lack of memory, and leave a line per attempt."""
+    with open(path, "a") as file:
+        file.write(f"{x}\n")
+    raise MemoryError(f"task with x={x} found no room")
+
+
+def spoils(x, array, monitor):
+    """Changes its argument in place: nobody else may see it. The result is as big."""
+    before = array.sum()
+    array += x
+    yield {"sum": before + x}
+    yield {"array": array}

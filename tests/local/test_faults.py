@@ -20,7 +20,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .conftest import LIMIT_S, sessions, wait_for
+from tests.leftovers import LIMIT_S, wait_for
+
+from .conftest import sessions
 from .test_oq_run import EXAMPLES, corpus, edited, jobs, one_line, run, start
 
 pytestmark = pytest.mark.timeout(240)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import pytest
 
-from oq_runtime import config
+from oq_runtime import config, launch
 from oq_runtime.config import Config, check_cores
 from oq_runtime.errors import ConfigError
+from oq_runtime.limits import Limits
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,62 @@ def test_wrong_window(text: str) -> None:
 def test_digit_that_is_no_number() -> None:
     with pytest.raises(ConfigError):
         Config.from_sections({"oq_runtime": {"window_mb": "²"}})
+
+
+# ---- limits
+
+
+def limits(**section: str) -> Limits:
+    return Config.from_sections({"oq_runtime": section}).limits
+
+
+def test_the_limits_by_default() -> None:
+    assert limits() == Limits(
+        beat_s=2,
+        suspect_s=10,
+        lost_s=30,
+        no_nodes_limit_s=60,
+        memory_soft_percent=80,
+        memory_hard_percent=90,
+        max_attempts=3,
+        task_timeout_s=0,
+    )
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Limits)])
+def test_every_limit_can_be_set_and_is_described(name: str) -> None:
+    value = {"beat_s": 0.5, "memory_soft_percent": 85, "memory_hard_percent": 85}.get(name, 12)
+    assert getattr(limits(**{name: str(value)}), name) == value
+    assert config.__doc__ is not None and f"\n{name} " in config.__doc__
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"beat_s": "0"}, "beat_s=0: give a number of seconds above 0"),
+        ({"beat_s": "-1"}, "beat_s=-1: give a number of seconds above 0"),
+        ({"lost_s": "30 s"}, "lost_s=30 s: give a number of seconds above 0"),
+        ({"no_nodes_limit_s": "nan"}, "no_nodes_limit_s=nan: give a number of seconds above 0"),
+        ({"task_timeout_s": "x"}, "task_timeout_s=x: give a number of seconds from 0 up"),
+        ({"max_attempts": "0"}, "max_attempts=0: give a whole number from 1 up"),
+        ({"memory_hard_percent": "101"}, "memory_hard_percent=101: give at most 100"),
+        ({"beat_s": "10"}, "suspect_s=10: give more than beat_s, 10"),
+        ({"lost_s": "5"}, "lost_s=5: give more than suspect_s, 10"),
+        (
+            {"memory_soft_percent": "95"},
+            "memory_hard_percent=90: give more than memory_soft_percent, 95",
+        ),
+    ],
+)
+def test_wrong_limit(section: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        limits(**section)
+    assert str(caught.value) == f"[oq_runtime] {message}"
+
+
+def test_limits_reach_broker_and_agent_unchanged() -> None:
+    found = Limits(beat_s=0.5, max_attempts=7)
+    assert launch.limits(launch.limits_text(found)) == found
 
 
 # ---- the cluster

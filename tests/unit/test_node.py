@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oq_runtime.limits import Limits
 from oq_runtime.node import (
-    FENCE_AFTER_S,
+    GROWTH_BYTES,
+    TURN_S,
     AbortAsked,
+    AloneAsked,
     DrainAsked,
     DropAttempt,
     Effect,
@@ -28,6 +31,7 @@ from oq_runtime.node import (
     Spawn,
     TaskGiven,
     Tick,
+    Worker,
     WorkerEnded,
     WorkerGone,
     WorkerReady,
@@ -43,6 +47,10 @@ def leased(slots: int = 2, *, ready: bool = True) -> Node:
         for worker in range(1, slots + 1):
             node.handle(WorkerReady(worker), 0.0)
     return node
+
+
+def busy(node: Node) -> list[Worker]:
+    return [w for w in node.workers.values() if w.state is WorkerState.BUSY]
 
 
 def states(node: Node) -> list[str]:
@@ -100,13 +108,25 @@ def test_a_single_slot_alternates_between_leases() -> None:
     node.handle(TaskGiven("j", 1, 1), 0.0)
     assert shares(node) == {"j": 1, "k": 0}
     node.handle(Tick(), 0.0)
-    node.handle(Tick(), 2.0)  # j has been served 2 s
+    node.handle(Tick(), TURN_S - 1)
+    assert shares(node) == {"j": 1, "k": 0}, "each turn costs the start of a worker"
+    node.handle(Tick(), TURN_S)
     assert shares(node) == {"j": 0, "k": 1}
-    node.handle(TaskGiven("j", 2, 1), 2.0)
-    assert node.handle(TaskGiven("k", 7, 1), 2.0) == [], "the slot is busy"
-    effects = node.handle(WorkerEnded(1), 3.0)
+    node.handle(TaskGiven("j", 2, 1), TURN_S)
+    assert node.handle(TaskGiven("k", 7, 1), TURN_S) == [], "the slot is busy"
+    effects = node.handle(WorkerEnded(1), TURN_S + 1)
     assert effects == [Kill(1), Spawn(2, "k")], "k is below its share and comes before j"
-    assert node.handle(WorkerReady(2), 3.0) == [RunOn(2, "k", 7, 1)]
+    assert node.handle(WorkerReady(2), TURN_S + 1) == [RunOn(2, "k", 7, 1)]
+
+
+def test_a_late_lease_does_not_make_up_for_what_it_has_missed() -> None:
+    node = leased(1)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    for s in range(101):
+        node.handle(Heard("j"), TURN_S * s)
+        node.handle(Tick(), TURN_S * s)
+    node.handle(LeaseAsked("k"), TURN_S * 100)
+    assert node.leases["k"].served_s == node.leases["j"].served_s
 
 
 def test_a_share_that_shrinks_stops_nothing() -> None:
@@ -120,22 +140,84 @@ def test_a_share_that_shrinks_stops_nothing() -> None:
     assert node.handle(WorkerEnded(1), 1.0) == [Kill(1), Spawn(3, "k")]
 
 
+def memory(part: float, **workers: int) -> MemoryUsed:
+    """A look at 10 GiB of memory; ``w1=3`` is a worker that holds 3 GiB."""
+    held = {int(name[1:]): size << 30 for name, size in workers.items()}
+    return MemoryUsed(round(part * (10 << 30)), 10 << 30, held)
+
+
 def test_memory_ladder() -> None:
     node = leased(2)
-    assert node.handle(MemoryUsed(0.95), 0.0) == [] and not node.closed, "nothing of ours to stop"
+    assert node.handle(memory(0.95), 0.0) == [] and not node.closed, "nothing of ours to stop"
     node.handle(TaskGiven("j", 1, 1), 1.0)
     node.handle(TaskGiven("j", 2, 1), 2.0)
-    assert node.handle(MemoryUsed(0.85), 3.0) == [] and node.closed
-    killed = node.handle(MemoryUsed(0.91), 4.0)
+    assert node.handle(memory(0.85), 3.0) == [] and node.closed
+    killed = node.handle(memory(0.91, w1=1, w2=7), 4.0)
     assert killed[:2] == [Kill(2), DropAttempt("j", 2, 1)], "the newest goes"
-    assert isinstance(killed[2], ReportDeath) and "91%" in killed[2].reason
-    assert node.handle(MemoryUsed(0.95), 5.0) == [], "one kill at a time"
-    assert node.handle(MemoryUsed(0.95), 6.0)[0] == Kill(1)
+    reason = (
+        "killed to free memory: its worker had 7.00 GiB, 9.10 GiB of 10.00 GiB were in use, "
+        "the limit is 90%"
+    )
+    assert killed[2] == ReportDeath("j", 2, 1, reason, started=True, oom=True)
+    assert node.handle(memory(0.95), 5.0) == [], "one kill at a time"
+    assert node.handle(memory(0.95), 6.0)[0] == Kill(1)
     assert not node.closed, "an empty node takes a task, or the job would wait for ever"
 
 
+def test_kill_by_the_kernel_has_the_figures() -> None:
+    node = leased(1)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    node.handle(memory(0.8), 0.0)
+    effects = node.handle(WorkerGone(1, "signal 9", oom=True, nbytes=8 << 30), 1.0)
+    reason = (
+        "signal 9 by the kernel for lack of memory: its worker had 8.00 GiB, 8.00 GiB of "
+        "10.00 GiB were in use"
+    )
+    assert effects[1] == ReportDeath("j", 1, 1, reason, started=True, oom=True)
+
+
+def test_kill_by_the_kernel_in_the_start() -> None:
+    node = leased(1, ready=False)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    effects = node.handle(WorkerGone(1, "signal 9", oom=True), 0.0)
+    assert isinstance(effects[1], ReportDeath) and effects[1].oom and not effects[1].started
+
+
+def test_alone_waits_for_an_empty_node_and_keeps_it() -> None:
+    node = leased(2)
+    node.handle(LeaseAsked("k"), 0.0)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    node.handle(AloneAsked("k", 9, 2), 0.0)
+    assert node.handle(TaskGiven("k", 9, 2), 0.0) == [], "another job's task is under way"
+    assert node.handle(TaskGiven("j", 2, 1), 0.0) == [], "no new one beside it"
+    effects = node.handle(WorkerEnded(1), 1.0)
+    assert effects == [Kill(1), Spawn(3, "k")]
+    assert node.handle(WorkerReady(3), 2.0) == [Kill(2), RunOn(3, "k", 9, 2)], "idle memory as well"
+    assert node.handle(WorkerEnded(3), 3.0) == [Spawn(4, "j")]
+    assert node.handle(WorkerReady(4), 4.0) == [RunOn(4, "j", 2, 1)]
+
+
+def test_alone_that_is_aborted_holds_nothing_back() -> None:
+    node = leased(1)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    node.handle(AloneAsked("j", 2, 2), 0.0)
+    node.handle(TaskGiven("j", 2, 2), 0.0)
+    node.handle(AbortAsked("j", 2, 2), 0.0)
+    node.handle(TaskGiven("j", 3, 1), 0.0)
+    assert node.handle(WorkerEnded(1), 0.0) == [RunOn(1, "j", 3, 1)]
+
+
+@pytest.mark.parametrize(("grown", "replaced"), [(GROWTH_BYTES, False), (GROWTH_BYTES + 1, True)])
+def test_worker_that_has_grown_is_replaced(grown: int, replaced: bool) -> None:
+    node = leased(1, ready=False)
+    node.handle(WorkerReady(1, 1000), 0.0)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    effects = node.handle(WorkerEnded(1, 1000 + grown), 0.0)
+    assert effects == ([Kill(1), Spawn(2, "j")] if replaced else [])
+
+
 def test_task_timeout() -> None:
-    node = Node(1, task_timeout_s=10)
+    node = Node(1, Limits(task_timeout_s=10))
     node.handle(LeaseAsked("j"), 0.0)
     node.handle(WorkerReady(1), 0.0)
     node.handle(TaskGiven("j", 1, 1), 1.0)
@@ -249,7 +331,7 @@ def test_abort_of_another_attempt_kills_nothing(job: str, task: int, attempt: in
     assert node.busy == 1
 
 
-@pytest.mark.parametrize(("silent_s", "fenced"), [(FENCE_AFTER_S, False), (30.1, True)])
+@pytest.mark.parametrize(("silent_s", "fenced"), [(Limits().lost_s, False), (30.1, True)])
 def test_silent_broker_is_fenced(silent_s: float, fenced: bool) -> None:
     node = leased(2)
     node.handle(TaskGiven("j", 1, 1), 0.0)
@@ -284,14 +366,15 @@ WORKERS = st.integers(1, 12)
 EVENTS: st.SearchStrategy[Any] = st.one_of(
     st.builds(LeaseAsked, JOBS),
     st.builds(Heard, JOBS, st.integers(0, 4) | st.none()),
-    st.builds(MemoryUsed, st.sampled_from([0.5, 0.85, 0.95])),
+    st.builds(memory, st.sampled_from([0.5, 0.85, 0.95])),
     st.builds(Released, JOBS),
+    st.builds(AloneAsked, JOBS, SMALL, SMALL),
     st.builds(TaskGiven, JOBS, SMALL, SMALL),
     st.builds(TaskGiven, JOBS, SMALL, SMALL),
     st.builds(AbortAsked, JOBS, SMALL, SMALL),
     st.builds(WorkerReady, WORKERS),
-    st.builds(WorkerEnded, WORKERS),
-    st.builds(WorkerGone, WORKERS, st.just("signal 9")),
+    st.builds(WorkerEnded, WORKERS, st.sampled_from([0, 2 * GROWTH_BYTES])),
+    st.builds(WorkerGone, WORKERS, st.just("signal 9"), st.booleans()),
     st.just(Tick()),
 )
 
@@ -325,6 +408,7 @@ def test_random_events(slots: int, events: list[tuple[Event, float]]) -> None:
                 case RunOn(worker, job, task, attempt):
                     assert alive[worker] == job, "a worker belongs to one lease"
                     assert worker not in running, "one task per worker"
+                    assert not running or not any(w.alone for w in busy(node)), "not alone"
                     running[worker] = task, attempt
         assert alive == {w.id: w.job for w in node.workers.values()}
         assert set(alive.values()) <= set(node.leases)
@@ -333,8 +417,14 @@ def test_random_events(slots: int, events: list[tuple[Event, float]]) -> None:
         assert sum(shares(node).values()) <= slots
         waiting = any(lease.pending for lease in node.leases.values())
         free = slots - node.busy
+        alone_waits = any(
+            lease.pending and lease.pending[0] in lease.alone for lease in node.leases.values()
+        )
         for job, lease in node.leases.items():
             own = [w for w in node.workers.values() if w.job == job]
             idle = any(w.state is WorkerState.IDLE for w in own)
-            assert not (free and idle and lease.pending), "work waits beside an idle worker"
+            held_back = alone_waits or any(w.alone for w in busy(node))
+            assert not (free and idle and lease.pending) or (held_back and node.busy), (
+                "work waits beside an idle worker"
+            )
         assert not waiting or node.workers, "work waits and no worker comes"

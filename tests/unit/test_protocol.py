@@ -27,7 +27,10 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     if hint in SIMPLE:
         return SIMPLE[hint]
     if typing.get_origin(hint) is typing.Annotated:
-        return st.integers(hint.__metadata__[0].ge, 2**63 - 1)
+        base, meta = hint.__origin__, hint.__metadata__[0]
+        if base is str:
+            return st.from_regex(meta.pattern).filter(lambda text: len(text) <= meta.max_length)
+        return st.integers(meta.ge, 2**63 - 1 if meta.le is None else meta.le)
     if typing.get_origin(hint) is list:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3)
     if typing.get_origin(hint) is typing.Literal:
@@ -157,11 +160,14 @@ def test_chunks_reassemble(n: int, extra: int) -> None:
     size = max(0, n * protocol.CHUNK_BYTES + extra)
     part = bytes(range(251)) * (size // 251 + 1)
     part = part[:size]
-    chunks = protocol.chunks(part)
-    assert chunks, "an empty part is one chunk"
+    chunks = list(protocol.chunks(part))
     assert all(len(chunk) <= protocol.CHUNK_BYTES for _, chunk in chunks)
-    whole = bytearray(size)
-    for offset, chunk in reversed(chunks):
-        whole[offset : offset + len(chunk)] = chunk
-    assert whole == part
+    ends = [offset + len(chunk) for offset, chunk in chunks]
+    assert [offset for offset, _ in chunks] == [0, *ends][: len(chunks)]
     assert b"".join(chunk for _, chunk in chunks) == part
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\n", "x" * 65])
+def test_a_job_name_that_is_no_file_name_is_refused(name: str) -> None:
+    with pytest.raises(ProtocolError, match="job"):
+        protocol.decode(protocol.encode(protocol.Release(job=name)))

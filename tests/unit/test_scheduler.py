@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from oq_runtime.errors import TransitionError
+from oq_runtime.limits import Limits
 from oq_runtime.scheduler import (
-    LOST_AFTER_S,
-    MAX_DEATHS,
+    AHEAD,
     MAX_NODE_LOSSES,
-    SUSPECT_AFTER_S,
+    MAX_OOMS,
+    SHORT_S,
     TRANSITIONS,
     AbortAttempt,
     Assign,
@@ -44,7 +45,9 @@ from oq_runtime.scheduler import (
 )
 
 WINDOW = 100
-NO_NODES_LIMIT_S = 60.0
+LIMITS = Limits()
+LOST_AFTER_S, SUSPECT_AFTER_S = LIMITS.lost_s, LIMITS.suspect_s
+MAX_DEATHS = LIMITS.max_attempts
 NAMES = ["n1", "n2", "n3"]
 # seconds of simulated time in which a healthy node must end everything: the other nodes are lost
 # after LOST_AFTER_S, and then each round of the drain ends at least one task
@@ -74,7 +77,7 @@ class Cluster(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(window_bytes=WINDOW, no_nodes_limit_s=NO_NODES_LIMIT_S)
+        self.scheduler = Scheduler(LIMITS, window_bytes=WINDOW)
         self.now = 0.0
         self.next_task = 0
         self.submitted: set[int] = set()
@@ -86,6 +89,7 @@ class Cluster(RuleBasedStateMachine):
         self.slots: dict[str, int] = {}
         self.seen: dict[str, float] = {}
         self.deaths: dict[int, int] = {}
+        self.ooms: dict[int, int] = {}
         self.losses: dict[int, int] = {}
         self.staged: dict[int, int] = {}
         self.unconsumed: set[int] = set()
@@ -111,6 +115,7 @@ class Cluster(RuleBasedStateMachine):
                 del self.last[task]
 
     def send(self, event: Event) -> list[Effect]:
+        over = False
         match event:
             case NodeJoined(node, slots):
                 if node in self.slots:
@@ -122,8 +127,10 @@ class Cluster(RuleBasedStateMachine):
             case NodeGone(node, _):
                 if node in self.slots:
                     self.lose(node)
-            case Died(node, task, number) if self.current(node, task, number):
-                self.deaths[task] = self.deaths.get(task, 0) + 1
+            case Died(node, task, number, _, oom) if self.current(node, task, number):
+                charged, most = (self.ooms, MAX_OOMS) if oom else (self.deaths, MAX_DEATHS)
+                charged[task] = charged.get(task, 0) + 1
+                over = charged[task] == most
                 del self.last[task]
             case Uploaded(node, task, number, False) if self.current(node, task, number):
                 self.losses[task] = self.losses.get(task, 0) + 1
@@ -134,6 +141,7 @@ class Cluster(RuleBasedStateMachine):
             for node in [n for n, seen in self.seen.items() if self.now - seen > LOST_AFTER_S]:
                 self.lose(node)
         effects = self.scheduler.handle(event, self.now)
+        assert not over or any(isinstance(e, GiveUp) for e in effects), "its budget is spent"
         assert set(self.scheduler.nodes) == set(self.slots)
         for effect in effects:
             self.follow(effect, event)
@@ -141,12 +149,17 @@ class Cluster(RuleBasedStateMachine):
 
     def follow(self, effect: Effect, cause: Event) -> None:
         match effect:
-            case Assign(node, task, number):
+            case Assign(node, task, number, alone):
                 assert task in self.submitted and task not in self.failed | set(self.commits)
+                assert alone == (task in self.ooms)
+                beside = self.running(node)
+                assert not beside or not (alone or beside & set(self.ooms)), "not alone"
                 assert task not in self.last, "the attempt before is still alive"
                 assert node in self.slots, "assigned to a lost node"
                 assert self.now - self.seen[node] <= SUSPECT_AFTER_S, "assigned to a suspect node"
-                assert self.busy(node) < self.slots[node], "credit never negative"
+                short = self.scheduler.mean_s.get("f", SHORT_S) < SHORT_S
+                most = AHEAD * self.slots[node] if short else self.slots[node]
+                assert self.busy(node) < most, "credit never negative"
                 self.last[task] = (node, number)
                 self.attempts[node, task, number] = Attempt(node, task, number)
             case GrantUpload(node, task, number):
@@ -169,22 +182,30 @@ class Cluster(RuleBasedStateMachine):
                 self.staged.pop(task, None)  # one that still waits for the window has none
             case GiveUp(task, error, history):
                 assert task not in self.failed | set(self.commits)
-                if error == "NoWorkers":
-                    assert not any(self.slots.values())
-                else:
-                    assert error == "WorkerDied" and (
-                        self.deaths.get(task, 0) == MAX_DEATHS
-                        or self.losses.get(task, 0) == MAX_NODE_LOSSES
-                    )
+                spent = {
+                    "NoWorkers": not any(self.slots.values()),
+                    "OutOfMemory": self.ooms.get(task, 0) == MAX_OOMS,
+                    "WorkerDied": self.deaths.get(task, 0) == MAX_DEATHS,
+                    "NodeLost": self.losses.get(task, 0) == MAX_NODE_LOSSES,
+                }
+                assert spent[error], error
+                failed_oom = self.scheduler.tasks[task].state is State.FAILED_OOM
+                assert failed_oom == (error == "OutOfMemory")
                 assert history
                 self.failed.add(task)
 
-    def busy(self, node: str) -> int:
-        return sum(
-            a.phase in ("assigned", "running")
+    def running(self, node: str) -> set[int]:
+        """The tasks that hold a slot of the node."""
+        return {
+            a.task
             for a in self.attempts.values()
-            if a.node == node and self.current(a.node, a.task, a.number)
-        )
+            if a.node == node
+            and a.phase in ("assigned", "running")
+            and self.current(a.node, a.task, a.number)
+        }
+
+    def busy(self, node: str) -> int:
+        return len(self.running(node))
 
     def message(self, event: Started | Ended | Uploaded | Died) -> None:
         """Deliver the message of an attempt; a stale one has no effect but an abort."""
@@ -264,14 +285,15 @@ class Cluster(RuleBasedStateMachine):
     @rule(
         seconds=st.sampled_from([0.0, 1.0, 5.0, 10.0, 11.0, 20.0, 30.0, 31.0, 61.0]),
         beating=st.sets(st.sampled_from(NAMES)),
+        free=st.lists(st.integers(0, 3), min_size=3, max_size=3),
     )
-    def pass_time(self, seconds: float, beating: set[str]) -> None:
-        """Time passes; nodes that do not beat are silent."""
+    def pass_time(self, seconds: float, beating: set[str], free: list[int]) -> None:
+        """Time passes; nodes that do not beat are silent, the others tell their free memory."""
         steps = max(1, int(seconds // 5))
         for _ in range(steps):
             self.now += seconds / steps
             for node in sorted(beating):
-                self.send(NodeSeen(node))
+                self.send(NodeSeen(node, None, free[NAMES.index(node)]))
         self.send(Tick())
 
     # ---- rules: attempts, current and stale ones alike
@@ -284,7 +306,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(data=st.data(), nbytes=st.sampled_from([1, 10, 40, 60, WINDOW, WINDOW + 1, 5 * WINDOW]))
     def end(self, data: st.DataObject, nbytes: int) -> None:
-        if attempt := self.pick(data, "running"):
+        if attempt := self.pick(data, "assigned", "running"):  # short ones never say started
             attempt.phase, attempt.nbytes = "waiting", nbytes
             self.message(Ended(attempt.node, attempt.task, attempt.number, nbytes))
 
@@ -294,11 +316,25 @@ class Cluster(RuleBasedStateMachine):
             self.message(Uploaded(attempt.node, attempt.task, attempt.number, intact))
             self.attempts.pop((attempt.node, attempt.task, attempt.number), None)
 
-    @rule(data=st.data())
-    def die(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), oom=st.booleans())
+    def die(self, data: st.DataObject, oom: bool) -> None:
         if attempt := self.pick(data, "assigned", "running", "waiting", "uploading"):
-            self.message(Died(attempt.node, attempt.task, attempt.number, "signal 9"))
+            self.message(Died(attempt.node, attempt.task, attempt.number, "signal 9", oom))
             self.attempts.pop((attempt.node, attempt.task, attempt.number), None)
+
+    @precondition(lambda self: self.ooms)
+    @rule(ooms=st.lists(st.booleans(), min_size=1, max_size=3))
+    def die_alone(self, ooms: list[bool]) -> None:
+        """Tasks that ran out of memory before die again, of that or of something else."""
+        for oom in ooms:
+            alone = [
+                a
+                for a in self.attempts.values()
+                if a.task in self.ooms and self.current(a.node, a.task, a.number)
+            ]
+            for attempt in alone[:1]:
+                self.message(Died(attempt.node, attempt.task, attempt.number, "killed", oom))
+                self.attempts.pop((attempt.node, attempt.task, attempt.number), None)
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data())
@@ -315,7 +351,7 @@ class Cluster(RuleBasedStateMachine):
         attempt = self.pick(data, "assigned", "running", "waiting", "uploading")
         if attempt and self.current(attempt.node, attempt.task, attempt.number):
             where = attempt.node, attempt.task, attempt.number
-            allowed = {"assigned": Started, "running": Ended, "uploading": Uploaded}
+            allowed = {"assigned": (Started, Ended), "running": Ended, "uploading": Uploaded}
             events = [Started(*where), Ended(*where, 5), Uploaded(*where, True)]
             self.refused(
                 data.draw(
@@ -329,7 +365,7 @@ class Cluster(RuleBasedStateMachine):
         node=st.sampled_from([*NAMES, "nobody"]),
         task=st.integers(0, 12),
         number=st.integers(-1, 6),
-        kind=st.sampled_from(["started", "ended", "uploaded", "died"]),
+        kind=st.sampled_from(["started", "ended", "uploaded", "died", "oom"]),
     )
     def forged(self, node: str, task: int, number: int, kind: str) -> None:
         """A message of an attempt that this node never had, or has no more."""
@@ -342,6 +378,7 @@ class Cluster(RuleBasedStateMachine):
                 "ended": Ended(*where, 3),
                 "uploaded": Uploaded(*where, True),
                 "died": Died(*where, "forged"),
+                "oom": Died(*where, "forged", oom=True),
             }[kind]
         )
 
@@ -374,16 +411,18 @@ class Cluster(RuleBasedStateMachine):
     def credit_is_within_the_slots(self) -> None:
         for name, node in self.scheduler.nodes.items():
             assert node.slots == self.slots[name]
-            assert node.credit == self.slots[name] - self.busy(name)
+            free = max(0, self.slots[name] - self.busy(name))
+            assert node.credit == (free if node.kept_for is None else 0)
             assert 0 <= node.credit <= node.slots
 
     @invariant()
     def attempts_stay_within_budget(self) -> None:
         for task in self.scheduler.tasks.values():
             deaths, losses = self.deaths.get(task.id, 0), self.losses.get(task.id, 0)
-            assert (task.deaths, task.node_losses) == (deaths, losses)
-            assert deaths <= MAX_DEATHS and losses <= MAX_NODE_LOSSES
-            assert task.attempt <= 1 + deaths + losses
+            ooms = self.ooms.get(task.id, 0)
+            assert (task.deaths, task.ooms, task.node_losses) == (deaths, ooms, losses)
+            assert deaths <= MAX_DEATHS and ooms <= MAX_OOMS and losses <= MAX_NODE_LOSSES
+            assert task.attempt <= 1 + deaths + ooms + losses
 
     @invariant()
     def staged_bytes_stay_within_the_window_and_one_attempt(self) -> None:
@@ -394,8 +433,15 @@ class Cluster(RuleBasedStateMachine):
     @invariant()
     def no_free_slot_beside_a_queued_task(self) -> None:
         fresh = [n for n in self.slots if self.now - self.seen[n] <= SUSPECT_AFTER_S]
-        if any(self.slots[n] > self.busy(n) for n in fresh):
-            assert not any(t.state is State.QUEUED for t in self.scheduler.tasks.values())
+        queued = {t.id for t in self.scheduler.tasks.values() if t.state is State.QUEUED}
+        waiting = queued & set(self.ooms)  # for a node of their own
+        kept = {n: self.scheduler.nodes[n].kept_for for n in fresh}
+        if any(self.slots[n] > self.busy(n) for n in fresh if kept[n] is None):
+            assert queued == waiting
+        if waiting:
+            usable = [n for n in fresh if self.slots[n] > 0]
+            assert all(kept[n] is not None for n in usable) or waiting <= set(kept.values())
+            assert all(self.busy(n) for n in usable if kept[n] in waiting), "empty, and kept"
 
     # ---- the end
 
@@ -464,6 +510,9 @@ def one_task(state: State) -> Scheduler:
     if state is State.POISONED:
         for number in range(1, MAX_DEATHS + 1):
             core.handle(Died("a", 1, number, "signal 9"), 0.0)
+    if state is State.FAILED_OOM:
+        for number in range(1, MAX_OOMS + 1):
+            core.handle(Died("a", 1, number, "killed", oom=True), 0.0)
     if state in (State.RUNNING, State.WAITING, State.UPLOADING, State.COMMITTED):
         core.handle(Started("a", 1, 1), 0.0)
     if state is State.WAITING:
@@ -498,7 +547,6 @@ ATTEMPT = ("a", 1, 1)
 @pytest.mark.parametrize(
     ("state", "event"),
     [
-        (State.ASSIGNED, Ended(*ATTEMPT, 5)),
         (State.ASSIGNED, Uploaded(*ATTEMPT, True)),
         (State.ASSIGNED, Uploaded(*ATTEMPT, False)),
         (State.RUNNING, Started(*ATTEMPT)),
@@ -519,7 +567,9 @@ def test_event_that_the_state_forbids_changes_nothing(state: State, event: Event
     assert vars(core) == before
 
 
-@pytest.mark.parametrize("state", [State.COMMITTED, State.POISONED, State.CANCELLED])
+@pytest.mark.parametrize(
+    "state", [State.COMMITTED, State.POISONED, State.FAILED_OOM, State.CANCELLED]
+)
 @pytest.mark.parametrize(
     "event",
     [
@@ -528,6 +578,7 @@ def test_event_that_the_state_forbids_changes_nothing(state: State, event: Event
         Uploaded(*ATTEMPT, True),
         Uploaded(*ATTEMPT, False),
         Died(*ATTEMPT, "late"),
+        Died(*ATTEMPT, "late", oom=True),
     ],
 )
 def test_message_after_the_end_only_aborts(state: State, event: Event) -> None:
@@ -682,7 +733,7 @@ def test_relative_free_capacity_decides() -> None:
 
 
 def test_all_nodes_lost_gives_up_after_the_limit_naming_the_hosts() -> None:
-    core = Scheduler(no_nodes_limit_s=60.0)
+    core = Scheduler(Limits(no_nodes_limit_s=60.0))
     core.handle(NodeJoined("alpha", 1), 0.0)
     core.handle(NodeJoined("beta", 1), 0.0)
     for task in (1, 2, 3):
@@ -701,7 +752,7 @@ def test_all_nodes_lost_gives_up_after_the_limit_naming_the_hosts() -> None:
 
 
 def test_a_node_in_time_ends_the_wait() -> None:
-    core = Scheduler(no_nodes_limit_s=60.0)
+    core = Scheduler(Limits(no_nodes_limit_s=60.0))
     core.handle(Submitted(1, 0, "f"), 0.0)
     assert assigned(core.handle(NodeJoined("a", 1), 59.0)) == [("a", 1, 1)]
     core.handle(NodeGone("a", "left"), 60.0)
@@ -711,7 +762,7 @@ def test_a_node_in_time_ends_the_wait() -> None:
 
 def test_a_share_of_nothing_is_waited_for() -> None:
     # another job has the slots just now; that is no reason to give up
-    core = Scheduler(no_nodes_limit_s=60.0)
+    core = Scheduler(Limits(no_nodes_limit_s=60.0))
     core.handle(NodeJoined("a", 0), 0.0)
     core.handle(Submitted(1, 0, "f"), 0.0)
     for now in range(0, 100, 10):
@@ -737,6 +788,97 @@ def test_closed_node_gets_nothing_until_it_opens() -> None:
     assert core.handle(Submitted(1, 0, "f"), 0.0) == []
     assert core.handle(NodeSeen("a"), 1.0) == []
     assert assigned(core.handle(NodeSeen("a", closed=False), 2.0)) == [("a", 1, 1)]
+
+
+# ---- out of memory
+
+
+def nodes_with_memory(*free_bytes: int) -> Scheduler:
+    """A scheduler with nodes "a", "b", ... of two slots that have so much memory left."""
+    core = Scheduler()
+    for name, free in zip("abc", free_bytes, strict=False):
+        core.handle(NodeJoined(name, 2), 0.0)
+        core.handle(NodeSeen(name, None, free), 0.0)
+    return core
+
+
+def test_out_of_memory_runs_alone_where_most_is_free() -> None:
+    core = nodes_with_memory(10, 30, 20)
+    assert assigned(core.handle(Submitted(1, 0, "f"), 0.0)) == [("a", 1, 1)]
+    effects = core.handle(Died("a", 1, 1, "killed to free memory", oom=True), 0.0)
+    assert effects == [Assign("b", 1, 2, alone=True)]
+    for task in (2, 3, 4, 5, 6):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    assert [core.tasks[t].node for t in (2, 3, 4, 5, 6)] == ["a", "c", "a", "c", ""]
+    core.handle(Started("b", 1, 2), 0.0)
+    effects = core.handle(Ended("b", 1, 2, 1), 0.0)
+    assert assigned(effects) == [("b", 6, 1)], "the node is there for all again"
+
+
+def test_alone_waits_until_its_node_is_empty() -> None:
+    core = nodes_with_memory(10)
+    for task in (1, 2, 3):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    assert core.handle(Died("a", 1, 1, "killed", oom=True), 0.0) == [], "task 2 runs, 3 waits"
+    core.handle(Started("a", 2, 1), 0.0)
+    effects = core.handle(Ended("a", 2, 1, 1), 0.0)
+    assert effects == [GrantUpload("a", 2, 1), Assign("a", 1, 2, alone=True)]
+
+
+def test_alone_keeps_its_node_when_another_gets_more_memory() -> None:
+    core = nodes_with_memory(10, 20)
+    for task in (1, 2, 3, 4):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    core.handle(Died("a", 1, 1, "killed", oom=True), 0.0)
+    assert core.nodes["b"].kept_for == 1
+    core.handle(NodeSeen("a", None, 99), 0.0)
+    assert core.nodes["b"].kept_for == 1 and core.nodes["a"].kept_for is None
+    # lost while it was waited for: the other one takes its place
+    core.handle(NodeGone("b", "left"), 0.0)
+    assert core.nodes["a"].kept_for == 1
+
+
+@pytest.mark.parametrize("event", [NodeSeen("b", closed=True), NodeResized("b", 0), Tick()])
+def test_alone_takes_another_node_when_its_own_is_of_no_use(event: Event) -> None:
+    core = nodes_with_memory(10, 20)
+    for task in (1, 2, 3, 4):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    core.handle(Died("a", 1, 1, "killed", oom=True), 0.0)
+    core.handle(NodeSeen("a"), SUSPECT_AFTER_S + 1)  # of "b" nothing is heard before the Tick
+    core.handle(event, SUSPECT_AFTER_S + (1 if isinstance(event, Tick) else 0))
+    assert core.nodes["a"].kept_for == 1 and core.nodes["b"].kept_for is None
+
+
+def test_node_is_given_back_when_the_task_is_cancelled() -> None:
+    core = nodes_with_memory(10)
+    for task in (1, 2):
+        core.handle(Submitted(task, task, "f"), 0.0)
+    core.handle(Died("a", 1, 1, "killed", oom=True), 0.0)
+    core.handle(Cancelled(1), 0.0)
+    assert assigned(core.handle(Submitted(3, 0, "f"), 0.0)) == [("a", 3, 1)]
+
+
+def test_out_of_memory_alone_fails_with_the_figures() -> None:
+    core = nodes_with_memory(10)
+    core.handle(Submitted(1, 0, "f"), 0.0)
+    core.handle(Died("a", 1, 1, "its worker had 7 GiB", oom=True), 0.0)
+    given_up = only(core.handle(Died("a", 1, 2, "its worker had 9 GiB", oom=True), 0.0), GiveUp)
+    assert given_up.error == "OutOfMemory"
+    assert "attempt 1: its worker had 7 GiB on a" in given_up.history
+    assert "attempt 2: assigned to a, alone" in given_up.history
+    assert given_up.history[-1] == "attempt 2: its worker had 9 GiB on a"
+    assert core.tasks[1].state is State.FAILED_OOM and core.nodes["a"].credit == 2
+
+
+def test_memory_and_deaths_have_budgets_of_their_own() -> None:
+    core = nodes_with_memory(10)
+    core.handle(Submitted(1, 0, "f"), 0.0)
+    for number in range(1, MAX_DEATHS):
+        core.handle(Died("a", 1, number, "signal 9"), 0.0)
+    effects = core.handle(Died("a", 1, MAX_DEATHS, "killed", oom=True), 0.0)
+    assert effects == [Assign("a", 1, MAX_DEATHS + 1, alone=True)]
+    effects = core.handle(Died("a", 1, MAX_DEATHS + 1, "signal 9"), 0.0)
+    assert only(effects, GiveUp).error == "WorkerDied"
 
 
 # ---- faults that the state machine found once
@@ -789,3 +931,17 @@ def test_history_has_the_last_cause() -> None:
     for number in range(10, 13):
         effects = core.handle(Died("a", 1, number, f"signal {number}"), 0.0)
     assert "signal 12" in only(effects, GiveUp).history[-1]
+
+
+@pytest.mark.parametrize(("took_s", "under_way"), [(SHORT_S / 2, 4), (SHORT_S * 2, 2)])
+def test_short_tasks_wait_on_the_node_and_long_ones_in_the_queue(
+    took_s: float, under_way: int
+) -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("a", 2), 0.0)
+    for task in range(8):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    assert len(core.nodes["a"].running) == 2, "nothing is known of the function yet"
+    core.handle(Ended("a", 0, 1, 1), took_s)
+    assert len(core.nodes["a"].running) == under_way
+    core.check_invariants()

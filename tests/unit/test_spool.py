@@ -1,66 +1,70 @@
-"""The spool: parts come back as they came, from memory and from disk."""
+"""The spool: a body is whole wherever it lies, and a full place is left for the next one."""
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oq_runtime import payload
 from oq_runtime.spool import Spool
 
-
-@given(
-    st.lists(st.binary(max_size=40), max_size=12),
-    st.integers(1, 60),
-    st.integers(1, 17),
-    st.booleans(),
-)
-def test_parts_come_back(parts: list[bytes], limit: int, chunk_bytes: int, views: bool) -> None:
-    spool = Spool(Path(tempfile.gettempdir()), memory_bytes=limit)
-    for part in parts:
-        spool.add(memoryview(part) if views else part)
-    whole = b"".join(parts)
-    assert spool.sizes == [len(part) for part in parts]
-    assert spool.nbytes == len(whole)
-    assert spool.digest == hashlib.blake2b(whole, digest_size=32).digest()
-    for _ in range(2):  # an upload may be repeated
-        received: list[bytearray] = []
-        last = (-1, 0)
-        for index, offset, size, chunk in spool.read(chunk_bytes):
-            assert (index, offset) > last, "chunks come in order"
-            last = (index, offset)
-            if offset == 0:
-                received.append(bytearray())
-            assert index == len(received) - 1 and size == len(parts[index])
-            assert offset == len(received[index]) and len(chunk) <= chunk_bytes
-            received[index] += chunk
-        assert received == parts
-    spool.close()
+parts = st.lists(st.lists(st.binary(max_size=200), min_size=1, max_size=3), max_size=8)
 
 
-@pytest.mark.parametrize(("sizes", "on_disk"), [([10, 10], False), ([10, 11], True)])
-def test_memory_limit(tmp_path: Path, sizes: list[int], on_disk: bool) -> None:
-    spool = Spool(tmp_path, memory_bytes=20)
-    for size in sizes:
-        spool.add(b"x" * size)
-    assert spool._file._rolled is on_disk  # type: ignore[attr-defined]
-    spool.close()
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    yield memory, disk
 
 
-def test_empty_spool(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
-    assert list(spool.read(10)) == []
-    assert spool.digest == hashlib.blake2b(digest_size=32).digest()
-    spool.add(b"")
-    assert list(spool.read(10)) == [(0, 0, 0, b"")]
+def body(spool: Spool) -> bytes:
+    path, inline = spool.finish()
+    return Path(path).read_bytes() if path else inline
 
 
-def test_full_disk_is_an_oserror(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "missing", memory_bytes=1)
+@given(parts, st.integers(0, 600), st.integers(0, 2000))
+def test_a_body_is_whole_wherever_it_lies(
+    parts: list[list[bytes]], inline: int, memory: int
+) -> None:
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        places = Path(one), Path(two)
+        spool = Spool("a", places, inline_bytes=inline, memory_bytes=memory)
+        for frames in parts:
+            spool.add(frames)
+        found = body(spool)
+        assert [[bytes(frame) for frame in frames] for frames in payload.parts(found)] == parts
+        assert (spool.parts, spool.nbytes) == (len(parts), len(found))
+        assert spool.digest == xxhash.xxh3_128(found).digest()
+        files = [len(list(place.iterdir())) for place in places]
+        if len(found) <= inline:
+            assert files == [0, 0]
+        else:
+            assert files == ([1, 0] if len(found) <= memory else [0, 1])
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_without_shared_memory_it_goes_to_the_disk(places: tuple[Path, Path], small: bool) -> None:
+    places[0].rmdir()
+    spool = Spool("a", places, inline_bytes=0, memory_bytes=10_000)
+    spool.add([b"x" * (10 if small else 100_000)])
+    assert spool.finish()[0] == str(places[1] / "a")
+
+
+def test_no_room_is_an_oserror_and_leaves_nothing(places: tuple[Path, Path]) -> None:
+    places[1].rmdir()
+    spool = Spool("a", places, inline_bytes=0, memory_bytes=1000)
+    spool.add([b"x" * 300])
     with pytest.raises(OSError):
-        spool.add(b"xx")
+        spool.add([b"y" * 3000])
+    spool.discard()
+    assert list(places[0].iterdir()) == []
+    spool.add([b"z"])
+    assert [bytes(frames[0]) for frames in payload.parts(body(spool))] == [b"z"]

@@ -1,13 +1,15 @@
-"""The seam to the engine; the only module that knows the engine's internals.
+"""The seam to the engine; with ``worker`` the only module that knows the engine's internals.
 
-Seams, the same from 3.23.5 to 3.26.2: the registry ``parallel.submit``, the name
-``parallel.Socket``, ``parallel.host_cores``, ``parallel.get_return_ip``, ``Starmap.__init__`` and
-``Starmap.shutdown``, and ``workerpool.WorkerMaster``. ``check_seams`` compares their signatures
-with what is expected here. Everything that is not ``oq_distribute = zmq`` is left as it was.
+Seams, the same from 3.23.5 to 3.26.2: ``parallel.Socket``, ``parallel.host_cores``,
+``parallel.get_return_ip``, ``Starmap.submit``, ``Starmap._loop``, ``Starmap.shutdown``, and
+``workerpool.WorkerMaster``. ``check_seams`` compares their signatures with what is expected here.
+Everything that is not ``oq_distribute = zmq`` is left as it was. Not covered: how tasks travel
+(``session``).
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import itertools
 import logging
@@ -16,33 +18,45 @@ import pickle
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy
 import zmq
 
-from oq_runtime import errors, launch, pool, protocol, transport
-from oq_runtime.config import SESSION_VARIABLE, Config
+from oq_runtime import errors, payload, pool
+from oq_runtime.config import Config
+from oq_runtime.session import Session, Unchanged
 
 SUPPORTED = ("3.23.5", "3.25.1", "3.26.2")
 #: marks the receiver of a Starmap whose results come from the broker
 RECEIVER = "oq-runtime://"
 #: "ports" of our receivers; above 65535, so that they are never taken for real ones
 FIRST_PORT = 100_000
-#: seconds for the session to have its first worker slots, and then for the other nodes to answer
-READY_SECS, OTHERS_SECS = 60.0, 3.0
-BROKER_LOST = "the broker process of this job has ended; run the job again"
+#: tasks, and bytes of their big arguments, that are under way at a time beyond ``Starmap.CT``
+LIVE_TASKS, LIVE_BYTES = 4096, 256 << 20
+#: seconds between two writings of the engine's records on finished tasks
+RECORDS_SECS = 1.0
+
+#: seconds for which the engine's check of the memory holds
+CHECK_SECS = 0.1
 
 #: what is called or replaced, with its positional parameters
 SEAMS = {
     "safely_call": ["func", "args", "task_no", "mon"],
-    "zmq_submit": ["self", "func", "args", "monitor"],
+    "getargnames": ["task_func"],
+    "check_mem_usage": ["soft_percent", "hard_percent"],
     "get_return_ip": ["receiver_host"],
     "Starmap.submit": ["self", "args", "func"],
+    "Starmap._loop": ["self"],
+    "Starmap.log_percent": ["self"],
     "Starmap.share": ["self"],
+    "Starmap.unlink": ["self"],
     "Starmap.shutdown": [],
+    "Monitor.get_data": ["self"],
+    "Monitor.save_starmap_info": ["self", "h5", "name", "times"],
+    "Pickled.__init__": ["self", "obj"],
     "Result.__init__": ["self", "val", "mon", "tb_str", "msg"],
     "Socket.__init__": ["self", "end_point", "socket_type", "mode", "timeout"],
 }
@@ -67,7 +81,7 @@ def check_seams(parallel: ModuleType) -> None:
         if names != expected:
             wrong.append(f"{path}({', '.join(names)})")
     wrong += [
-        f"{name} is missing" for name in ("submit", "host_cores") if name not in vars(parallel)
+        f"{name} is missing" for name in ("host_cores", "config") if name not in vars(parallel)
     ]
     if wrong or version not in SUPPORTED:
         detail = f" ({'; '.join(wrong)})" if wrong else ""
@@ -84,132 +98,62 @@ def engine_version() -> str:
     return str(baselib.__version__)
 
 
-class Session:
-    """This process's connection to its broker; one per engine process.
+class Records:
+    """The engine's rows on finished tasks, written for many tasks at once.
 
-    :param directory: of the session's sockets
+    The engine writes them after each task, which takes about 4 ms whatever their number.
+
+    :param h5: the file where they go
     """
 
-    _current: Session | None = None
+    def __init__(self, parallel: Any, h5: Any) -> None:
+        self.parallel = parallel
+        self.h5 = h5
+        self.tasks: list[tuple[Any, ...]] = []
+        self.performance: list[Any] = []
+        self.next_s = time.monotonic() + RECORDS_SECS
 
-    def __init__(self, directory: Path) -> None:
-        self.pid = os.getpid()
-        self.context: zmq.Context[Any] = zmq.Context()
-        self.socket = transport.dealer(self.context, f"ipc://{directory}/engine")
-        self.poller = zmq.Poller()
-        self.poller.register(self.socket, zmq.POLLIN)
-        self.sending = zmq.Poller()
-        self.sending.register(self.socket, zmq.POLLOUT)
-        self.tasks = itertools.count()
-        self.inbox: dict[int, deque[Any]] = {}
-        self.broker: int | None = None
-        self.slots = self._greet()
+    def add(self, result: Any, name: str, sent: Any) -> None:
+        """Take the last result of a task; ``sent``: bytes sent so far per function and argument."""
+        mon = result.mon
+        self.tasks.append((name, mon.task_no, mon.weight, mon.duration, len(result.pik), 0.0))
+        self.performance.append(mon.get_data())
+        if time.monotonic() > self.next_s:
+            self.write(sent)
 
-    @classmethod
-    def current(cls) -> Session:
-        """Return the session of this process, starting one where there is none."""
-        if cls._current is None or cls._current.pid != os.getpid():
-            inherited = os.environ.get(SESSION_VARIABLE)
-            if inherited and Path(inherited).is_dir():
-                directory = Path(inherited)
-            else:
-                from openquake.baselib import config
+    def write(self, sent: Any) -> None:
+        """Write what there is; nothing when the file is open for reading only, or closed."""
+        self.next_s = time.monotonic() + RECORDS_SECS
+        if not self.tasks or not self.h5 or getattr(self.h5, "mode", "r") == "r":
+            return
+        from openquake.baselib import hdf5, performance
 
-                directory = launch.start(Config.from_sections(config), os.getpid())
-            cls._current = cls(directory)
-        return cls._current
-
-    def _greet(self) -> int:
-        """Wait for the first nodes; return their slots."""
-        started_s = time.monotonic()
-        told = reasons = ""
-        transport.send(self.socket, protocol.Hello(pid=self.pid, role="engine"))
-        while (waited_s := time.monotonic() - started_s) < READY_SECS:
-            if not self.poller.poll(100):
-                continue
-            message = protocol.decode(self.socket.recv_multipart()[0])
-            if isinstance(message, protocol.Welcome) and self.broker is None:
-                self.broker = transport.pidfd(message.pid)
-                if self.broker is not None:
-                    self.poller.register(self.broker, zmq.POLLIN)
-                    self.sending.register(self.broker, zmq.POLLIN)
-            if isinstance(message, protocol.Status):
-                if message.note and message.note != told:
-                    logging.warning("waiting: %s", told := message.note)
-                if message.note:
-                    started_s = time.monotonic()
-                states = [node.state for node in message.nodes]
-                reasons = "; ".join(f"{n.host}: {n.reason}" for n in message.nodes if n.reason)
-                if set(states) == {"refused"}:
-                    raise errors.NoWorkers(f"no node takes this job: {reasons}")
-                if "leased" in states and ("calling" not in states or waited_s > OTHERS_SECS):
-                    if reasons:
-                        logging.warning("running without %s", reasons)
-                    return sum(node.slots for node in message.nodes)
-            time.sleep(0.01)
-            transport.send(self.socket, protocol.StatusQuery())
-        raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s: {reasons}")
-
-    def send(self, message: protocol.Message, *frames: Any) -> None:
-        """Send to the broker; raises BrokerLost when it is gone and the queue to it is full."""
-        data = [protocol.encode(message), *frames]
-        while True:
-            try:
-                self.socket.send_multipart(data, zmq.DONTWAIT, copy=False)
-                return
-            except zmq.Again:
-                ready = dict(self.sending.poll())
-                if self.broker in ready and self.socket not in ready:
-                    raise errors.BrokerLost(BROKER_LOST) from None
-
-    def status(self) -> list[tuple[str, int, int]]:
-        """Return ``[(host, busy slots, slots), ...]``."""
-        self.send(protocol.StatusQuery())
-        while True:
-            for message, _ in self.receive():
-                if isinstance(message, protocol.Status):
-                    nodes = [node for node in message.nodes if node.state == "leased"]
-                    return [(node.host, node.busy, node.slots) for node in nodes]
-
-    def receive(self) -> list[tuple[Any, Any]]:
-        """Wait for messages; results go to the inbox of their map, others are returned.
-
-        Raises BrokerLost when the broker process has ended.
-        """
-        ready = dict(self.poller.poll())
-        rest = []
-        while frames := transport.receive(self.socket):
-            message = protocol.decode(frames[0].buffer)
-            payload = frames[1].buffer if len(frames) > 1 else None
-            if isinstance(message, (protocol.Delivered, protocol.Failed)):
-                if message.map in self.inbox:
-                    self.inbox[message.map].append((message, payload))
-            else:
-                rest.append((message, payload))
-        if self.socket not in ready and self.broker in ready:
-            raise errors.BrokerLost(BROKER_LOST)
-        return rest
-
-    def cancel(self) -> None:
-        """Cancel whatever this process has submitted."""
-        self.inbox.clear()
-        try:
-            self.send(protocol.Cancel())
-        except errors.BrokerLost:
-            Session._current = None
+        rows = numpy.array(self.tasks, performance.task_info_dt)
+        rows["mem_gb"][-1] = self.parallel.memory_gb()
+        hdf5.extend(self.h5["task_info"], rows)
+        hdf5.extend(self.h5["performance_data"], numpy.concatenate(self.performance))
+        text = self.h5["task_sent"][()]
+        total = ast.literal_eval(text.decode() if isinstance(text, bytes) else text)
+        total.update(sent)
+        del self.h5["task_sent"]
+        self.h5["task_sent"] = str(total)
+        for name in ("task_info", "performance_data"):
+            self.h5[name].flush()  # for readers, as the engine does it
+        self.tasks, self.performance = [], []
 
 
 class Receiver:
-    """Stands in for the engine's PULL socket of one Starmap: yields ``Result`` objects."""
+    """Stands in for the engine's PULL socket of one Starmap, and for its loop over results."""
 
     ports = itertools.count(FIRST_PORT)
     by_port: dict[int, Receiver] = {}
-    parallel: ModuleType
+    parallel: Any
 
     def __init__(self) -> None:
         self.port = next(self.ports)
         self.local: deque[Any] = deque()
-        self.monitors: dict[int, Any] = {}  # task in the session -> monitor with its number
+        self.numbers: dict[int, tuple[int, str]] = {}  # task in the session -> number and name
+        self.argnames: dict[Any, list[str]] = {}
 
     def __enter__(self) -> Receiver:
         self.by_port[self.port] = self
@@ -217,41 +161,102 @@ class Receiver:
 
     def __exit__(self, *_: object) -> None:
         self.by_port.pop(self.port, None)
-        if Session._current is not None:
-            Session._current.inbox.pop(self.port, None)
-
-    def submit(self, func: Any, args: Any, task_no: int, monitor: Any) -> None:
-        """Hand one task to the broker."""
-        session = Session.current()
-        session.inbox.setdefault(self.port, deque())
-        name = getattr(func, "__name__", type(func).__name__)
-        call = pickle.dumps((func, args), pickle.HIGHEST_PROTOCOL)
-        payload = pickle.dumps((task_no, monitor, call), pickle.HIGHEST_PROTOCOL)
-        task = next(session.tasks)
-        mon = monitor.new(operation=f"total {name}", measuremem=False)
-        mon.task_no = task_no
-        self.monitors[task] = mon
-        header = protocol.Submit(task=task, map=self.port, func=name, weight=float(len(payload)))
-        session.send(header, payload)
+        if session := Session.existing():
+            session.close_map(self.port)
 
     def __iter__(self) -> Iterator[Any]:
-        while True:
-            if self.local:
-                yield self.local.popleft()
-                continue
-            session = Session.current()
-            inbox = session.inbox.setdefault(self.port, deque())
-            while not inbox:
-                session.receive()
-            message, payload = inbox.popleft()
-            if isinstance(message, protocol.Failed):
-                exc = getattr(errors, message.error)(message.text)
-                yield self.parallel.Result(exc, self.monitors[message.task], "lost task\n")
-                continue
-            if message.last:
-                session.send(protocol.Consumed(task=message.task))
-                del self.monitors[message.task]
-            yield pickle.loads(payload)
+        """Yield the results of tasks that run inside the engine process."""
+        while self.local:
+            yield self.local.popleft()
+
+    @classmethod
+    def of(cls, starmap: Any) -> Receiver:
+        """Return the receiver of a Starmap, which gets it with its first task."""
+        if not hasattr(starmap, "socket"):
+            type(starmap).running_tasks = starmap.tasks
+            starmap.socket = cls().__enter__()
+            starmap.monitor.shared = starmap._shared
+            starmap.monitor.backurl = RECEIVER
+        receiver: Receiver = starmap.socket
+        return receiver
+
+    def submit(self, starmap: Any, args: Sequence[Any], func: Any, unchanged: Unchanged) -> None:
+        """Hand one task to the broker, with what the engine notes of it."""
+        name = getattr(func, "__name__", type(func).__name__)
+        if func not in self.argnames:
+            self.argnames[func] = self.parallel.getargnames(func)[:-1]
+        task, (_, *sizes) = Session.current().submit(
+            self.port,
+            name,
+            (starmap.task_no, starmap.monitor),
+            [func, *args],
+            dump=self._dump,
+            weight=float(getattr(args[0], "weight", 1.0)),
+            unchanged=unchanged,
+        )
+        starmap.sent[name] += dict(zip(self.argnames[func], sizes, strict=False))
+        self.numbers[task] = starmap.task_no, name
+        starmap.tasks.append(starmap.task_no)
+        starmap.task_no += 1
+
+    def _dump(self, obj: Any) -> list[payload.Buffer]:
+        """Return the frames of an argument, which the worker finds pickled as by the engine."""
+        if not hasattr(obj, "unpickle"):
+            compress = self.parallel.config.distribution.get("compress")
+            obj = (self.parallel.Pickled if compress else payload.Pickled)(obj)
+        return payload.dump(obj)
+
+    def refill(self, starmap: Any) -> None:
+        """Submit what waits in the Starmap, as far as it is good to have it under way.
+
+        Nothing of the engine runs between the tasks submitted here, so no argument can change.
+        """
+        queue, unchanged = starmap.task_queue, Unchanged()
+        if starmap.tasks and len(starmap.tasks) > LIVE_TASKS // 2:
+            return
+        taken = 0
+        for func, args in queue:
+            live = len(starmap.tasks)
+            blobs = Session.current().blobs
+            if live >= starmap.CT and (live >= LIVE_TASKS or blobs.needed_bytes >= LIVE_BYTES):
+                break
+            self.submit(starmap, args, func, unchanged)
+            taken += 1
+        del queue[:taken]
+
+    def loop(self, starmap: Any) -> Iterator[Any]:
+        """Yield the results of all tasks, subtasks included, and keep the engine's records."""
+        records = Records(self.parallel, starmap.h5)
+        try:
+            for task, objects, error in Session.current().results(self.port):
+                number, name = self.numbers.pop(task)
+                if error is not None:
+                    records.write(starmap.sent)
+                    mon = starmap.monitor.new(operation=f"total {name}", measuremem=False)
+                    mon.task_no = number
+                    yield self.parallel.Result(error, mon, "lost task\n")
+                for result in objects:
+                    starmap.log_percent()
+                    if result.msg == "TASK_ENDED":
+                        starmap.busytime += {result.workerid: result.mon.duration}
+                        operation = result.mon.operation.removeprefix("total ")
+                        if operation == "split_task":  # of engine 3.23
+                            operation = f"{starmap.name}:{operation}"
+                        records.add(result, operation, starmap.sent)
+                    elif result.func:
+                        starmap.task_queue.append((result.func, result.pik))
+                    else:
+                        if result.tb_str:  # the engine will raise it, and not come back
+                            records.write(starmap.sent)
+                        starmap.n_out += 1
+                        yield result
+                starmap.tasks.remove(number)
+                self.refill(starmap)
+                if not starmap.tasks:
+                    break
+            records.write(starmap.sent)
+        finally:
+            self.__exit__()
 
 
 class LocalSocket:
@@ -272,12 +277,36 @@ class LocalSocket:
         self.receiver.local.append(pickle.loads(data))
 
 
+class MemoryCheck:
+    """The engine's check of this machine's memory, which it makes for every result.
+
+    :param check: the engine's function; its answer holds for CHECK_SECS
+    """
+
+    def __init__(self, check: Callable[[], Any]) -> None:
+        self.check = check
+        self.next_s = 0.0
+        self.found: Any = None
+
+    def __call__(self) -> Any:
+        if time.monotonic() > self.next_s:
+            self.found = self.check()
+            self.next_s = time.monotonic() + CHECK_SECS
+        return self.found
+
+
+def local(starmap: Any) -> bool:
+    """Whether the engine runs the tasks of this Starmap by itself."""
+    # OQ_TASK_NO: engine 3.23 runs one task only, to debug it
+    return starmap.distribute != "zmq" or starmap.num_tasks == 1 or "OQ_TASK_NO" in os.environ
+
+
 def install_parallel(parallel: Any) -> None:
     """Take over ``oq_distribute = zmq`` in the engine's parallel module."""
     check_seams(parallel)
     engine_socket, starmap = parallel.Socket, parallel.Starmap
-    starmap_init = starmap.__init__
-    shutdown = starmap.shutdown.__func__
+    engine_init, engine_submit, engine_loop = starmap.__init__, starmap.submit, starmap._loop
+    engine_shutdown = starmap.shutdown.__func__
     get_return_ip = parallel.get_return_ip
     Receiver.parallel = parallel
 
@@ -289,30 +318,56 @@ def install_parallel(parallel: Any) -> None:
             return LocalSocket(receiver)
         return engine_socket(end_point, socket_type, mode, timeout)
 
-    def submit(self: Any, func: Any, args: Any, monitor: Any) -> None:
-        self.socket.submit(func, args, self.task_no, monitor)
-
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        starmap_init(self, *args, **kwargs)
+        engine_init(self, *args, **kwargs)
         if self.distribute == "zmq":
             self.receiver = RECEIVER
 
-    def stop(cls: Any) -> None:
-        if Session._current is not None and Session._current.pid == os.getpid():
-            Session._current.cancel()
-        shutdown(cls)
+    def submit(self: Any, args: Any, func: Any = None) -> None:
+        if local(self):
+            engine_submit(self, args, func)
+        else:
+            Receiver.of(self).submit(self, args, func or self.task_func, Unchanged())
+
+    def loop(self: Any) -> Iterator[Any]:
+        if local(self):
+            yield from engine_loop(self)
+            return
+        self.busytime = parallel.AccumDict(accum=[])
+        if self.task_queue:
+            Receiver.of(self).refill(self)
+        if not self.tasks:
+            return
+        nbytes = sum(self.sent[self.task_func.__name__].values())
+        size = parallel.humansize(nbytes)
+        logging.warning("Sent %d %s tasks, %s", len(self.tasks), self.name, size)
+        yield from self.socket.loop(self)
+        self.log_percent()
+        self.unlink()
+        if self.expected_outputs:
+            assert self.expected_outputs == self.n_out, (self.expected_outputs, self.n_out)
+        if len(self.busytime) > 1 and getattr(self.h5, "mode", "r") != "r":
+            times = numpy.array(list(self.busytime.values()))
+            self.monitor.save_starmap_info(self.h5, self.name, times)
+
+    def shutdown(cls: Any) -> None:
+        if session := Session.existing():
+            session.cancel()
+        engine_shutdown(cls)
 
     def return_ip(receiver_host: str) -> Any:
         # the engine resolves its own host name, for sockets that it does not open here
         return get_return_ip(receiver_host) if receiver_host else "127.0.0.1"
 
     parallel.Socket = socket
-    parallel.submit["zmq"] = submit
+    parallel.check_mem_usage = MemoryCheck(parallel.check_mem_usage)
     parallel.get_return_ip = return_ip
     # the engine would ask each of these hosts for its memory, and wait a minute for a dead one
     parallel.host_cores[:] = []
     starmap.__init__ = init
-    starmap.shutdown = classmethod(stop)
+    starmap.submit = submit
+    starmap._loop = loop
+    starmap.shutdown = classmethod(shutdown)
     logging.getLogger("oq_runtime").debug("the runtime is active")
 
 
@@ -351,8 +406,8 @@ def install_workerpool(workerpool: Any) -> None:
             """Stop taking tasks; in a job, cancel its own and touch the workers of nobody else."""
             if self.pool:
                 return f"stopped {self.pool.triples('stop')}"
-            if Session._current is not None:
-                Session._current.cancel()
+            if session := Session.existing():
+                session.cancel()
             return "released"
 
         def kill(self) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
+import math
 import os
 import shutil
 import signal
@@ -23,18 +25,25 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import msgspec
 import psutil
 import zmq
 
-from oq_runtime import config, facts, protocol, security, systemd, transport
+from oq_runtime import config, facts, launch, payload, protocol, security, store, systemd, transport
 from oq_runtime import node as core
 from oq_runtime.config import WORKER_VARIABLE
-from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError
-from oq_runtime.spool import Spool
+from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
+from oq_runtime.limits import DEFAULTS, Limits
+from oq_runtime.memory import oom_kills, resident, usage
 
-BEAT_SECS = 2.0
+#: seconds between two looks at the memory
+LOOK_SECS = 0.5
+#: seconds after which an attempt that still runs is told to have started
+STARTED_SECS = 0.2
+#: bytes of blobs and results in shared memory, and of one attempt's results; the rest is on disk
+SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
 #: chunks of results queued on the data socket; the rest waits in the spool
 DATA_HWM = 16
 #: last bytes of a dead worker's stderr that go into the error message
@@ -51,10 +60,19 @@ class Process:
         self.log = log
         self.pidfd = os.pidfd_open(popen.pid)
         self.peer: bytes | None = None
+        self.spool = "none"  # the name of the file with the results of its last task
+        self.peak_bytes = 0
 
-    def reason(self) -> str:
-        """Say how the process ended, with the last words of its stderr."""
-        code = self.popen.wait()
+    def kill(self) -> None:
+        # not Popen.kill(), which reaps a process that has just ended
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def reap(self) -> str:
+        """Reap the process and say how it ended, with the last words of its stderr."""
+        _, status, used = os.wait4(self.popen.pid, 0)
+        self.peak_bytes = used.ru_maxrss * 1024  # KiB, see getrusage(2)
+        code = self.popen.returncode = os.waitstatus_to_exitcode(status)
+        os.close(self.pidfd)
         text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         with contextlib.suppress(OSError), self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - STDERR_TAIL_BYTES))
@@ -64,8 +82,30 @@ class Process:
         return f"worker process {self.popen.pid} {text}"
 
 
+class Incoming:
+    """A blob on its way from a broker, and the attempts that wait for it."""
+
+    def __init__(self, blob: protocol.Blob, descriptor: int) -> None:
+        self.blob = blob
+        self.descriptor = descriptor
+        self.hash = hashlib.blake2b(digest_size=32)
+        self.received = 0
+        self.waiting: list[Key] = []
+
+    def take(self, offset: int, chunk: memoryview) -> bool:
+        """Write the next chunk; False when it is not the next one."""
+        if offset != self.received or offset + len(chunk) > self.blob.nbytes:
+            return False
+        self.hash.update(chunk)
+        while chunk:
+            written = os.pwrite(self.descriptor, chunk, self.received)
+            self.received += written
+            chunk = chunk[written:]
+        return True
+
+
 class JobIO:
-    """What the agent holds for one broker: links, payloads, spools, uploads.
+    """What the agent holds for one broker: links, calls, blobs on their way, results to be sent.
 
     :param control: the link on the control socket, open since the broker's call
     """
@@ -73,14 +113,18 @@ class JobIO:
     def __init__(self, control: transport.Link) -> None:
         self.control = control
         self.data: transport.Link | None = None  # open with the lease
-        self.payloads: dict[Key, bytes | bytearray] = {}
-        self.spools: dict[Key, Spool] = {}
-        self.uploads: deque[tuple[Key, Iterator[tuple[int, int, int, bytes]]]] = deque()
-        self.chunk: tuple[protocol.Chunk, bytes] | None = None
+        self.local = False  # the broker is on this host and takes files as they are
+        self.calls: dict[Key, tuple[bytes, list[protocol.Blob]]] = {}
+        self.missing: dict[Key, int] = {}  # blobs that have not come yet
+        self.holds: dict[Key, list[str]] = {}  # names of blobs that have come
+        self.incoming: dict[bytes, Incoming] = {}
+        self.results: dict[Key, protocol.Ended] = {}  # in files, until they are sent
+        self.uploads: deque[tuple[Key, Iterator[tuple[int, memoryview]]]] = deque()
+        self.chunk: tuple[protocol.Chunk, memoryview] | None = None
 
     def close(self) -> None:
-        for spool in self.spools.values():
-            spool.close()
+        for incoming in self.incoming.values():
+            os.close(incoming.descriptor)
         if self.data is not None:
             self.data.socket.close(linger=0)
 
@@ -88,29 +132,33 @@ class JobIO:
 class Agent:
     """
     :param directory: 0700 directory of sockets, logs and spool files
+    :param memory: directory in shared memory for blobs and spool files
     :param control_url: where brokers connect
     :param slots: worker processes at a time
     :param owner: pid with which this agent ends, or None for a daemon
     :param own_facts: what a broker must have in common with this node
+    :param limits: of silence, memory and time
     :param keys: of the cluster, for a daemon
-    :param task_timeout_s: see ``node.Node``
     """
 
     def __init__(
         self,
         *,
         directory: Path,
+        memory: Path,
         control_url: str,
         slots: int,
         owner: int | None,
         own_facts: protocol.Facts,
+        limits: Limits,
         keys: security.Keys | None = None,
-        task_timeout_s: float | None = None,
     ) -> None:
         self.directory = directory
+        self.store = store.Store(memory, directory, memory_bytes=SHARED_BYTES)
+        self.blobs: dict[str, int] = {}  # names in the store, the least recently used first: users
         self.own_facts = own_facts
         self.keys = keys
-        self.core = core.Node(slots, task_timeout_s=task_timeout_s)
+        self.core = core.Node(slots, limits)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
         self.monitor: security.HandshakeMonitor | None = None
@@ -126,7 +174,17 @@ class Agent:
         self.processes: dict[int, Process] = {}
         self.by_peer: dict[bytes, int] = {}
         self.jobs: dict[str, JobIO] = {}
-        self.next_beat_s = 0.0
+        self.next_beat_s = self.next_look_s = 0.0
+        # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
+        self.oom_kills = self.oom_kills_before = oom_kills()
+        self.starting: dict[int, tuple[str, Key, float]] = {}  # worker -> attempt, and since when
+        self.poller = zmq.Poller()
+        for source in (self.control, self.workers, self.owner, self._monitor_socket()):
+            if source is not None:
+                self.poller.register(source, zmq.POLLIN)
+
+    def _monitor_socket(self) -> zmq.Socket[Any] | None:
+        return self.monitor.socket if self.monitor is not None else None
 
     def run(self) -> None:
         try:
@@ -134,9 +192,9 @@ class Agent:
                 self._step()
         finally:
             for process in self.processes.values():
-                process.popen.kill()
+                process.kill()
             for process in self.processes.values():
-                process.popen.wait()
+                process.reap()
             if self.monitor is not None:
                 self.monitor.close()
             if self.gate is not None:
@@ -162,26 +220,18 @@ class Agent:
         log("draining: no new tasks; this agent ends when those under way are done")
 
     def _step(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self.control, zmq.POLLIN)
-        poller.register(self.workers, zmq.POLLIN)
-        if self.owner is not None:
-            poller.register(self.owner, zmq.POLLIN)
-        if self.monitor is not None:
-            poller.register(self.monitor.socket, zmq.POLLIN)
-        for process in self.processes.values():
-            poller.register(process.pidfd, zmq.POLLIN)
-        for job in self.jobs.values():
-            if job.data is not None:
-                wanted = zmq.POLLIN | (zmq.POLLOUT if job.uploads else 0)
-                poller.register(job.data.socket, wanted)
-        ready = dict(poller.poll(max(0, round((self.next_beat_s - time.monotonic()) * 1000))))
+        due_s = min(self.next_beat_s, self.next_look_s)
+        if self.starting:
+            due_s = min(due_s, next(iter(self.starting.values()))[2] + STARTED_SECS)
+        ready = dict(self.poller.poll(max(0, math.ceil((due_s - time.monotonic()) * 1000))))
         if self.owner in ready:
             self.running = False
             return
         for kind, reason in self.monitor.events() if self.monitor else ():
             if kind == "refused":
                 log(f"refused a connection: {reason}")
+            elif kind == "disconnected":
+                self.next_beat_s = 0.0  # a broker that died is found by sending to it
         while frames := transport.receive(self.workers):
             self._from_worker(frames)
         for worker, process in list(self.processes.items()):
@@ -194,26 +244,47 @@ class Agent:
         for name, job in list(self.jobs.items()):
             data = job.data
             while (
-                self.jobs.get(name) is job and data and (frames := transport.receive(data.socket))
+                self.jobs.get(name) is job
+                and data
+                and (views := transport.receive(data.socket, copy=False))
             ):
-                self._from_data(name, job, frames)
-            if self.jobs.get(name) is job:
-                self._upload(job)
+                self._from_data(name, job, views)
+            if job.uploads and self.jobs.get(name) is job:
+                self._upload(name, job)
         now = time.monotonic()
+        while self.starting and now - next(iter(self.starting.values()))[2] >= STARTED_SECS:
+            worker = next(iter(self.starting))
+            name, (task, attempt), _ = self.starting.pop(worker)
+            self._to_broker(name, protocol.Started(task=task, attempt=attempt))
+        if now >= self.next_look_s:
+            self._look(now)
         if now >= self.next_beat_s:
             self._beat(now)
 
-    def _beat(self, now: float) -> None:
-        self.next_beat_s = now + BEAT_SECS
-        self._handle(core.Tick())
-        self._handle(core.MemoryUsed(memory_used()))
+    def _look(self, now: float) -> None:
+        self.next_look_s = now + LOOK_SECS
+        self.oom_kills_before = max(self.oom_kills_before, self.oom_kills)
+        self.oom_kills = oom_kills()
+        used = usage()
+        workers = {w: resident(p.popen.pid) for w, p in self.processes.items()}
+        self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
         systemd.notify("WATCHDOG=1")
-        if self.ending and not self.core.busy and not any(j.spools for j in self.jobs.values()):
+
+    def _beat(self, now: float) -> None:
+        self.next_beat_s = now + self.core.limits.beat_s
+        self._handle(core.Tick())
+        if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
+        used = self.core.memory
+        beat = protocol.Beat(
+            busy=self.core.busy,
+            closed=self.core.closed,
+            free_bytes=max(0, used.limit_bytes - used.used_bytes),
+        )
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
-                self._to_broker(name, protocol.Beat(busy=self.core.busy, closed=self.core.closed))
-            if job.data is not None:
+                self._to_broker(name, beat)
+            if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
 
     def _handle(self, event: core.Event) -> None:
@@ -221,12 +292,14 @@ class Agent:
 
     # ---- messages in
 
-    def _from_broker(self, frames: list[zmq.Frame]) -> None:
-        peer = frames[0].bytes
+    def _from_broker(self, frames: list[bytes]) -> None:
+        peer = frames[0]
         try:
-            message = protocol.decode(frames[1].buffer)
+            message = protocol.decode(frames[1])
         except (ProtocolError, IndexError) as exc:
             log(f"refused a message on the control socket: {exc}")
+            if isinstance(exc, VersionError):  # the peer reads both versions from any answer
+                transport.send_to(self.control, peer, protocol.Refused(reason=str(exc)))
             return
         name = message.job
         if isinstance(message, protocol.Command):
@@ -248,22 +321,28 @@ class Agent:
         wanted = message.wanted if isinstance(message, protocol.Beat) else None
         self._handle(core.Heard(name, wanted))
         match message:
-            case protocol.Lease(data_url=url):
+            case protocol.Lease(data_url=url) if job.data is None:
                 keys = self.keys
                 secure = functools.partial(security.secure_client, keys=keys) if keys else None
-                data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                job.local = keys is None
+                try:
+                    if url.startswith("ipc:") is not job.local:
+                        raise ProtocolError("not encrypted")
+                    data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                except (zmq.ZMQError, ProtocolError) as exc:
+                    self._give_back(name, f"no way to {url}: {exc}")
+                    return
                 job.data = transport.Link(data, name, message.epoch)
+                self.poller.register(data, zmq.POLLIN)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(core.LeaseAsked(name))
-            case protocol.Task(task=task, attempt=attempt) if job.data:
-                if len(frames) > 2:
-                    job.payloads[task, attempt] = frames[2].bytes
-                    self._handle(core.TaskGiven(name, task, attempt))
-                else:
-                    job.data.send(protocol.Fetch(task=task, attempt=attempt))
+            case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data and frames[2:]:
+                if message.alone:
+                    self._handle(core.AloneAsked(name, task, attempt))
+                self._take(name, job, (task, attempt), frames[2], blobs)
             case protocol.Grant(task=task, attempt=attempt):
-                if spool := job.spools.get((task, attempt)):
-                    job.uploads.append(((task, attempt), spool.read(protocol.CHUNK_BYTES)))
+                if ended := job.results.get((task, attempt)):
+                    self._send_results(name, job, (task, attempt), ended)
             case protocol.Abort(task=task, attempt=attempt):
                 self._handle(core.AbortAsked(name, task, attempt))
             case protocol.Release():
@@ -292,7 +371,7 @@ class Agent:
             slots=self.core.slots,
             busy=self.core.busy,
             jobs=sorted(self.core.leases),
-            memory=self.core.memory,
+            memory=self.core.memory_percent / 100,
             engine=self.own_facts.engine,
             state="stopped" if self.core.draining else "up",
         )
@@ -319,41 +398,107 @@ class Agent:
         """End the lease of a job and all that is held for it."""
         self._handle(core.Released(name, reason))
         if job := self.jobs.pop(name, None):
-            job.close()
+            self._close(name, job)
 
-    def _from_data(self, name: str, job: JobIO, frames: list[zmq.Frame]) -> None:
+    def _close(self, name: str, job: JobIO) -> None:
+        if job.data is not None:
+            self.poller.unregister(job.data.socket)
+        job.close()
+        for stored in [stored for stored in self.store.files if stored.startswith(f"{name}-")]:
+            self.store.remove(stored)
+            self.blobs.pop(stored, None)
+
+    # ---- blobs
+
+    def _take(
+        self, name: str, job: JobIO, key: Key, call: bytes, blobs: list[protocol.Blob]
+    ) -> None:
+        """Hold a task until its blobs are here; each is fetched once, however many wait for it."""
+        job.calls[key] = call, blobs
+        holds = job.holds[key] = []
+        missing = 0
+        for blob in blobs:
+            stored = f"{name}-{blob.digest.hex()}"
+            if blob.path:
+                continue
+            if stored in self.blobs:
+                self.blobs[stored] = self.blobs.pop(stored) + 1  # now the most recently used
+                holds.append(stored)
+                continue
+            if blob.digest not in job.incoming:
+                try:
+                    self._fetch(name, job, blob)
+                except OSError as exc:
+                    self._drop(name, job, key)
+                    self._no_room(name, key, f"no room for its arguments: {exc}")
+                    return
+            job.incoming[blob.digest].waiting.append(key)
+            missing += 1
+        if missing:
+            job.missing[key] = missing
+        else:
+            self._handle(core.TaskGiven(name, *key))
+
+    def _fetch(self, name: str, job: JobIO, blob: protocol.Blob) -> None:
+        for stored, users in list(self.blobs.items()):
+            if self.store.free_bytes >= blob.nbytes:
+                break
+            if not users:
+                self.store.remove(stored)
+                del self.blobs[stored]
+        descriptor = self.store.create(f"{name}-{blob.digest.hex()}", blob.nbytes)
+        job.incoming[blob.digest] = Incoming(blob, descriptor)
+        if job.data is not None:
+            job.data.send(protocol.Fetch(digest=blob.digest))
+
+    def _no_room(self, name: str, key: Key, reason: str) -> None:
+        task, attempt = key
+        died = protocol.Died(task=task, attempt=attempt, reason=reason, started=False)
+        self._to_broker(name, died)
+
+    def _from_data(self, name: str, job: JobIO, frames: list[memoryview]) -> None:
         assert job.data is not None
         try:
-            message = protocol.decode(frames[0].buffer)
+            message = protocol.decode(frames[0])
         except ProtocolError as exc:
             self._give_back(name, f"its data cannot be read: {exc}")
             return
         if not job.data.accepts(message):
             self._give_back(name, "tasks were lost on the way")
             return
-        if not isinstance(message, protocol.Chunk):
+        if not isinstance(message, protocol.BlobChunk):
             return
-        key = (message.task, message.attempt)
-        if message.offset == 0:
-            job.payloads[key] = bytearray(message.part_bytes)
-        payload = job.payloads.get(key)
-        if payload is None:
-            return  # of an attempt that was aborted meanwhile
-        chunk = frames[1].buffer
-        assert isinstance(payload, bytearray)
-        payload[message.offset : message.offset + len(chunk)] = chunk
-        if message.offset + len(chunk) == message.part_bytes:
-            self._handle(core.TaskGiven(name, *key))
+        incoming = job.incoming.get(message.digest)
+        if incoming is None or not frames[1:] or not incoming.take(message.offset, frames[1]):
+            self._give_back(name, "a big argument came in pieces that do not fit")
+        elif incoming.received == incoming.blob.nbytes:
+            self._complete(name, job, incoming)
 
-    def _from_worker(self, frames: list[zmq.Frame]) -> None:
-        peer = frames[0].bytes
-        message = protocol.decode(frames[1].buffer)
+    def _complete(self, name: str, job: JobIO, incoming: Incoming) -> None:
+        digest = incoming.blob.digest
+        if incoming.hash.digest() != digest:
+            self._give_back(name, "a big argument was damaged on the way")
+            return
+        os.close(job.incoming.pop(digest).descriptor)
+        waiting = [key for key in incoming.waiting if key in job.calls]
+        stored = f"{name}-{digest.hex()}"
+        self.blobs[stored] = len(waiting)
+        for key in waiting:
+            job.holds[key].append(stored)
+            job.missing[key] -= 1
+            if not job.missing[key]:
+                del job.missing[key]
+                self._handle(core.TaskGiven(name, *key))
+
+    def _from_worker(self, frames: list[bytes]) -> None:
+        peer = frames[0]
+        message = protocol.decode(frames[1])
         if isinstance(message, protocol.Ready):
-            for worker, process in self.processes.items():
+            for worker, process in list(self.processes.items()):  # readiness may start another
                 if process.popen.pid == message.pid:
                     process.peer = peer
                     self.by_peer[peer] = worker
-                    self._handle(core.WorkerReady(worker))
+                    self._handle(core.WorkerReady(worker, resident(message.pid)))
             return
         found = self.core.workers.get(self.by_peer.get(peer, -1))
         job = self.jobs.get(message.job)
@@ -365,32 +510,39 @@ class Agent:
             or key != (found.task, found.attempt)
         ):
             return  # of an attempt that was aborted meanwhile
+        self.starting.pop(found.id, None)
         match message:
-            case protocol.Started():
-                self._to_broker(message.job, message)
-            case protocol.Part():
-                job.spools[key].add(frames[2].buffer)
-            case protocol.Ended():
-                spool = job.spools[key]
-                ended = protocol.Ended(
-                    task=message.task,
-                    attempt=message.attempt,
-                    parts=len(spool.sizes),
-                    nbytes=spool.nbytes,
-                    digest=spool.digest,
-                )
-                self._to_broker(message.job, ended)
-                self._handle(core.WorkerEnded(found.id))
+            case protocol.Ended(path=path):
+                if path:
+                    self.store.adopt(_name(message.job, key), Path(path), message.nbytes)
+                    job.results[key] = message
+                    told = message if job.local else msgspec.structs.replace(message, path="")
+                else:
+                    told = message
+                    self._drop(message.job, job, key)
+                self._to_broker(message.job, told, frames[2])
+            case protocol.NoRoom(reason=reason):
+                self._drop(message.job, job, key)
+                self._no_room(message.job, key, reason)
+        held = resident(self.processes[found.id].popen.pid)
+        self._handle(core.WorkerEnded(found.id, held))
 
     def _reap(self, worker: int) -> None:
         process = self.processes.pop(worker)
-        reason = process.reason()
-        os.close(process.pidfd)
+        self.poller.unregister(process.pidfd)
+        reason = process.reap()
+        killed = process.popen.returncode == -signal.SIGKILL
+        oom = killed and oom_kills() > self.oom_kills_before
+        self.oom_kills_before += oom  # each kill explains one death
         if process.peer is not None:
             del self.by_peer[process.peer]
         if process.popen.returncode:
             log(reason)
-        self._handle(core.WorkerGone(worker, reason))
+        self.starting.pop(worker, None)
+        for place in (self.store.memory, self.store.disk):
+            if process.spool not in self.store:
+                (place / process.spool).unlink(missing_ok=True)
+        self._handle(core.WorkerGone(worker, reason, oom, process.peak_bytes))
 
     # ---- effects out
 
@@ -402,30 +554,44 @@ class Agent:
                 case core.Spawn(worker, _):
                     self._spawn(worker)
                 case core.RunOn(worker, job, task, attempt):
-                    io = self.jobs[job]
-                    payload = io.payloads.pop((task, attempt))
-                    io.spools[task, attempt] = Spool(self.directory)
-                    peer = self.processes[worker].peer
-                    assert peer is not None
-                    run = protocol.Run(job=job, task=task, attempt=attempt)
-                    transport.send_to(self.workers, peer, run, payload)
+                    self._run(worker, job, (task, attempt))
                 case core.Kill(worker):
                     if process := self.processes.get(worker):
-                        process.popen.kill()
-                case core.ReportDeath(job, task, attempt, reason, started):
-                    died = protocol.Died(task=task, attempt=attempt, reason=reason, started=started)
+                        process.kill()
+                case core.ReportDeath(job, task, attempt, reason, started, oom):
+                    died = protocol.Died(
+                        task=task, attempt=attempt, reason=reason, started=started, oom=oom
+                    )
                     self._to_broker(job, died)
                 case core.DropAttempt(job, task, attempt):
                     if found := self.jobs.get(job):
-                        self._drop(found, (task, attempt))
+                        self._drop(job, found, (task, attempt))
                 case core.LeaseEnded(job, reason):
                     log(f"lease of {job} ended: {reason}")
                     if ended := self.jobs.pop(job, None):
-                        ended.close()
+                        self._close(job, ended)
 
-    def _to_broker(self, name: str, message: protocol.Message) -> None:
+    def _run(self, worker: int, name: str, key: Key) -> None:
+        process, job = self.processes[worker], self.jobs[name]
+        assert process.peer is not None
+        call, blobs = job.calls[key]
+        process.spool = _name(name, key)
+        run = protocol.Run(
+            job=name,
+            task=key[0],
+            attempt=key[1],
+            paths=[blob.path or self._path(name, blob) for blob in blobs],
+            spool_bytes=min(SPOOL_BYTES, self.store.free_bytes // self.core.slots),
+        )
+        transport.send_to(self.workers, process.peer, run, call)
+        self.starting[worker] = name, key, time.monotonic()
+
+    def _path(self, name: str, blob: protocol.Blob) -> str:
+        return str(self.store.path(f"{name}-{blob.digest.hex()}"))
+
+    def _to_broker(self, name: str, message: protocol.Message, *frames: bytes) -> None:
         """Send to a broker; one that cannot be reached has lost the lease."""
-        if (job := self.jobs.get(name)) and not job.control.send(message):
+        if (job := self.jobs.get(name)) and not job.control.send(message, *frames):
             self._forget(name, "its broker cannot be reached")
 
     def _give_back(self, name: str, reason: str) -> None:
@@ -433,56 +599,93 @@ class Agent:
         self._to_broker(name, protocol.NoLease(reason=reason))
         self._forget(name, reason)
 
-    def _drop(self, job: JobIO, key: Key) -> None:
-        job.payloads.pop(key, None)
-        if spool := job.spools.pop(key, None):
-            spool.close()
+    def _drop(self, name: str, job: JobIO, key: Key) -> None:
+        """Forget an attempt: what it was given, and the results that it has left."""
+        job.calls.pop(key, None)
+        job.missing.pop(key, None)
+        for stored in job.holds.pop(key, ()):
+            self.blobs[stored] -= 1
+        job.results.pop(key, None)
+        self.store.remove(_name(name, key))
         if job.uploads and job.uploads[0][0] == key:
             job.chunk = None
         job.uploads = deque(upload for upload in job.uploads if upload[0] != key)
 
-    def _upload(self, job: JobIO) -> None:
-        while job.uploads and job.data is not None:
-            (task, attempt), parts = job.uploads[0]
+    def _send_results(self, name: str, job: JobIO, key: Key, ended: protocol.Ended) -> None:
+        """Send the body of an attempt, or leave its file to a broker on the same host."""
+        stored = _name(name, key)
+        if job.local:
+            path, _ = self.store.release(stored)
+            self._drop(name, job, key)
+            placed = protocol.Placed(task=key[0], attempt=key[1], path=str(path))
+            self._to_broker(name, placed)
+            return
+        try:
+            body = payload.map_file(self.store.path(stored), private=True)
+        except OSError as exc:
+            self._give_back(name, f"results are not there any more: {exc}")
+            return
+        job.uploads.append((key, protocol.chunks(body)))
+        if job.data is not None:
+            self.poller.modify(job.data.socket, zmq.POLLIN | zmq.POLLOUT)
+
+    def _upload(self, name: str, job: JobIO) -> None:
+        assert job.data is not None
+        while job.uploads:
+            (task, attempt), chunks = job.uploads[0]
             if job.chunk is None:
-                item = next(parts, None)
-                if item is None:
-                    self._drop(job, (task, attempt))
+                if (item := next(chunks, None)) is None:
+                    self._drop(name, job, (task, attempt))
                     continue
-                index, offset, size, data = item
-                header = protocol.Chunk(
-                    task=task, attempt=attempt, index=index, offset=offset, part_bytes=size
-                )
-                job.chunk = (header, data)
+                offset, chunk = item
+                job.chunk = protocol.Chunk(task=task, attempt=attempt, offset=offset), chunk
             if not job.data.send(*job.chunk):
                 return
             job.chunk = None
+        self.poller.modify(job.data.socket, zmq.POLLIN)
 
     def _spawn(self, worker: int) -> None:
         log_path = self.directory / f"worker-{worker}.log"
         env = dict(os.environ)
         env.setdefault("OMP_NUM_THREADS", "1")
         env[WORKER_VARIABLE] = "1"
-        with log_path.open("wb") as stream:
+        with _writable(log_path) as stream:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "oq_runtime.worker", self.workers_url, str(os.getpid())],
+                [
+                    sys.executable,
+                    "-m",
+                    "oq_runtime.worker",
+                    self.workers_url,
+                    str(os.getpid()),
+                    str(self.store.memory),
+                    str(self.store.disk),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
                 env=env,
             )
         self.processes[worker] = Process(popen, log_path)
+        self.poller.register(self.processes[worker].pidfd, zmq.POLLIN)
+
+
+def _writable(path: Path) -> IO[bytes]:
+    """Open a log file; with the disk full, better a worker without a log than none."""
+    try:
+        return path.open("wb")
+    except OSError as exc:
+        log(f"{path}: {exc.strerror}")
+        return Path(os.devnull).open("wb")
+
+
+def _name(job: str, key: Key) -> str:
+    """Return the name of the file with the results of an attempt; the worker makes the same."""
+    return f"{job}-{key[0]}-{key[1]}"
 
 
 def log(text: str) -> None:
     """Print one line; the service manager adds time and name."""
     print(text, file=sys.stderr, flush=True)
-
-
-def memory_used() -> float:
-    """Return the part of this node's memory that is in use."""
-    memory = psutil.virtual_memory()
-    return 1.0 - memory.available / memory.total
 
 
 def own_address(cluster: config.Cluster) -> str:
@@ -523,21 +726,25 @@ def run_daemon(address: str | None) -> None:
     wanted = cluster.hosts[address]
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
     os.umask(0o077)
+    # its name is this agent's own, so that what a killed predecessor has left is found
+    memory = store.SHARED_MEMORY / f"oq-agent-{address}-{cluster.ctrl_port}"
     given = os.environ.get("RUNTIME_DIRECTORY")
     directory = Path(given or tempfile.mkdtemp(prefix="oq-agent-"))
     try:
         try:
             agent = Agent(
                 directory=directory,
+                memory=memory,
                 control_url=cluster.control_url(address),
                 slots=config.available_cores() if wanted < 0 else wanted,
                 owner=None,
                 own_facts=facts.own(cluster.dbserver, cluster.shared_dir),
+                limits=settings.limits,
                 keys=keys,
-                task_timeout_s=settings.task_timeout_s or None,
             )
         except zmq.ZMQError as exc:
             raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc
+        store.shared_memory(memory.name)  # only now: the port is bound, so no other agent uses it
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
         systemd.notify("READY=1")
@@ -545,6 +752,7 @@ def run_daemon(address: str | None) -> None:
         agent.run()
         log("ended")
     finally:
+        shutil.rmtree(memory, ignore_errors=True)
         if not given:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -570,19 +778,22 @@ def main() -> None:
     parser.add_argument("--control-url", required=True)
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--owner", type=int, required=True)
+    parser.add_argument("--limits", type=launch.limits, default=DEFAULTS)
     args = parser.parse_args()
     try:
         agent = Agent(
             directory=args.directory,
+            memory=store.SHARED_MEMORY / args.directory.name,
             control_url=args.control_url,
             slots=args.slots,
             owner=args.owner,
             own_facts=facts.own(),
+            limits=args.limits,
         )
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
         agent.run()
     finally:
-        shutil.rmtree(args.directory, ignore_errors=True)
+        launch.remove(args.directory)
 
 
 if __name__ == "__main__":

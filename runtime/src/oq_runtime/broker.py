@@ -11,38 +11,49 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import os
-import shutil
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import xxhash
 import zmq
 
-from oq_runtime import config, facts, protocol, security, transport
+from oq_runtime import config, facts, launch, payload, protocol, security, store, transport
 from oq_runtime import scheduler as core
-from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, TransitionError
+from oq_runtime.errors import (
+    ConfigError,
+    OqRuntimeError,
+    ProtocolError,
+    TransitionError,
+    VersionError,
+)
+from oq_runtime.limits import DEFAULTS, Limits
+from oq_runtime.store import Store
 
-BEAT_SECS = 2.0
-#: seconds between two calls of an agent that does not answer, at first and at most
-CALL_SECS, CALL_MAX_SECS = 0.05, 2.0
+#: seconds between two calls of an agent that does not answer, at first; then up to a beat
+CALL_SECS = 0.05
+MEMORY_REMEDY = (
+    "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
+)
 
 
 @dataclass(slots=True)
 class Submission:
-    """A task as the engine sent it: who, under which number, and the pickle to run."""
+    """A task as the engine sent it: who, under which number, the call and its big arguments."""
 
     client: bytes
     task: int
     map: int
     func: str
-    payload: zmq.Frame
+    call: bytes
+    blobs: list[protocol.Blob]
 
 
 #: a control socket, and on TCP what watches its handshakes
@@ -52,11 +63,13 @@ Connection = tuple["zmq.Socket[Any]", security.HandshakeMonitor | None]
 class Peer:
     """An agent as the broker knows it, over the calls that it took to reach it.
 
-    ``state``: ``calling`` until it has granted a lease, ``leased``, or ``refused``.
+    ``state``: ``calling`` until it has granted a lease, ``leased``, or ``refused``. At most
+    ``most_s`` seconds are between two calls.
     """
 
-    def __init__(self, name: str, connect: Callable[[], Connection]) -> None:
+    def __init__(self, name: str, connect: Callable[[], Connection], most_s: float) -> None:
         self.name = name
+        self.most_s = most_s
         self.connect = connect
         self.socket, self.monitor = connect()
         self.state = "calling"
@@ -72,7 +85,7 @@ class Peer:
         self.link = transport.Link(self.socket, job, self.link.epoch + 1)
         self.data = None
         sent = self.link.send(hello)
-        self.pause_s = CALL_MAX_SECS if sent else min(self.pause_s * 1.5, CALL_MAX_SECS)
+        self.pause_s = self.most_s if sent else min(self.pause_s * 1.5, self.most_s)
         self.next_call_s = now + self.pause_s
 
     def hang_up(self, state: str, reason: str) -> None:
@@ -82,7 +95,7 @@ class Peer:
         self.socket, self.monitor = self.connect()
         self.link = transport.Link(self.socket, self.link.job, self.link.epoch + 1)
         self.data = None
-        self.pause_s = CALL_SECS if state == "calling" else CALL_MAX_SECS
+        self.pause_s = CALL_SECS if state == "calling" else self.most_s
         self.next_call_s = time.monotonic() + self.pause_s
 
     def close(self, linger_ms: int = 0) -> None:
@@ -93,19 +106,27 @@ class Peer:
 
 @dataclass(slots=True)
 class Staging:
-    """Parts of an attempt on their way from an agent."""
+    """The body of an attempt: in the message that ended it, in its node's file, or on its way."""
 
-    parts: int
-    nbytes: int
-    digest: bytes
+    ended: protocol.Ended
+    body: bytes | None
+    descriptor: int = -1
     received: int = 0
-    data: list[bytearray] = field(default_factory=list)
+    hash: Any = field(default_factory=xxhash.xxh3_128)
+
+    def take(self, offset: int, chunk: memoryview) -> bool:
+        """Write the next chunk; False when it is not the next one."""
+        if offset != self.received or offset + len(chunk) > self.ended.nbytes:
+            return False
+        while chunk:
+            written = os.pwrite(self.descriptor, chunk, self.received)
+            self.hash.update(chunk[:written])
+            self.received += written
+            chunk = chunk[written:]
+        return True
 
     def intact(self) -> bool:
-        digest = hashlib.blake2b(digest_size=32)
-        for part in self.data:
-            digest.update(part)
-        return len(self.data) == self.parts and digest.digest() == self.digest
+        return bool(self.hash.digest() == self.ended.digest)
 
 
 class Broker:
@@ -116,6 +137,7 @@ class Broker:
     :param agent_pid: pid of a private agent, whose death is seen at once
     :param owner: pid with which this broker ends
     :param window_bytes: results staged at a time
+    :param limits: of silence and attempts
     :param own_facts: what the agents must have in common with this host
     :param keys: of the cluster, where the agents are reached over TCP
     """
@@ -129,18 +151,21 @@ class Broker:
         agent_pid: int | None,
         owner: int,
         window_bytes: int,
+        limits: Limits,
         own_facts: protocol.Facts,
         keys: security.Keys | None = None,
     ) -> None:
         self.job = directory.name
         self.keys = keys
         self.own_facts = own_facts
-        self.core = core.Scheduler(window_bytes=window_bytes)
+        self.core = core.Scheduler(limits, window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
         self.data_urls = data_urls
         self.data: zmq.Socket[Any] | None = None
-        self.peers = {name: Peer(name, self._connector(url)) for name, url in agents.items()}
+        self.peers = {
+            name: Peer(name, self._connector(url), limits.beat_s) for name, url in agents.items()
+        }
         self.data_peers: dict[bytes, Peer] = {}
         self.watched: dict[int, Callable[[], None]] = {}
         self.running = True
@@ -155,6 +180,13 @@ class Broker:
         self.events: deque[core.Event] = deque()
         self.handling = False
         self.staging: dict[tuple[int, int], Staging] = {}
+        # digest -> file -> tasks that need it; each client has files of its own
+        self.blobs: dict[bytes, Counter[str]] = {}
+        # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
+        self.store = Store(
+            store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes
+        )
+        self.local = all(url.startswith("ipc:") for url in data_urls)
         self.phases: dict[str, protocol.Phase] = {}
         self.next_beat_s = 0.0
         self._bind_data()
@@ -240,13 +272,11 @@ class Broker:
         for peer in self.peers.values():
             self._watch_handshake(peer)
             while frames := transport.receive(peer.socket):
-                self._from(frames, lambda m, f, peer=peer: self._from_agent(peer, m))  # type: ignore[misc]
-        while self.data and (frames := transport.receive(self.data)):
-            sender = frames[0].bytes
-            self._from(frames[1:], lambda m, f: self._from_data(sender, m, f))  # noqa: B023
+                self._from(frames, functools.partial(self._from_agent, peer), peer)
+        while self.data and (views := transport.receive(self.data, copy=False)):
+            self._from(views[1:], functools.partial(self._from_data, bytes(views[0])))
         while frames := transport.receive(self.engine):
-            sender = frames[0].bytes
-            self._from(frames[1:], lambda m, f: self._from_engine(sender, m, f))  # noqa: B023
+            self._from(frames[1:], functools.partial(self._from_engine, frames[0]))
         now = time.monotonic()
         for peer in self._callable():
             if now >= peer.next_call_s:
@@ -271,7 +301,7 @@ class Broker:
         return [p for p in self.peers.values() if p.state != "leased"] if self.data else []
 
     def _beat(self, now: float) -> None:
-        self.next_beat_s = now + BEAT_SECS
+        self.next_beat_s = now + self.core.limits.beat_s
         if self.data is None:
             self._bind_data()
         self._tell_wanted()
@@ -300,11 +330,19 @@ class Broker:
         peer.hang_up(state, reason)
         self._handle(core.NodeGone(peer.name, reason))
 
-    def _from(self, frames: list[zmq.Frame], take: Callable[[Any, list[zmq.Frame]], None]) -> None:
+    def _from(
+        self,
+        frames: Sequence[Any],
+        take: Callable[[Any, Any], None],
+        agent: Peer | None = None,
+    ) -> None:
         try:
-            take(protocol.decode(frames[0].buffer), frames[1:])
+            take(protocol.decode(frames[0]), frames[1:])
         except (ProtocolError, TransitionError, IndexError) as exc:
-            log(f"refused a message: {exc}")
+            if agent is not None and isinstance(exc, VersionError):
+                self._lose(agent, f"refused: {exc}", "refused")
+            else:
+                log(f"refused a message: {exc}")
 
     def _handle(self, event: core.Event) -> None:
         """Let the core take an event; one that comes of an effect waits for its turn."""
@@ -321,23 +359,25 @@ class Broker:
 
     # ---- messages in
 
-    def _from_engine(self, peer: bytes, message: Any, frames: list[zmq.Frame]) -> None:
+    def _from_engine(self, peer: bytes, message: Any, frames: list[Any]) -> None:
         match message:
             case protocol.Hello(pid=pid):
                 self._watch(pid, lambda: self._client_ended(peer))
                 self._welcome(peer)
-            case protocol.Submit(task=task, map=map_, func=func, weight=weight):
+            case protocol.Submit(task=task, map=map_, func=func, weight=weight, blobs=blobs):
                 number = self.unsubmitted
                 self.unsubmitted += 1
                 group = self.groups.setdefault((peer, map_), len(self.groups))
-                self.submissions[number] = Submission(peer, task, map_, func, frames[0])
+                self.submissions[number] = Submission(peer, task, map_, func, frames[0], blobs)
+                for blob in blobs:
+                    self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
                 self.numbers[peer, task] = number
                 phase = self.phases.setdefault(func, protocol.Phase(name=func))
                 phase.total += 1
                 self._handle(core.Submitted(number, group, func, weight))
-            case protocol.Consumed(task=task):
-                number = self.numbers.pop((peer, task), -1)
-                self._handle(core.Consumed(number))
+            case protocol.Consumed(tasks=tasks):
+                for task in tasks:
+                    self._handle(core.Consumed(self.numbers.pop((peer, task), -1)))
             case protocol.Cancel(map=map_):
                 self._cancel(peer, map_)
             case protocol.StatusQuery():
@@ -366,7 +406,7 @@ class Broker:
         for client, task in [key for key in self.numbers if key[0] == peer]:
             self._handle(core.Consumed(self.numbers.pop((client, task))))
 
-    def _from_agent(self, peer: Peer, message: Any) -> None:
+    def _from_agent(self, peer: Peer, message: Any, frames: list[Any]) -> None:
         if message.epoch != peer.link.epoch or message.job != self.job:
             return  # of an epoch that is over
         if isinstance(message, protocol.NoLease):
@@ -376,9 +416,11 @@ class Broker:
             self._lose(peer, "messages were lost on the way")
             return
         if peer.state == "leased":
-            closed = message.closed if isinstance(message, protocol.Beat) else None
-            self._handle(core.NodeSeen(peer.name, closed))
-            self._from_node(peer, message)
+            seen = core.NodeSeen(peer.name)
+            if isinstance(message, protocol.Beat):
+                seen = core.NodeSeen(peer.name, message.closed, message.free_bytes)
+            self._handle(seen)
+            self._from_node(peer, message, frames)
             return
         match message:
             case protocol.Welcome(host=host, slots=slots):
@@ -395,7 +437,7 @@ class Broker:
                 peer.state, peer.reason = "leased", ""
                 self._handle(core.NodeJoined(peer.name, slots))
 
-    def _from_node(self, peer: Peer, message: Any) -> None:
+    def _from_node(self, peer: Peer, message: Any, frames: list[Any]) -> None:
         name = peer.name
         match message:
             case protocol.Leased(slots=slots):
@@ -403,13 +445,21 @@ class Broker:
             case protocol.Started(task=task, attempt=attempt):
                 self._handle(core.Started(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
-                staging = Staging(message.parts, message.nbytes, message.digest)
-                self.staging[task, attempt] = staging
+                body = frames[0] if frames and len(frames[0]) == message.nbytes else None
+                if not self.local:
+                    message = msgspec.structs.replace(message, path="")
+                self.staging[task, attempt] = Staging(message, body)
                 self._handle(core.Ended(name, task, attempt, message.nbytes))
-            case protocol.Died(task=task, attempt=attempt, reason=reason):
-                self._handle(core.Died(name, task, attempt, f"{reason}, host {peer.host}"))
+            case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
+                if staging := self.staging.get((task, attempt)):
+                    self.store.adopt(f"{task}-{attempt}", Path(path), staging.ended.nbytes)
+                    self._handle(core.Uploaded(name, task, attempt, True))
+                else:
+                    Path(path).unlink(missing_ok=True)
+            case protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom):
+                self._handle(core.Died(name, task, attempt, f"{reason}, host {peer.host}", oom))
 
-    def _from_data(self, sender: bytes, message: Any, frames: list[zmq.Frame]) -> None:
+    def _from_data(self, sender: bytes, message: Any, frames: list[Any]) -> None:
         assert self.data is not None
         if isinstance(message, protocol.Hello):
             greeted = self.peers.get(message.role)
@@ -424,82 +474,99 @@ class Broker:
             self._lose(peer, "results were lost on the way")
             return
         match message:
-            case protocol.Fetch(task=task, attempt=attempt):
-                if submission := self.submissions.get(task):
-                    payload = submission.payload.buffer
-                    for offset, chunk in protocol.chunks(payload):
-                        header = protocol.Chunk(
-                            task=task, attempt=attempt, index=0, offset=offset,
-                            part_bytes=len(payload),
-                        )  # fmt: skip
-                        if not peer.data.send(header, chunk):
-                            self._lose(peer, "its data connection broke")
-                            return
-            case protocol.Chunk(task=task, attempt=attempt):
-                self._stage(peer, task, attempt, message, frames[0].buffer)
+            case protocol.Fetch(digest=digest):
+                self._send_blob(peer, peer.data, digest)
+            case protocol.Chunk(task=task, attempt=attempt, offset=offset):
+                staging = self.staging.get((task, attempt))
+                if staging is not None and staging.descriptor >= 0:
+                    in_order = staging.take(offset, frames[0])
+                    if not in_order or staging.received == staging.ended.nbytes:
+                        intact = in_order and staging.intact()
+                        self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
-    def _stage(
-        self, peer: Peer, task: int, attempt: int, header: protocol.Chunk, chunk: memoryview
-    ) -> None:
-        staging = self.staging.get((task, attempt))
-        if staging is None:
-            return  # of an attempt that was dropped meanwhile
-        if header.offset == 0:
-            staging.data.append(bytearray(header.part_bytes))
-        part = staging.data[-1]
-        part[header.offset : header.offset + len(chunk)] = chunk
-        staging.received += len(chunk)
-        whole = header.index == staging.parts - 1 and header.offset + len(chunk) == len(part)
-        if whole:
-            self._handle(core.Uploaded(peer.name, task, attempt, staging.intact()))
+    def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
+        if (paths := self.blobs.get(digest)) is None:
+            return  # of a task that is not wanted any more
+        for offset, chunk in protocol.chunks(payload.map_file(next(iter(paths)), private=True)):
+            if not link.send(protocol.BlobChunk(digest=digest, offset=offset), chunk):
+                self._lose(peer, "its data connection broke")
+                return
 
     # ---- effects out
 
     def _apply(self, effect: core.Effect) -> None:
         match effect:
-            case core.Assign(node, task, attempt):
+            case core.Assign(node, task, attempt, alone):
                 submission = self.submissions[task]
-                size = len(submission.payload)
+                blobs = submission.blobs
+                if not self.local:
+                    blobs = [protocol.Blob(blob.digest, blob.nbytes) for blob in blobs]
                 header = protocol.Task(
-                    task=task, attempt=attempt, func=submission.func, nbytes=size
+                    task=task, attempt=attempt, func=submission.func, blobs=blobs, alone=alone
                 )
-                inline = [submission.payload] if size <= protocol.INLINE_BYTES else []
-                self._send(self.peers[node], header, *inline)
+                self._send(self.peers[node], header, submission.call)
             case core.GrantUpload(node, task, attempt):
-                self._send(self.peers[node], protocol.Grant(task=task, attempt=attempt))
+                self._grant(self.peers[node], task, attempt)
             case core.AbortAttempt(node, task, attempt):
                 found = self.core.tasks.get(task)
                 if found is None or found.attempt != attempt:
-                    self.staging.pop((task, attempt), None)
+                    self._drop(task, attempt)
                 self._send(self.peers[node], protocol.Abort(task=task, attempt=attempt))
             case core.DropStaged(task, attempt):
-                self.staging.pop((task, attempt), None)
+                self._drop(task, attempt)
             case core.Commit(_, task, attempt):
-                self._deliver(task, self.staging.pop((task, attempt)))
+                self._deliver(task, attempt)
             case core.GiveUp(task, error, history):
                 self._fail(task, error, history)
 
-    def _deliver(self, task: int, staging: Staging) -> None:
+    def _grant(self, peer: Peer, task: int, attempt: int) -> None:
+        """Get the body of an attempt, for which there is room in the window."""
+        staging = self.staging[task, attempt]
+        if staging.body is not None:
+            staging.hash.update(staging.body)
+            self._handle(core.Uploaded(peer.name, task, attempt, staging.intact()))
+            return
+        if not staging.ended.path:
+            try:
+                staging.descriptor = self.store.create(f"{task}-{attempt}", staging.ended.nbytes)
+            except OSError as exc:
+                log(f"no room for {staging.ended.nbytes} bytes of results: {exc}")
+                self._handle(core.Uploaded(peer.name, task, attempt, False))
+                return
+        self._send(peer, protocol.Grant(task=task, attempt=attempt))
+
+    def _drop(self, task: int, attempt: int) -> None:
+        if staging := self.staging.pop((task, attempt), None):
+            self._close(staging)
+            self.store.remove(f"{task}-{attempt}")
+
+    def _close(self, staging: Staging) -> None:
+        if staging.descriptor >= 0:
+            os.close(staging.descriptor)
+
+    def _deliver(self, task: int, attempt: int) -> None:
+        staging = self.staging.pop((task, attempt))
+        self._close(staging)
         submission = self._forget(task)
         phase = self.phases[submission.func]
         phase.done += 1
-        phase.received_bytes += staging.nbytes
-        for index, part in enumerate(staging.data):
-            header = protocol.Delivered(
-                job=self.job,
-                task=submission.task,
-                map=submission.map,
-                index=index,
-                last=index == staging.parts - 1,
-            )
-            transport.send_to(self.engine, submission.client, header, part)
+        phase.received_bytes += staging.ended.nbytes
+        path = "" if staging.body is not None else self.store.release(f"{task}-{attempt}")[0]
+        header = protocol.Delivered(
+            job=self.job, task=submission.task, map=submission.map, path=str(path)
+        )
+        transport.send_to(self.engine, submission.client, header, staging.body or b"")
 
     def _fail(self, task: int, error: str, history: tuple[str, ...]) -> None:
         submission = self._forget(task)
-        text = (
+        # all in the last line, which is the one that oq-run shows
+        verdict = (
             f"task #{submission.task} ({submission.func}) was given up after "
-            f"{self.core.tasks[task].attempt} attempts:\n" + "\n".join(history)
+            f"{self.core.tasks[task].attempt} attempts; {history[-1]}"
         )
+        if error == "OutOfMemory":
+            verdict += MEMORY_REMEDY
+        text = "\n".join([*history[:-1], verdict])
         log(text)
         header = protocol.Failed(
             job=self.job, task=submission.task, map=submission.map, error=error, text=text
@@ -507,7 +574,15 @@ class Broker:
         transport.send_to(self.engine, submission.client, header)
 
     def _forget(self, task: int) -> Submission:
-        return self.submissions.pop(task)
+        submission = self.submissions.pop(task)
+        for blob in submission.blobs:
+            paths = self.blobs[blob.digest]
+            paths[blob.path] -= 1
+            if not paths[blob.path]:
+                del paths[blob.path]
+            if not paths:
+                del self.blobs[blob.digest]
+        return submission
 
     def _status(self) -> protocol.Status:
         for name, phase in self.phases.items():
@@ -538,6 +613,7 @@ def main() -> None:
     parser.add_argument("--agent-pid", type=int, help="of a private agent; without: the cluster")
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--window-bytes", type=int, required=True)
+    parser.add_argument("--limits", type=launch.limits, default=DEFAULTS)
     args = parser.parse_args()
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
@@ -557,6 +633,7 @@ def main() -> None:
             agent_pid=args.agent_pid,
             owner=args.owner,
             window_bytes=args.window_bytes,
+            limits=args.limits,
             own_facts=own,
             keys=keys,
         )
@@ -566,7 +643,7 @@ def main() -> None:
         log(str(exc))
         sys.exit(1)
     finally:
-        shutil.rmtree(args.directory, ignore_errors=True)
+        launch.remove(args.directory)
 
 
 if __name__ == "__main__":

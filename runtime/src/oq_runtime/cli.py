@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import selectors
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
+import zmq
 from rich.console import Console
 
 from oq_runtime import config, launch
@@ -36,6 +36,8 @@ from oq_runtime.progress import Display, StatusReader
 EXIT_FAILED, EXIT_INPUT, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 2, 3, 130
 #: seconds that an interrupted engine process has to end by itself
 STOP_SECS = 3.0
+#: seconds for the DbServer to answer
+DBSERVER_SECS = 2
 #: what the engine does for a job that fails, for one whose engine process cannot any more
 MEND = (
     "UPDATE job SET status='failed', is_running=0, stop_time=datetime('now') "
@@ -129,11 +131,14 @@ def main(
     if spec["log_file"] and not os.access(Path(str(spec["log_file"])).parent, os.W_OK):
         raise BadInput(f"--log-file {log_file}: its directory is missing or not writable")
     try:
-        settings = (
-            Config(cores=check_cores(cores)) if cores else Config.from_sections(config.read())
-        )
+        sections = config.read()
+        if cores:  # on this machine, whatever cluster there is; but with the same limits
+            check_cores(cores)
+            sections = {"oq_runtime": sections.get("oq_runtime", {}) | {"cores": cores}}
+        settings = Config.from_sections(sections)
     except ConfigError as exc:
-        raise BadInput(f"--{exc}" if cores else str(exc)) from exc
+        ours = cores and str(exc).startswith("cores=")
+        raise BadInput(f"--{exc}" if ours else str(exc)) from exc
     run = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
     code = run.execute()
     if as_json:
@@ -291,9 +296,7 @@ class Run:
         if code and not self.error:
             self.error = f"the engine process ended with exit code {code}"
         if code not in (0, EXIT_INPUT) and self.database:
-            # directly: importing the engine for this would take seconds
-            with contextlib.closing(sqlite3.connect(self.database, timeout=2)) as db, db:
-                db.executemany(MEND, [(job,) for job in self.jobs])
+            mend(self.database, self.jobs)
         return code
 
     def print_summary(self) -> None:
@@ -313,6 +316,27 @@ class Run:
         if self.error:
             where = f" (oq engine --show-log {self.jobs[-1]})" if self.jobs else ""
             click.echo(f"oq-run: {self.error}{where}", err=True)
+
+
+def mend(database: str, jobs: list[int]) -> None:
+    """Set to ``failed`` those of the jobs that the database takes for unfinished.
+
+    Directly, or as the DbServer's clients do: importing the engine for this would take seconds.
+
+    :param database: a file, or the DbServer's tcp:// URL
+    """
+    if not database.startswith("tcp://"):
+        with contextlib.closing(sqlite3.connect(database, timeout=2)) as db, db:
+            db.executemany(MEND, [(job,) for job in jobs])
+        return
+    with zmq.Context() as context, context.socket(zmq.REQ) as dbserver:
+        dbserver.linger = 0
+        dbserver.connect(database)
+        for job in jobs:
+            dbserver.send_pyobj((MEND.replace("?", "?x"), job))
+            if not dbserver.poll(DBSERVER_SECS * 1000):
+                return  # the next job of this host will do it
+            dbserver.recv()
 
 
 def stop_session(directory: Path) -> None:
@@ -337,7 +361,7 @@ def stop_session(directory: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             if selector.get_map():
                 os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(directory, ignore_errors=True)
+    launch.remove(directory)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,18 @@ key                     default  meaning
 code                             ``import oq_runtime.activate`` switches the runtime on
 cores                   all      slots of the private agent when no cluster is configured
 window_mb               1024     MiB of results staged in the broker at a time
+beat_s                  2        seconds between two beats of broker and agent, each way
+suspect_s               10       seconds of silence after which a node gets no new tasks
+lost_s                  30       seconds of silence after which a node is lost: its tasks are run
+                                 elsewhere, and it kills the workers of a job it does not hear of
+no_nodes_limit_s        60       seconds without any node after which a job fails
+memory_soft_percent     80       memory in use on a node, in per cent, above which it gets no tasks
+memory_hard_percent     90       the same, above which the newest task is killed
+max_attempts            3        attempts of a task that may end with the death of its worker
 task_timeout_s          0        seconds after which the worker of a task is killed; 0: never
 ======================  =======  ==================================================================
+
+The limits must be the same on all hosts: broker and agents judge each other by them.
 """
 
 from __future__ import annotations
@@ -20,6 +30,7 @@ import configparser
 import importlib.util
 import ipaddress
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -27,6 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oq_runtime.errors import ConfigError
+from oq_runtime.limits import DEFAULTS, Limits
 
 #: names the directory of a session that ``oq-run`` has started for its engine process
 SESSION_VARIABLE = "OQ_RUNTIME_SESSION"
@@ -88,7 +100,7 @@ class Config:
 
     cores: int
     window_bytes: int = 1 << 30
-    task_timeout_s: int = 0
+    limits: Limits = DEFAULTS
     cluster: Cluster | None = None
 
     @classmethod
@@ -101,7 +113,7 @@ class Config:
         return cls(
             cores=check_cores(own.get("cores") or os.environ.get("OQ_NUM_CORES") or "-1"),
             window_bytes=_number(own, "window_mb", 1024, least=1) << 20,
-            task_timeout_s=_number(own, "task_timeout_s", 0, least=0),
+            limits=read_limits(own),
             cluster=Cluster.from_sections(sections) if distribute == "zmq" else None,
         )
 
@@ -160,6 +172,36 @@ def parse_ports(text: str) -> range:
     return ports
 
 
+def read_limits(section: Mapping[str, str]) -> Limits:
+    """Return the limits of ``[oq_runtime]``; raises ConfigError naming key and allowed values."""
+    found = Limits(
+        beat_s=_seconds(section, "beat_s", DEFAULTS.beat_s),
+        suspect_s=_seconds(section, "suspect_s", DEFAULTS.suspect_s),
+        lost_s=_seconds(section, "lost_s", DEFAULTS.lost_s),
+        no_nodes_limit_s=_seconds(section, "no_nodes_limit_s", DEFAULTS.no_nodes_limit_s),
+        memory_soft_percent=_number(
+            section, "memory_soft_percent", DEFAULTS.memory_soft_percent, least=1
+        ),
+        memory_hard_percent=_number(
+            section, "memory_hard_percent", DEFAULTS.memory_hard_percent, least=1
+        ),
+        max_attempts=_number(section, "max_attempts", DEFAULTS.max_attempts, least=1),
+        task_timeout_s=_seconds(section, "task_timeout_s", DEFAULTS.task_timeout_s, zero=True),
+    )
+    for low, high in [
+        ("beat_s", "suspect_s"),
+        ("suspect_s", "lost_s"),
+        ("memory_soft_percent", "memory_hard_percent"),
+    ]:
+        least, value = getattr(found, low), getattr(found, high)
+        if value <= least:
+            raise ConfigError(f"[oq_runtime] {high}={value:g}: give more than {low}, {least:g}")
+    if found.memory_hard_percent > 100:
+        percent = found.memory_hard_percent
+        raise ConfigError(f"[oq_runtime] memory_hard_percent={percent:g}: give at most 100")
+    return found
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is, or resolves to, this host's loopback."""
     try:
@@ -206,3 +248,11 @@ def _number(section: Mapping[str, str], key: str, default: int, *, least: int) -
     if not (text.isascii() and text.isdigit()) or int(text) < least:
         raise ConfigError(f"[oq_runtime] {key}={text}: give a whole number from {least} up")
     return int(text)
+
+
+def _seconds(section: Mapping[str, str], key: str, default: float, *, zero: bool = False) -> float:
+    text = section.get(key) or str(default)
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or (float(text) == 0 and not zero):
+        least = "from 0 up" if zero else "above 0"
+        raise ConfigError(f"[oq_runtime] {key}={text}: give a number of seconds {least}")
+    return float(text)

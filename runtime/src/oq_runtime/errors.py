@@ -17,6 +17,10 @@ class ProtocolError(OqRuntimeError):
     """A message that is not of this protocol, or of another version of it."""
 
 
+class VersionError(ProtocolError):
+    """A message of another version of the protocol; the text names both."""
+
+
 class TransitionError(OqRuntimeError):
     """An event that the state table does not allow; the state is unchanged."""
 
@@ -27,6 +31,10 @@ class BrokerLost(OqRuntimeError):
 
 class WorkerDied(OqRuntimeError):
     """A task lost its worker process as often as it may; the message has the history."""
+
+
+class OutOfMemory(OqRuntimeError):
+    """A task ran out of memory also when it had a node for itself; the message has the figures."""
 
 
 class NodeLost(OqRuntimeError):

@@ -40,7 +40,7 @@ def own(dbserver: str = "", shared_dir: str = "") -> Facts:
 def difference(master: Facts, node: Facts) -> str:
     """Return what differs, with both values, or an empty string."""
     return "; ".join(
-        f"{title} is {getattr(node, field) or 'not set'} here and "
+        f"{title} is {getattr(node, field) or 'not set'} on the node and "
         f"{getattr(master, field) or 'not set'} on the master"
         for field, title in NAMES.items()
         if getattr(node, field) != getattr(master, field)

@@ -32,6 +32,11 @@ from oq_runtime import transport
 from oq_runtime.errors import UnsupportedEngine
 
 FULL = os.strerror(errno.ENOSPC)
+#: jobs of a host (its name is the parameter) that say of themselves that they are under way
+RUNNING_HERE = (
+    "SELECT id, pid FROM job WHERE host=?x AND pid > 0 "
+    "AND status IN ('created', 'submitted', 'executing')"
+)
 
 
 class InputError(Exception):
@@ -92,11 +97,7 @@ def mend(logs: Any) -> None:
 
     The engine would wait for them for ever before it starts the next job.
     """
-    query = (
-        "SELECT id, pid FROM job WHERE host=?x AND pid > 0 "
-        "AND status IN ('created', 'submitted', 'executing')"
-    )
-    for row in logs.dbcmd(query, socket.gethostname()):
+    for row in logs.dbcmd(RUNNING_HERE, socket.gethostname()):
         if not psutil.pid_exists(row.pid):
             logs.dbcmd("finish", row.id, "failed")
 
@@ -153,7 +154,9 @@ def run(spec: dict[str, Any], report: Any) -> int:
 
     datadir = Path(logs.get_datadir())
     database = Path(os.path.expanduser(config.dbserver.file))
-    for folder in (datadir, database.parent):
+    dbhost = os.environ.get("OQ_DATABASE", config.dbserver.host)
+    local = dbhost == "127.0.0.1"
+    for folder in (datadir, database.parent) if local else (datadir,):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".oq-run-{os.getpid()}"
@@ -163,7 +166,6 @@ def run(spec: dict[str, Any], report: Any) -> int:
             raise InputError(
                 f"{folder}: {exc.strerror}; free space or set OQ_DATADIR to another directory"
             ) from exc
-    local = os.environ.get("OQ_DATABASE", config.dbserver.host) == "127.0.0.1"
     try:
         if local and not database.exists():
             logs.dbcmd("upgrade_db")
@@ -182,7 +184,7 @@ def run(spec: dict[str, Any], report: Any) -> int:
         job.params["exports"] = spec["exports"]
         if spec["export_dir"]:
             job.params["export_dir"] = spec["export_dir"]
-        where = str(database) if local else None
+        where = str(database) if local else f"tcp://{dbhost}:{config.dbserver.port}"
         report({"kind": "created", "job": job.calc_id, "database": where})
     for job in jobs:
         # a second stage takes from the first, which has not run yet, what it lacks itself

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-from oq_runtime import security
+from oq_runtime import security, store
 from oq_runtime.config import Config
 from oq_runtime.errors import OqRuntimeError
+from oq_runtime.limits import Limits
 
 #: seconds for the broker to be there
 START_SECS = 20.0
@@ -38,7 +40,7 @@ def start(config: Config, owner: int) -> Path:
     command = [sys.executable, "-m", "oq_runtime.launch", str(owner), str(slots)]
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
-        [*command, str(config.window_bytes)],
+        [*command, str(config.window_bytes), limits_text(config.limits)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -51,11 +53,28 @@ def start(config: Config, owner: int) -> Path:
         raise OqRuntimeError(f"the session could not be started: {lines[-1]}") from None
 
 
+def limits_text(limits: Limits) -> str:
+    """Return the limits for the command line of a broker or agent."""
+    return json.dumps(asdict(limits))
+
+
+def limits(text: str) -> Limits:
+    """Return the limits of ``limits_text``."""
+    return Limits(**json.loads(text))
+
+
+def remove(directory: Path) -> None:
+    """Remove a session's directory, and the one of the same name in shared memory."""
+    for path in (directory, store.SHARED_MEMORY / directory.name):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("owner", type=int)
     parser.add_argument("slots", type=int, help="of the private agent; 0: none, use the cluster")
     parser.add_argument("window_bytes", type=int)
+    parser.add_argument("limits")
     args = parser.parse_args()
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     try:  # mkdtemp alone would fall back to another directory without a word
@@ -70,8 +89,9 @@ def main() -> None:
     if len(os.fsencode(directory / "control")) > SOCKET_PATH_BYTES:
         shutil.rmtree(directory)
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
+    store.shared_memory(directory.name)
     control = f"ipc://{directory}/control"
-    common = ["--directory", str(directory), "--owner", str(args.owner)]
+    common = ["--directory", str(directory), "--owner", str(args.owner), "--limits", args.limits]
     window = ["--window-bytes", str(args.window_bytes)]
     started = []
     if args.slots:

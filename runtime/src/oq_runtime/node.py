@@ -4,22 +4,27 @@
 A worker belongs to one lease and runs one task at a time, so that blame for its death is exact.
 
 Several leases share the slots by max-min fairness: none gets more than it wants while another has
-less than its part; what cannot be divided goes to the lease that has been served least. A share
-that shrinks stops nothing that runs.
+less than its part; what cannot be divided is held in turns, by the lease that has been served
+least. A share that shrinks stops nothing that runs. An attempt that must be alone waits until no
+other runs on the node, whoever's it is, and holds all others back until it has ended.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-#: seconds without a beat from a broker after which its lease is fenced: workers killed
-FENCE_AFTER_S = 30.0
-#: parts of the memory above which no new task is taken, and the newest attempt is killed
-SOFT_MEMORY, HARD_MEMORY = 0.80, 0.90
-#: seconds between two such kills: the memory of the first must be free before the second is due
+from oq_runtime.limits import DEFAULTS, Limits
+
+#: seconds that a slot which cannot be divided stays with a lease: each change costs the start of a
+#: worker, up to 4 s of computing
+TURN_S = 30.0
+#: seconds between two kills for lack of memory: that of the first must be free before the second
 KILL_INTERVAL_S = 2.0
+#: bytes by which a worker may grow over what it had at its start before it is replaced
+GROWTH_BYTES = 1 << 30
 
 
 class WorkerState(Enum):
@@ -35,7 +40,9 @@ class Worker:
     state: WorkerState = WorkerState.STARTING
     task: int = -1
     attempt: int = -1
+    alone: bool = False
     since_s: float = 0.0
+    start_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -48,6 +55,7 @@ class Lease:
     wanted: int = -1
     served_s: float = 0.0
     pending: deque[tuple[int, int]] = field(default_factory=deque)
+    alone: set[tuple[int, int]] = field(default_factory=set)
 
 
 # ---- events
@@ -68,9 +76,11 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUsed:
-    """The part of the memory of this node (or of its cgroup) that is in use."""
+    """What is in use of the memory of this node (or of its cgroup), and by each worker."""
 
-    part: float
+    used_bytes: int
+    limit_bytes: int
+    workers: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,15 @@ class DrainAsked:
 class Released:
     job: str
     reason: str = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class AloneAsked:
+    """An attempt that is going to be given must run alone on this node."""
+
+    job: str
+    task: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +120,28 @@ class AbortAsked:
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
     worker: int
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
+    """The worker has ended its task, and now holds so much memory."""
+
     worker: int
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerGone:
+    """The process has ended; ``oom``: killed by the kernel for lack of memory.
+
+    ``nbytes`` is the most memory that it had.
+    """
+
     worker: int
     reason: str
+    oom: bool = False
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +150,8 @@ class Tick:
 
 
 Event = (
-    LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | TaskGiven | AbortAsked | WorkerReady
-    | WorkerEnded | WorkerGone | Tick
+    LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | AloneAsked | TaskGiven | AbortAsked
+    | WorkerReady | WorkerEnded | WorkerGone | Tick
 )  # fmt: skip
 
 
@@ -160,6 +190,7 @@ class ReportDeath:
     attempt: int
     reason: str
     started: bool
+    oom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +213,17 @@ class Node:
     """State of one agent.
 
     :param slots: worker processes that may run a task at a time
-    :param task_timeout_s: seconds after which the worker of a task is killed; None: never
+    :param limits: of silence, of memory and of the time of a task
     """
 
-    def __init__(self, slots: int, *, task_timeout_s: float | None = None) -> None:
+    def __init__(self, slots: int, limits: Limits = DEFAULTS) -> None:
         self.slots = slots
-        self.task_timeout_s = task_timeout_s
+        self.limits = limits
         self.leases: dict[str, Lease] = {}
         self.workers: dict[int, Worker] = {}
         self.spawned = 0
         self.draining = False
-        self.memory = 0.0
+        self.memory = MemoryUsed(0, 1)
         self.killed_s = -KILL_INTERVAL_S
         self.ticked_s: float | None = None
 
@@ -203,7 +234,13 @@ class Node:
     @property
     def closed(self) -> bool:
         """Whether no new task should come: draining, or short of memory with tasks under way."""
-        return self.draining or (self.memory > SOFT_MEMORY and self.busy > 0)
+        full = self.memory_percent > self.limits.memory_soft_percent
+        return self.draining or (full and self.busy > 0)
+
+    @property
+    def memory_percent(self) -> float:
+        """How much of the memory is in use."""
+        return 100 * self.memory.used_bytes / self.memory.limit_bytes
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, monotonic); return what is to be done."""
@@ -211,7 +248,9 @@ class Node:
         match event:
             case LeaseAsked(job):
                 self._end(job, "asked for again", effects)
-                self.leases[job] = Lease(job, -1, now)
+                # as if it had been here before: else it would hold what is left for hours
+                served_s = min((lease.served_s for lease in self.leases.values()), default=0.0)
+                self.leases[job] = Lease(job, -1, now, served_s=served_s)
                 self._share(effects)
                 for _ in range(min(self.leases[job].slots, self.slots - len(self.workers))):
                     self._spawn(self.leases[job], effects)
@@ -221,14 +260,18 @@ class Node:
                     if wanted is not None and wanted != self.leases[job].wanted:
                         self.leases[job].wanted = wanted
                         self._share(effects)
-            case MemoryUsed(part):
-                self.memory = part
-                if part > HARD_MEMORY and now - self.killed_s >= KILL_INTERVAL_S:
+            case MemoryUsed():
+                self.memory = event
+                full = self.memory_percent > self.limits.memory_hard_percent
+                if full and now - self.killed_s >= KILL_INTERVAL_S:
                     self._kill_newest(now, effects)
             case DrainAsked(on):
                 self.draining = on
             case Released(job, reason):
                 self._end(job, reason, effects)
+            case AloneAsked(job, task, attempt):
+                if job in self.leases:
+                    self.leases[job].alone.add((task, attempt))
             case TaskGiven(job, task, attempt):
                 if job in self.leases:
                     self.leases[job].pending.append((task, attempt))
@@ -236,14 +279,17 @@ class Node:
                     effects.append(DropAttempt(job, task, attempt))
             case AbortAsked(job, task, attempt):
                 self._abort(job, task, attempt, effects)
-            case WorkerReady(worker):
+            case WorkerReady(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
-                    found.state = WorkerState.IDLE
-            case WorkerEnded(worker):
+                    found.state, found.start_bytes = WorkerState.IDLE, nbytes
+            case WorkerEnded(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
                     found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
-            case WorkerGone(worker, reason):
-                self._gone(worker, reason, effects)
+                    if nbytes - found.start_bytes > GROWTH_BYTES:
+                        self._kill(found, effects)
+                        self._spawn(self.leases[found.job], effects)
+            case WorkerGone():
+                self._gone(event, effects)
             case Tick():
                 self._tick(now, effects)
         self._fill(now, effects)
@@ -273,7 +319,7 @@ class Node:
         left = self.slots
         # in rounds of one slot each; the last, partial round starts with the least served
         while left and (hungry := [job for job in wants if shares[job] < wants[job]]):
-            hungry.sort(key=lambda job: self.leases[job].served_s)
+            hungry.sort(key=self._turns)
             for job in hungry[:left]:
                 shares[job] += 1
             left -= min(left, len(hungry))
@@ -282,22 +328,39 @@ class Node:
                 self.leases[job].slots = share
                 effects.append(GrantLease(job, share))
 
+    def _turns(self, job: str) -> int:
+        """How many turns the lease has been served."""
+        return int(self.leases[job].served_s / (TURN_S * self.slots))
+
     def _fill(self, now: float, effects: list[Effect]) -> None:
         """Give waiting tasks to idle workers, and start workers where they are missing."""
         free = self.slots - self.busy
         # the lease that is furthest below its share comes first
-        for lease in sorted(self.leases.values(), key=lambda one: self._running(one) - one.slots):
+        leases = sorted(self.leases.values(), key=lambda one: self._running(one) - one.slots)
+        alone = [one for one in leases if one.pending and one.pending[0] in one.alone]
+        if alone or any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
+            if self.busy:
+                return
+            leases, free = alone[:1], 1
+        for lease in leases:
             for worker in self._of(lease.job):
                 if free > 0 and lease.pending and worker.state is WorkerState.IDLE:
-                    worker.task, worker.attempt = lease.pending.popleft()
-                    worker.state, worker.since_s = WorkerState.BUSY, now
-                    effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
+                    self._start(worker, lease, now, effects)
                     free -= 1
             starting = sum(w.state is WorkerState.STARTING for w in self._of(lease.job))
             for _ in range(min(len(lease.pending) - starting, free - starting)):
                 if len(self.workers) >= self.slots and not self._make_room(lease, effects):
                     break
                 self._spawn(lease, effects)
+
+    def _start(self, worker: Worker, lease: Lease, now: float, effects: list[Effect]) -> None:
+        worker.task, worker.attempt = key = lease.pending.popleft()
+        worker.state, worker.since_s, worker.alone = WorkerState.BUSY, now, key in lease.alone
+        if worker.alone:
+            lease.alone.remove(key)
+            for other in [w for w in self.workers.values() if w is not worker]:
+                self._kill(other, effects)  # idle ones hold memory as well
+        effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
 
     def _running(self, lease: Lease) -> int:
         return sum(w.state is WorkerState.BUSY for w in self._of(lease.job))
@@ -315,14 +378,14 @@ class Node:
         self.ticked_s = now
         for lease in list(self.leases.values()):
             lease.served_s += seconds * self._running(lease)
-            if now - lease.heard_s > FENCE_AFTER_S:
+            if now - lease.heard_s > self.limits.lost_s:
                 self._end(lease.job, f"broker silent for {now - lease.heard_s:.0f} s", effects)
         if len(self.leases) > 1:
             self._share(effects)
         for worker in list(self.workers.values()):
-            limit = self.task_timeout_s
+            limit = self.limits.task_timeout_s
             if limit and worker.state is WorkerState.BUSY and now - worker.since_s > limit:
-                reason = f"killed after {now - worker.since_s:.0f} s, task_timeout is {limit:g} s"
+                reason = f"killed after {now - worker.since_s:.0f} s, task_timeout_s is {limit:g} s"
                 self._kill_busy(worker, reason, effects)
 
     def _kill_newest(self, now: float, effects: list[Effect]) -> None:
@@ -331,28 +394,41 @@ class Node:
             return
         self.killed_s = now
         newest = max(busy, key=lambda w: (w.since_s, w.id))
-        reason = f"killed to free memory: {self.memory:.0%} in use, the limit is {HARD_MEMORY:.0%}"
-        self._kill_busy(newest, reason, effects)
+        figures = self._figures(self.memory.workers.get(newest.id, 0))
+        limit = self.limits.memory_hard_percent
+        reason = f"killed to free memory: {figures}, the limit is {limit:g}%"
+        self._kill_busy(newest, reason, effects, oom=True)
 
-    def _kill_busy(self, worker: Worker, reason: str, effects: list[Effect]) -> None:
+    def _figures(self, worker_bytes: int) -> str:
+        used, limit = gib(self.memory.used_bytes), gib(self.memory.limit_bytes)
+        return f"its worker had {gib(worker_bytes)}, {used} of {limit} were in use"
+
+    def _kill_busy(
+        self, worker: Worker, reason: str, effects: list[Effect], *, oom: bool = False
+    ) -> None:
         self._kill(worker, effects)
         effects.append(DropAttempt(worker.job, worker.task, worker.attempt))
-        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, True))
+        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, True, oom))
 
-    def _gone(self, worker_id: int, reason: str, effects: list[Effect]) -> None:
-        worker = self.workers.pop(worker_id, None)
+    def _gone(self, gone: WorkerGone, effects: list[Effect]) -> None:
+        worker = self.workers.pop(gone.worker, None)
         if worker is None:
             return
         lease = self.leases[worker.job]
+        reason = gone.reason
+        if gone.oom:
+            reason += f" by the kernel for lack of memory: {self._figures(gone.nbytes)}"
         if worker.state is WorkerState.BUSY:
-            effects.append(DropAttempt(lease.job, worker.task, worker.attempt))
-            effects.append(ReportDeath(lease.job, worker.task, worker.attempt, reason, True))
+            task, attempt = worker.task, worker.attempt
+            effects.append(DropAttempt(lease.job, task, attempt))
+            effects.append(ReportDeath(lease.job, task, attempt, reason, True, gone.oom))
         elif worker.state is WorkerState.STARTING and lease.pending:
             # workers that cannot start must not be spawned for ever: charge a waiting task
             task, attempt = lease.pending.popleft()
+            lease.alone.discard((task, attempt))
             effects.append(DropAttempt(lease.job, task, attempt))
             text = f"worker could not start: {reason}"
-            effects.append(ReportDeath(lease.job, task, attempt, text, False))
+            effects.append(ReportDeath(lease.job, task, attempt, text, False, gone.oom))
         if worker.state is not WorkerState.STARTING and len(self._of(lease.job)) < lease.slots:
             self._spawn(lease, effects)
 
@@ -361,6 +437,7 @@ class Node:
         lease = self.leases.get(job)
         if lease is None:
             return
+        lease.alone.discard((task, attempt))
         if (task, attempt) in lease.pending:
             lease.pending.remove((task, attempt))
         for worker in self._of(job):
@@ -375,3 +452,8 @@ class Node:
             self._kill(worker, effects)
         effects.append(LeaseEnded(job, reason))
         self._share(effects)
+
+
+def gib(nbytes: int) -> str:
+    """Return a number of bytes in GiB, for a message."""
+    return f"{nbytes / (1 << 30):.2f} GiB"

@@ -83,9 +83,9 @@ class Pool:
             time.sleep(0.2)
 
 
-def _answer(frame: zmq.Frame) -> protocol.AgentStatus | str:
+def _answer(frame: bytes) -> protocol.AgentStatus | str:
     try:
-        message = protocol.decode(frame.buffer)
+        message = protocol.decode(frame)
     except ProtocolError as exc:
         return str(exc)
     return message if isinstance(message, protocol.AgentStatus) else "it did not understand"

@@ -24,7 +24,7 @@ class StatusReader:
         """Return the newest answer, if one has come, and ask again."""
         status = None
         while frames := transport.receive(self.socket):
-            message = protocol.decode(frames[0].buffer)
+            message = protocol.decode(frames[0])
             if isinstance(message, protocol.Status):
                 status, self.asked = message, False
         if not self.asked:

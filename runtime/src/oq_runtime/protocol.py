@@ -6,10 +6,11 @@ opaque bytes (pickles that only the engine and the workers open); they are forwa
 
     engine  --Hello, Submit, Consumed, Cancel, StatusQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status--            broker
-    broker  --Hello, Lease, Task, Grant, Abort, Release, Beat-->                agent  (control)
-    broker  <--Welcome, Refused, Leased, NoLease, Started, Ended, Died, Beat--  agent  (control)
-    broker  <--Hello, Fetch, Chunk, Beat--  agent  (data)    broker --Chunk, Beat-->  agent  (data)
-    agent   --Run-->  worker             agent  <--Ready, Started, Part, Ended--  worker
+    broker  --Hello, Lease, Task, Grant, Abort, Release, Beat-->  agent  (control)
+    broker  <--Welcome, Refused, Leased, NoLease, Started, Ended, Placed, Died, Beat--  agent
+    broker  <--Hello, Fetch, Chunk, Beat--  agent  (data)
+    broker  --BlobChunk, Beat-->  agent            (data)
+    agent   --Run-->  worker             agent  <--Ready, Ended, NoRoom--  worker
 
     oq-workers  --Command-->  agent      oq-workers <--AgentStatus--  agent
 
@@ -20,12 +21,12 @@ epoch is over, and what it had under way is void.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from oq_runtime.errors import ProtocolError
+from oq_runtime.errors import ProtocolError, VersionError
 
 PROTOCOL_VERSION = 1
 #: bytes of a payload that may travel with its header on the control socket
@@ -36,13 +37,19 @@ CHUNK_BYTES = 1024 * 1024
 HEADER_BYTES = 4 * 1024 * 1024
 
 
+#: the name becomes part of file names
+JobName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]*\Z", max_length=64)]
+#: a size, of at most a pebibyte
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+
+
 class Message(
     msgspec.Struct, frozen=True, tag_field="kind", forbid_unknown_fields=True, kw_only=True
 ):
     """Fields of every header: protocol version, the session's job name, epoch, sequence number."""
 
     v: int = PROTOCOL_VERSION
-    job: str = ""
+    job: JobName = ""
     epoch: int = 0
     seq: int = 0
 
@@ -76,15 +83,26 @@ class Refused(Message, frozen=True, tag="refused"):
     reason: str
 
 
+class Blob(msgspec.Struct, frozen=True):
+    """An argument too big for a message: BLAKE2b digest, size, its file if on the same host."""
+
+    digest: bytes
+    nbytes: Size
+    path: str = ""
+
+
 class Submit(Message, frozen=True, tag="submit"):
+    """The call is the next frame; it refers to ``blobs`` by their positions."""
+
     task: int
     map: int
     func: str
     weight: float = 1.0
+    blobs: list[Blob] = []
 
 
 class Consumed(Message, frozen=True, tag="consumed"):
-    task: int
+    tasks: list[int]
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
@@ -94,12 +112,11 @@ class Cancel(Message, frozen=True, tag="cancel"):
 
 
 class Delivered(Message, frozen=True, tag="delivered"):
-    """One partial result of a committed attempt, in order; ``last`` closes the task."""
+    """A committed attempt: its body is the next frame, or the file ``path``, the receiver's own."""
 
     task: int
     map: int
-    index: int
-    last: bool
+    path: str = ""
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -164,43 +181,64 @@ class Release(Message, frozen=True, tag="release"):
 
 
 class Task(Message, frozen=True, tag="task"):
-    """Payload inline when there is one frame behind the header, else to be fetched."""
+    """The call is the next frame; blobs that the node lacks, and has no path of, it fetches.
+
+    ``alone``: nothing else may run on the node at the same time.
+    """
 
     task: int
     attempt: int
     func: str
-    nbytes: int
+    blobs: list[Blob] = []
+    alone: bool = False
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
-    task: int
-    attempt: int
+    digest: bytes
+
+
+class BlobChunk(Message, frozen=True, tag="blob"):
+    """The bytes of a blob from ``offset`` on are the next frame."""
+
+    digest: bytes
+    offset: Size
 
 
 class Chunk(Message, frozen=True, tag="chunk"):
-    """``offset`` within part ``index`` of ``part_bytes`` bytes; its bytes are the next frame."""
+    """The bytes of an attempt's body from ``offset`` on are the next frame."""
 
     task: int
     attempt: int
-    index: int
-    offset: int
-    part_bytes: int
+    offset: Size
 
 
 class Started(Message, frozen=True, tag="started"):
+    """The attempt has been running for a while; short ones only end."""
+
     task: int
     attempt: int
-    pid: int
 
 
 class Ended(Message, frozen=True, tag="ended"):
-    """A whole attempt is spooled: its parts, bytes and BLAKE2b digest."""
+    """A whole attempt: its parts, and the bytes and the XXH3-128 digest of its body.
+
+    The body is the next frame, or the file ``path``; an agent tells no path to another host.
+    """
 
     task: int
     attempt: int
     parts: Annotated[int, msgspec.Meta(ge=1)]
-    nbytes: Annotated[int, msgspec.Meta(ge=0)]
+    nbytes: Size
     digest: bytes = b""
+    path: str = ""
+
+
+class Placed(Message, frozen=True, tag="placed"):
+    """The file of an attempt on the same host, which from now on is the broker's."""
+
+    task: int
+    attempt: int
+    path: str
 
 
 class Grant(Message, frozen=True, tag="grant"):
@@ -214,18 +252,25 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 class Died(Message, frozen=True, tag="died"):
+    """The worker of an attempt has ended; ``oom``: killed for lack of memory."""
+
     task: int
     attempt: int
     reason: str
     started: bool
+    oom: bool = False
 
 
 class Beat(Message, frozen=True, tag="beat"):
-    """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please."""
+    """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please.
+
+    ``free_bytes``: of the node's memory.
+    """
 
     wanted: int = 0
     busy: int = 0
     closed: bool = False
+    free_bytes: int = 0
 
 
 class Command(Message, frozen=True, tag="command"):
@@ -252,19 +297,26 @@ class Ready(Message, frozen=True, tag="ready"):
 
 
 class Run(Message, frozen=True, tag="run"):
+    """The call is the next frame; ``spool_bytes`` of the results may go to shared memory."""
+
     task: int
     attempt: int
+    paths: list[str] = []
+    spool_bytes: int = 0
 
 
-class Part(Message, frozen=True, tag="part"):
+class NoRoom(Message, frozen=True, tag="noroom"):
+    """The results of this attempt fit nowhere on this node."""
+
     task: int
     attempt: int
+    reason: str
 
 
 AnyMessage = (
     Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | StatusQuery
-    | Status | Lease | Leased | NoLease | Release | Task | Fetch | Chunk | Started | Ended | Grant
-    | Abort | Died | Beat | Command | AgentStatus | Ready | Run | Part
+    | Status | Lease | Leased | NoLease | Release | Task | Fetch | BlobChunk | Chunk | Started
+    | Ended | Placed | Grant | Abort | Died | Beat | Command | AgentStatus | Ready | Run | NoRoom
 )  # fmt: skip
 
 
@@ -287,8 +339,8 @@ def encode(message: Message) -> bytes:
 def decode(frame: bytes | memoryview) -> Any:
     """Return the message of a header frame.
 
-    Raises ProtocolError for bytes that are no header, an unknown kind, a field of the wrong type,
-    or another protocol version; the message then names both versions.
+    Raises ProtocolError for bytes that are no header, an unknown kind or a field of the wrong type,
+    and VersionError, which names both versions, for a header of another version.
     """
     if len(frame) > HEADER_BYTES:
         raise ProtocolError(f"header of {len(frame)} bytes; at most {HEADER_BYTES}")
@@ -303,16 +355,17 @@ def decode(frame: bytes | memoryview) -> Any:
 
 
 def _check_version(frame: bytes | memoryview) -> None:
-    """Raise ProtocolError when the frame is a header of another version, whatever its fields."""
+    """Raise VersionError when the frame is a header of another version, whatever its fields."""
     try:
         version = _versions.decode(frame).v
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return
     if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"peer speaks protocol {version}, this is {PROTOCOL_VERSION}")
+        raise VersionError(f"peer speaks protocol {version}, this is {PROTOCOL_VERSION}")
 
 
-def chunks(part: bytes | memoryview) -> Sequence[tuple[int, memoryview]]:
-    """Cut a part into ``(offset, bytes)`` of at most CHUNK_BYTES; an empty part is one chunk."""
-    view = memoryview(part)
-    return [(i, view[i : i + CHUNK_BYTES]) for i in range(0, max(len(view), 1), CHUNK_BYTES)]
+def chunks(body: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Cut a body into ``(offset, bytes)`` of at most CHUNK_BYTES."""
+    view = memoryview(body)
+    for offset in range(0, len(view), CHUNK_BYTES):
+        yield offset, view[offset : offset + CHUNK_BYTES]

@@ -10,25 +10,24 @@ sender is told to abort.
 from __future__ import annotations
 
 import heapq
-import statistics
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
 
 from oq_runtime.errors import TransitionError
+from oq_runtime.limits import DEFAULTS, Limits
 
-#: seconds without a beat after which a node gets no new tasks
-SUSPECT_AFTER_S = 10.0
-#: seconds without a beat after which a node is lost and its attempts void
-LOST_AFTER_S = 30.0
-#: attempts of a task that may end with the death of its worker process
-MAX_DEATHS = 3
+#: attempts of a task that may run out of memory: one beside others, one alone on its node
+MAX_OOMS = 2
 #: attempts that may be lost with their nodes, or damaged on the way, before the task is given up
 MAX_NODE_LOSSES = 10
 #: bytes of results that may be staged in the broker; one larger attempt is let through alone
 WINDOW_BYTES = 1 << 30
-#: ended tasks of a function from which its usual time is taken
-USUAL_TASKS = 1000
+#: attempts per slot that a node may hold of functions whose tasks are short: the next one is there
+#: when the last one ends, which hides the way to the broker and back
+AHEAD = 2.0
+#: mean seconds from assignment to end below which the tasks of a function are short
+SHORT_S = 0.05
 #: history lines kept of a task
 HISTORY_LINES = 50
 
@@ -41,14 +40,15 @@ class State(Enum):
     UPLOADING = "uploading"
     COMMITTED = "committed"
     POISONED = "poisoned"
+    FAILED_OOM = "out of memory"
     CANCELLED = "cancelled"
 
 
 #: in these a task takes a slot
 BUSY = frozenset({State.ASSIGNED, State.RUNNING})
-FINAL = frozenset({State.COMMITTED, State.POISONED, State.CANCELLED})
+FINAL = frozenset({State.COMMITTED, State.POISONED, State.FAILED_OOM, State.CANCELLED})
 
-# {state: {transition: next state}}; "refused" and "poisoned" are the two outcomes of a failed
+# {state: {transition: next state}}; "retry", "give up" and "fail oom" are the outcomes of a failed
 # attempt, decided by the budgets in _retry
 TRANSITIONS: dict[State, dict[str, State]] = {
     State.QUEUED: {
@@ -58,30 +58,36 @@ TRANSITIONS: dict[State, dict[str, State]] = {
     },
     State.ASSIGNED: {
         "start": State.RUNNING,
+        "end": State.WAITING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.RUNNING: {
         "end": State.WAITING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.WAITING: {
         "grant": State.UPLOADING,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.UPLOADING: {
         "commit": State.COMMITTED,
         "retry": State.QUEUED,
         "give up": State.POISONED,
+        "fail oom": State.FAILED_OOM,
         "cancel": State.CANCELLED,
     },
     State.COMMITTED: {},
     State.POISONED: {},
+    State.FAILED_OOM: {},
     State.CANCELLED: {},
 }
 
@@ -105,10 +111,11 @@ class NodeResized:
 
 @dataclass(frozen=True, slots=True)
 class NodeSeen:
-    """A sign of life; ``closed`` (None: as before) says that the node takes no new tasks."""
+    """A sign of life; ``closed`` says that the node takes no new tasks. None: as before."""
 
     node: str
     closed: bool | None = None
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +157,13 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Died:
+    """The worker of the attempt has ended; ``oom``: for lack of memory."""
+
     node: str
     task: int
     attempt: int
     reason: str
+    oom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +192,12 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
+    """``alone``: nothing else may run on the node at the same time."""
+
     node: str
     task: int
     attempt: int
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,73 +237,42 @@ class GiveUp:
 Effect = Assign | GrantUpload | AbortAttempt | Commit | DropStaged | GiveUp
 
 
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """When a straggler gets a second attempt: nothing waits, and it has run ``factor`` times longer
-    than the tasks of its function usually do per weight, known once ``least_done`` of them (a part
-    of one) and of at least ``least_tasks`` have ended.
-    """
-
-    factor: float = 3.0
-    least_tasks: int = 10
-    least_done: float = 0.5
-
-
-@dataclass(slots=True)
-class Function:
-    """What is known of the tasks of one function: seconds per weight of those that ended."""
-
-    tasks: int = 0
-    ended: int = 0
-    paces: deque[float] = field(default_factory=lambda: deque(maxlen=USUAL_TASKS))
-
-
-@dataclass(slots=True)
-class Rival:
-    """A second attempt at a task, while neither of the two has ended."""
-
-    attempt: int
-    node: str
-    state: State
-    started_s: float = 0.0
-
-
 @dataclass(slots=True)
 class Task:
-    """``attempt`` on ``node`` is in ``state``; its rival, if any, is ASSIGNED or RUNNING, too."""
-
     id: int
     group: int
     func: str
     weight: float
     state: State = State.QUEUED
     attempt: int = 0
-    attempts: int = 0
     node: str = ""
-    started_s: float = 0.0
-    rival: Rival | None = None
     nbytes: int = 0
     deaths: int = 0
+    ooms: int = 0
     node_losses: int = 0
+    assigned_s: float = 0.0
     avoid: str = ""
     history: tuple[str, ...] = ()  # while it is live: a job may have millions of tasks
 
-    def swap(self) -> None:
-        """Make the rival the attempt whose state counts, and that one the rival."""
-        if rival := self.rival:
-            self.rival = Rival(self.attempt, self.node, self.state, self.started_s)
-            self.attempt, self.node = rival.attempt, rival.node
-            self.state, self.started_s = rival.state, rival.started_s
+    @property
+    def alone(self) -> bool:
+        """Whether the next attempt, or the one under way, has a node for itself."""
+        return self.ooms > 0
 
 
 @dataclass(slots=True)
 class Node:
-    """``running`` tasks have a slot each; of ``ended`` ones only the results are still here."""
+    """``running`` tasks have a slot each; of ``ended`` ones only the results are still here.
+
+    ``kept_for``: the task that has this node for itself, or waits until it is empty.
+    """
 
     name: str
     slots: int
     seen_s: float
     closed: bool = False
+    free_bytes: int = 0
+    kept_for: int | None = None
     running: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     offers: set[float] = field(default_factory=set)  # loads with which it is in Scheduler.free
@@ -298,38 +280,34 @@ class Node:
     @property
     def credit(self) -> int:
         """Slots that are free; never negative, also when the share has shrunk below what runs."""
-        return max(0, self.slots - len(self.running))
+        return 0 if self.kept_for is not None else max(0, self.slots - len(self.running))
 
     @property
     def load(self) -> float:
-        """The part of its slots that is taken."""
-        return len(self.running) / self.slots if self.slots else 1.0
+        """The part of its slots that is taken; above 1 with attempts that wait for a slot."""
+        return len(self.running) / self.slots if self.slots else AHEAD
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may get an attempt, be it one that waits for a slot."""
+        return self.kept_for is None and self.load < AHEAD
 
 
 class Scheduler:
     """State of one broker.
 
+    :param limits: of silence and of attempts
     :param window_bytes: results staged at a time, see WINDOW_BYTES
-    :param max_deaths: see MAX_DEATHS
-    :param no_nodes_limit_s: seconds without any node after which the live tasks are given up
-    :param speculation: None: no second attempts. They are safe because only whole attempts count
     """
 
-    def __init__(
-        self,
-        *,
-        window_bytes: int = WINDOW_BYTES,
-        max_deaths: int = MAX_DEATHS,
-        no_nodes_limit_s: float = 60.0,
-        speculation: Speculation | None = None,
-    ) -> None:
+    def __init__(self, limits: Limits = DEFAULTS, *, window_bytes: int = WINDOW_BYTES) -> None:
+        self.limits = limits
         self.window_bytes = window_bytes
-        self.max_deaths = max_deaths
-        self.no_nodes_limit_s = no_nodes_limit_s
-        self.speculation = speculation
+        self.no_nodes_limit_s = limits.no_nodes_limit_s
         self.tasks: dict[int, Task] = {}
         self.nodes: dict[str, Node] = {}
         self.queue: list[tuple[float, int]] = []  # (-weight, task)
+        self.alone: list[int] = []  # queued for a node of their own, in order of arrival
         # (load, node), the emptiest first; an entry whose load is not the node's any more is void
         self.free: list[tuple[float, str]] = []
         # ended, in order of arrival, not granted yet
@@ -341,8 +319,8 @@ class Scheduler:
         self.retries: Counter[str] = Counter()  # per function, as is the next
         self.busy: Counter[str] = Counter()
         self.live_of: Counter[int] = Counter()  # per group
-        self.functions: dict[str, Function] = {}
         self.no_nodes_since_s: float | None = None
+        self.mean_s: dict[str, float] = {}  # per function, see SHORT_S
         self.lost: list[str] = []
 
     # ---- the one entry
@@ -364,11 +342,13 @@ class Scheduler:
                 if node in self.nodes:
                     self.nodes[node].slots = slots
                     self._offer(self.nodes[node])
-            case NodeSeen(node, closed):
+            case NodeSeen(node, closed, free_bytes):
                 if node in self.nodes:
                     self.nodes[node].seen_s = now
                     if closed is not None:
                         self.nodes[node].closed = closed
+                    if free_bytes is not None:
+                        self.nodes[node].free_bytes = free_bytes
                     self._offer(self.nodes[node])
             case NodeGone(node, reason):
                 self._lose(node, reason, effects)
@@ -379,39 +359,40 @@ class Scheduler:
                 self.submitted += 1
                 self.live.add(task)
                 self.live_of[group] += 1
-                self.functions.setdefault(func, Function()).tasks += 1
                 heapq.heappush(self.queue, (-weight, task))
             case Started(node, task, attempt):
-                if current := self._current(node, task, attempt, "start", effects):
+                if current := self._current(node, task, attempt, effects):
                     self._move(current, "start", f"started on {node}")
-                    current.started_s = now
             case Ended(node, task, attempt, nbytes):
-                if current := self._current(node, task, attempt, "end", effects):
+                if current := self._current(node, task, attempt, effects):
                     self._move(current, "end", f"ended on {node}, {nbytes} bytes")
-                    self._drop_rival(current, effects)
-                    self._learn(current, now)
+                    self._measure(current, now)
                     current.nbytes = nbytes
                     self.nodes[node].running.discard(task)
                     self.nodes[node].ended.add(task)
                     self._offer(self.nodes[node])
+                    self._give_back(current)
                     self.waiting[task] = None
             case Uploaded(node, task, attempt, intact):
-                if current := self._current(node, task, attempt, "commit", effects):
+                if current := self._current(node, task, attempt, effects):
                     if current.state is not State.UPLOADING:
                         raise TransitionError(f"task {task} is {current.state.value}: no upload")
                     if intact:
                         self._move(current, "commit", f"committed from {node}")
                         self.nodes[node].ended.discard(task)
-                        self._end(current, effects)
+                        self._end(current)
                         self.committed += 1
                         effects.append(Commit(node, task, attempt))
                     else:
                         current.node_losses += 1  # charged like a loss: the task did no harm
                         self._retry(current, f"damaged on the way from {node}", effects)
-            case Died(node, task, attempt, reason):
-                if current := self._current(node, task, attempt, "retry", effects):
-                    current.deaths += 1
-                    current.avoid = node
+            case Died(node, task, attempt, reason, oom):
+                if current := self._current(node, task, attempt, effects):
+                    if oom:
+                        current.ooms += 1
+                    else:
+                        current.deaths += 1
+                        current.avoid = node
                     self._retry(current, f"{reason} on {node}", effects)
             case Consumed(task):
                 if task in self.tasks and self.tasks[task].state is State.COMMITTED:
@@ -425,21 +406,12 @@ class Scheduler:
         self._give_up_without_nodes(now, effects)
         self._grant(effects)
         self._dispatch(now, effects)
-        if self.speculation is not None and isinstance(event, Tick):
-            self._speculate(self.speculation, now, effects)
         return effects
 
     # ---- parts
 
-    def _current(
-        self, node: str, task: int, attempt: int, transition: str, effects: list[Effect]
-    ) -> Task | None:
-        """The task, if this attempt at it counts; of two attempts this one becomes the first."""
+    def _current(self, node: str, task: int, attempt: int, effects: list[Effect]) -> Task | None:
         found = self.tasks.get(task)
-        if found and (rival := found.rival) and (rival.node, rival.attempt) == (node, attempt):
-            if transition not in TRANSITIONS[rival.state]:
-                raise TransitionError(f"task {task} is {rival.state.value}: no {transition}")
-            found.swap()
         if (
             found is None
             or found.attempt != attempt
@@ -459,13 +431,8 @@ class Scheduler:
             raise TransitionError(text) from None
         self.busy[task.func] += (state in BUSY) - (task.state in BUSY)
         task.state = state
-        self._note(task, note)
-        if state is State.COMMITTED:
-            task.history = ()
-
-    def _note(self, task: Task, note: str) -> None:
         line = f"attempt {task.attempt}: {note}"
-        task.history = (*task.history, line)[-HISTORY_LINES:]
+        task.history = () if state is State.COMMITTED else (*task.history, line)[-HISTORY_LINES:]
 
     def _free(self, task: Task, effects: list[Effect]) -> None:
         """Take the task from its node and drop what was staged of its attempt."""
@@ -473,6 +440,7 @@ class Scheduler:
             node.running.discard(task.id)
             node.ended.discard(task.id)
             self._offer(node)
+        self._give_back(task)
         if task.state is State.WAITING:
             del self.waiting[task.id]
         if task.state in (State.WAITING, State.UPLOADING):
@@ -482,31 +450,32 @@ class Scheduler:
     def _unstage(self, task: int) -> None:
         self.staged_bytes -= self.staged.pop(task, 0)
 
-    def _end(self, task: Task, effects: list[Effect]) -> None:
-        self._drop_rival(task, effects)
+    def _end(self, task: Task) -> None:
         self.live.discard(task.id)
         self.live_of[task.group] -= 1
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
         self._free(task, effects)
-        if task.deaths >= self.max_deaths or task.node_losses >= MAX_NODE_LOSSES:
-            error = "WorkerDied" if task.deaths >= self.max_deaths else "NodeLost"
-            self._give_up(task, error, note, effects)
-            return
-        self.retries[task.func] += 1
-        if task.rival:
-            self._note(task, note)
-            task.swap()  # it may still end well
-            task.rival = None
-            self.busy[task.func] -= 1
-            return
-        self._move(task, "retry", note)
-        task.node = ""
-        heapq.heappush(self.queue, (-task.weight, task.id))
+        if task.ooms >= MAX_OOMS:
+            self._give_up(task, "OutOfMemory", note, effects, "fail oom")
+        elif task.deaths >= self.limits.max_attempts:
+            self._give_up(task, "WorkerDied", note, effects)
+        elif task.node_losses >= MAX_NODE_LOSSES:
+            self._give_up(task, "NodeLost", note, effects)
+        else:
+            self._move(task, "retry", note)
+            self.retries[task.func] += 1
+            task.node = ""
+            if task.alone:
+                self.alone.append(task.id)
+            else:
+                heapq.heappush(self.queue, (-task.weight, task.id))
 
-    def _give_up(self, task: Task, error: str, note: str, effects: list[Effect]) -> None:
-        self._move(task, "give up", note)
-        self._end(task, effects)
+    def _give_up(
+        self, task: Task, error: str, note: str, effects: list[Effect], move: str = "give up"
+    ) -> None:
+        self._move(task, move, note)
+        self._end(task)
         self.given_up += 1
         effects.append(GiveUp(task.id, error, task.history))
 
@@ -515,7 +484,7 @@ class Scheduler:
         if task.node:
             effects.append(AbortAttempt(task.node, task.id, task.attempt))
         self._move(task, "cancel", "cancelled")
-        self._end(task, effects)
+        self._end(task)
         self.cancelled += 1
 
     def _lose(self, name: str, reason: str, effects: list[Effect]) -> None:
@@ -525,15 +494,13 @@ class Scheduler:
         self.lost.append(f"{name}: {reason}")
         for task_id in sorted(node.running | node.ended):
             task = self.tasks[task_id]
-            if task.node != name:
-                task.swap()
             task.node_losses += 1
             self._retry(task, f"node {name} lost ({reason})", effects)
 
     def _lose_silent(self, now: float, effects: list[Effect]) -> None:
         # only on a tick, which comes after all waiting beats were read
         for node in list(self.nodes.values()):
-            if now - node.seen_s > LOST_AFTER_S:
+            if now - node.seen_s > self.limits.lost_s:
                 self._lose(node.name, f"silent for {now - node.seen_s:.0f} s", effects)
 
     def _give_up_without_nodes(self, now: float, effects: list[Effect]) -> None:
@@ -564,28 +531,72 @@ class Scheduler:
             effects.append(GrantUpload(task.node, task.id, task.attempt))
 
     def _dispatch(self, now: float, effects: list[Effect]) -> None:
+        if self.alone:
+            self._dispatch_alone(now, effects)
         while self.queue:
             task = self.tasks[self.queue[0][1]]
             if task.state is State.QUEUED:
-                node = self._take_node(now, task.avoid)
+                short = self.mean_s.get(task.func, SHORT_S) < SHORT_S
+                node = self._take_node(now, task.avoid, AHEAD if short else 1.0)
                 if node is None:
                     return
-                task.attempts += 1
-                task.attempt, task.node = task.attempts, node.name
-                self._move(task, "assign", f"assigned to {node.name}")
-                node.running.add(task.id)
-                self._offer(node)
-                effects.append(Assign(node.name, task.id, task.attempt))
+                self._assign(task, node, now, effects)
             heapq.heappop(self.queue)  # assigned, or cancelled or given up while it was queued
 
+    def _dispatch_alone(self, now: float, effects: list[Effect]) -> None:
+        """Keep the node with most free memory for each task that needs one; start it when empty."""
+        self.alone = [t for t in self.alone if self.tasks[t].state is State.QUEUED]
+        usable = [n for n in self.nodes.values() if n.slots and self._takes_tasks(n, now)]
+        for task_id in list(self.alone):
+            task = self.tasks[task_id]
+            kept = [n for n in usable if n.kept_for == task_id]
+            if not kept:
+                self._give_back(task)  # a node that closed or fell silent meanwhile
+                kept = [n for n in usable if n.kept_for is None]
+            if not kept:
+                continue
+            node = min(kept, key=lambda n: (-n.free_bytes, n.name))
+            node.kept_for = task_id
+            if not node.running:
+                self.alone.remove(task_id)
+                self._assign(task, node, now, effects)
+
+    def _assign(self, task: Task, node: Node, now: float, effects: list[Effect]) -> None:
+        task.attempt += 1
+        task.assigned_s = now
+        task.node = node.name
+        self._move(task, "assign", f"assigned to {node.name}{', alone' if task.alone else ''}")
+        node.running.add(task.id)
+        self._offer(node)
+        effects.append(Assign(node.name, task.id, task.attempt, task.alone))
+
+    def _measure(self, task: Task, now: float) -> None:
+        """Note how long the attempt took, as a moving mean of its function."""
+        took_s = now - task.assigned_s
+        mean_s = self.mean_s.get(task.func, took_s)
+        self.mean_s[task.func] = 0.8 * mean_s + 0.2 * took_s
+
+    def _give_back(self, task: Task) -> None:
+        """Open to all the node that was kept for the task."""
+        if task.alone:
+            for node in self.nodes.values():
+                if node.kept_for == task.id:
+                    node.kept_for = None
+                    self._offer(node)
+
+    def _takes_tasks(self, node: Node, now: float) -> bool:
+        return not node.closed and now - node.seen_s <= self.limits.suspect_s
+
     def _offer(self, node: Node) -> None:
-        """Put a node with a free slot where _take_node finds it, under its load of now."""
-        if node.credit and node.load not in node.offers:
+        """Put a node that has room where _take_node finds it, under its load of now."""
+        if node.has_room and node.load not in node.offers:
             node.offers.add(node.load)
             heapq.heappush(self.free, (node.load, node.name))
 
-    def _take_node(self, now: float, avoid: str) -> Node | None:
+    def _take_node(self, now: float, avoid: str, most: float) -> Node | None:
         """Take the relatively emptiest node that may get a task; ``avoid`` only if it is alone.
+
+        Its load is below ``most``.
 
         A node that is closed or silent falls out here and is offered again with its next beat.
         """
@@ -596,8 +607,11 @@ class Scheduler:
             if node is None:
                 continue
             node.offers.discard(load)
-            if load != node.load or node.closed or now - node.seen_s > SUSPECT_AFTER_S:
+            if load != node.load or not node.has_room or not self._takes_tasks(node, now):
                 continue
+            if load >= most:
+                self._offer(node)
+                return avoided
             if name != avoid:
                 if avoided is not None:
                     self._offer(avoided)
@@ -605,67 +619,21 @@ class Scheduler:
             avoided = node
         return avoided
 
-    # ---- second attempts
-
-    def _learn(self, task: Task, now: float) -> None:
-        """Remember how long a task of this function took."""
-        function = self.functions[task.func]
-        function.ended += 1
-        if task.weight > 0:
-            function.paces.append((now - task.started_s) / task.weight)
-
-    def _speculate(self, when: Speculation, now: float, effects: list[Effect]) -> None:
-        """Give each straggler a second attempt on another node, once in its life."""
-        if self.queue or not self.free:
-            return
-        usual = {
-            name: statistics.median(f.paces)
-            for name, f in self.functions.items()
-            if f.tasks >= when.least_tasks and f.ended >= when.least_done * f.tasks and f.paces
-        }
-        for task_id in sorted(self.live) if usual else ():
-            task = self.tasks[task_id]
-            if task.state is not State.RUNNING or task.attempts > 1 or task.func not in usual:
-                continue
-            limit_s = when.factor * usual[task.func] * task.weight
-            if task.weight <= 0 or now - task.started_s <= limit_s:
-                continue
-            node = self._take_node(now, task.node)
-            if node is None:
-                return
-            if node.name == task.node:
-                self._offer(node)
-                continue
-            task.attempts += 1
-            task.rival = Rival(task.attempts, node.name, State.ASSIGNED)
-            self._note(task, f"is slow; attempt {task.attempts} at it on {node.name}")
-            self.busy[task.func] += 1
-            node.running.add(task.id)
-            self._offer(node)
-            effects.append(Assign(node.name, task.id, task.attempts))
-
-    def _drop_rival(self, task: Task, effects: list[Effect]) -> None:
-        if rival := task.rival:
-            task.rival = None
-            self.busy[task.func] -= 1
-            node = self.nodes[rival.node]
-            node.running.discard(task.id)
-            self._offer(node)
-            effects.append(AbortAttempt(rival.node, task.id, rival.attempt))
-
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
         assert self.committed + self.given_up + self.cancelled + len(self.live) == self.submitted
         for node in self.nodes.values():
             assert 0 <= node.credit <= node.slots, node
             for task_id in node.running | node.ended:
-                task = self.tasks[task_id]
-                assert node.name in (task.node, task.rival and task.rival.node)
+                assert self.tasks[task_id].node == node.name
+            if any(self.tasks[task_id].alone for task_id in node.running):
+                assert node.running == {node.kept_for}, node
+            assert node.kept_for is None or node.kept_for in self.live, node
         assert +self.live_of == Counter(self.tasks[task_id].group for task_id in self.live)
         busy = [self.tasks[task_id].func for n in self.nodes.values() for task_id in n.running]
         assert +self.busy == Counter(busy)
         for task in self.tasks.values():
-            assert task.deaths <= self.max_deaths
+            assert task.deaths <= self.limits.max_attempts and task.ooms <= MAX_OOMS
             assert task.node_losses <= MAX_NODE_LOSSES
             assert (task.id in self.live) == (task.state not in FINAL)
             in_upload = task.state is State.UPLOADING
@@ -675,10 +643,6 @@ class Scheduler:
                 node = self.nodes[task.node]
                 runs = task.state in (State.ASSIGNED, State.RUNNING)
                 assert (task.id in node.running, task.id in node.ended) == (runs, not runs), task
-            if task.rival:
-                assert task.state in BUSY and task.rival.state in BUSY, task
-                assert task.node != task.rival.node and task.attempt != task.rival.attempt, task
-                assert task.id in self.nodes[task.rival.node].running, task
         staged = sorted(self.staged.values())
         assert sum(staged) == self.staged_bytes
         assert sum(staged) <= self.window_bytes or len(staged) == 1, staged

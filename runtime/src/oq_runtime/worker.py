@@ -1,8 +1,10 @@
-"""A worker process: imports the engine, runs one task at a time, streams what it yields.
+"""A worker process: imports the engine, runs one task at a time, spools what it yields.
 
-    agent --Run(payload)--> worker: engine's safely_call --Part, Part, ..., Ended--> agent
+    agent --Run(call)--> worker: engine's safely_call -> spool --Ended--> agent
 
-The engine's own ``safely_call`` does the work; only the socket through which it answers is ours.
+The engine's own ``safely_call`` does the work; ours are the socket through which it answers and the
+pickles that it makes, whose big buffers stay apart. Every task gets arguments of its own: blobs
+are mapped privately, so that what one task writes is seen by no other.
 """
 
 from __future__ import annotations
@@ -13,12 +15,21 @@ import pickle
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
+import psutil
 import zmq
 
-from oq_runtime import protocol, transport
+from oq_runtime import payload, protocol, transport
 from oq_runtime.config import FAULT_VARIABLE
+from oq_runtime.spool import Spool
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class NoRoom(BaseException):
+    """The spool is full; not an Exception, which would become the task's result."""
 
 
 class Faults:
@@ -35,12 +46,11 @@ class Faults:
 
 
 class Stream:
-    """Stands in for the engine's ``Socket`` in the worker: each result becomes a Part."""
+    """Stands in for the engine's ``Socket`` in the worker: each result becomes a part."""
 
-    agent: zmq.Socket[Any]
     run: protocol.Run
+    spool: Spool
     faults: Faults
-    sent = 0
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -53,25 +63,25 @@ class Stream:
 
     def send(self, result: Any) -> None:
         cls = type(self)
-        data = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+        frames = payload.dump(result)
         if result.msg == "TASK_ENDED":
             cls.faults.at("after_last", cls.run)
-        run = cls.run
-        part = protocol.Part(job=run.job, task=run.task, attempt=run.attempt)
-        transport.send(cls.agent, part, data)
-        cls.sent += 1
-        if cls.sent == 1:
-            cls.faults.at("after_first", run)
+        try:
+            cls.spool.add(frames)
+        except OSError as exc:
+            raise NoRoom(f"no room for its results in {cls.spool.paths[1].parent}: {exc}") from exc
+        if cls.spool.parts == 1:
+            cls.faults.at("after_first", cls.run)
 
 
-def execute(parallel: Any, run: protocol.Run, payload: memoryview) -> None:
+def execute(parallel: Any, run: protocol.Run, call: bytes) -> None:
     """Run one task; whatever happens in Python becomes a result, as the engine expects."""
     mon = None
     task_no = 0
     try:
-        task_no, mon, call = pickle.loads(payload)
-        func, args = pickle.loads(call)
-        parallel.safely_call(func, args, task_no, mon)
+        task_no, mon, items = pickle.loads(call)
+        func, *args = map(payload.load, _frames(items, run.paths))
+        parallel.safely_call(func.unpickle(), args, task_no, mon)
     except Exception as exc:
         # outside the engine's own net: arguments or a result that pickle refuses
         if mon is None:
@@ -86,34 +96,79 @@ def execute(parallel: Any, run: protocol.Run, payload: memoryview) -> None:
         Stream().send(end)
 
 
+def _frames(items: list[Any], paths: list[str]) -> list[list[payload.Buffer]]:
+    """Return the frames of each item of a call: they are in it, or in the blob of that number."""
+    found: list[list[payload.Buffer]] = []
+    for item in items:
+        if isinstance(item, int):
+            [frames] = payload.parts(payload.map_file(paths[item], private=True))
+            found.append([*frames])
+        else:
+            found.append(item)
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process; the engine asks for its own twice per task.
+
+    A third of the time of the engine's own, through psutil. Source: proc(5), statm.
+    """
+    if pid != os.getpid():
+        return int(psutil.Process(pid).memory_info().rss)
+    with open("/proc/self/statm", "rb", 0) as file:
+        return int(file.read().split()[1]) * PAGE_BYTES
+
+
 def main() -> None:
     faulthandler.enable()
     transport.die_with_parent()
-    url, agent_pid = sys.argv[1], int(sys.argv[2])
-    if os.getppid() != agent_pid:
+    url, agent_pid, *directories = sys.argv[1:]
+    if os.getppid() != int(agent_pid):
         sys.exit("the agent has ended")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from openquake.baselib import parallel
+    memory, disk = map(Path, directories)
+    from openquake.baselib import config, parallel, performance
 
+    performance.memory_rss = resident_bytes
     parallel.init_workers()
     parallel.Socket = Stream
+    if not config.distribution.get("compress"):  # whoever asks for it gets the engine's own
+        parallel.Pickled = payload.Pickled
     context: zmq.Context[Any] = zmq.Context()
-    Stream.agent = agent = transport.dealer(context, url)
+    agent = transport.dealer(context, url)
     Stream.faults = Faults()
     transport.send(agent, protocol.Ready(pid=os.getpid()))
     while True:
-        frames = agent.recv_multipart(copy=False)
-        run = protocol.decode(frames[0].buffer)
-        Stream.run, Stream.sent = run, 0
-        started = protocol.Started(job=run.job, task=run.task, attempt=run.attempt, pid=os.getpid())
-        transport.send(agent, started)
-        Stream.faults.at("before_start", run)
-        execute(parallel, run, frames[1].buffer)
-        Stream.faults.at("before_end", run)
-        ended = protocol.Ended(
-            job=run.job, task=run.task, attempt=run.attempt, parts=Stream.sent, nbytes=0
+        header, call = agent.recv_multipart()
+        run = protocol.decode(header)
+        name = f"{run.job}-{run.task}-{run.attempt}"
+        spool = Spool(
+            name,
+            (memory, disk),
+            inline_bytes=protocol.INLINE_BYTES,
+            memory_bytes=run.spool_bytes,
         )
-        transport.send(agent, ended)
+        Stream.run, Stream.spool = run, spool
+        Stream.faults.at("before_start", run)
+        try:
+            execute(parallel, run, call)
+        except NoRoom as exc:
+            spool.discard()
+            lost = protocol.NoRoom(job=run.job, task=run.task, attempt=run.attempt, reason=str(exc))
+            transport.send(agent, lost)
+            continue
+        Stream.faults.at("before_end", run)
+        path, body = spool.finish()
+        ended = protocol.Ended(
+            job=run.job,
+            task=run.task,
+            attempt=run.attempt,
+            parts=spool.parts,
+            nbytes=spool.nbytes,
+            digest=spool.digest,
+            path=path,
+        )
+        transport.send(agent, ended, body)
 
 
 if __name__ == "__main__":

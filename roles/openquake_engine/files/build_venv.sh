@@ -1,0 +1,38 @@
+#!/bin/sh
+# Make a virtual environment of the packages that lie in its directory packages/.
+# Arguments: PYTHON DIRECTORY [gdal]
+set -eu
+umask 022 # every user runs what is installed here, and the workers read it
+python=$1 venv=$2 gdal=${3:-}
+cd "$venv"
+rm -rf bin include lib lib64 share pyvenv.cfg # of an earlier try
+"$python" -m venv .
+
+index=
+if [ -d packages/wheelhouse ]; then
+    index="--no-index --find-links=packages/wheelhouse"
+fi
+# --no-deps: the locks are complete, and say at their top why pip must not resolve
+pip="bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps $index"
+set -- packages/engine-*.txt
+$pip -r "$1" -r packages/webui.txt
+$pip packages/oq_runtime-*.whl
+if [ -n "$gdal" ]; then
+    # the bindings must be of the version of the library
+    $pip setuptools
+    $pip --no-build-isolation "gdal==$(gdal-config --version)"
+fi
+
+# Users and workers cannot write here: whatever is not compiled now, each process compiles again.
+bin/python -m compileall -q -j 0 lib >/dev/null || true # some packages carry code for other Pythons
+
+# The engine's mode with login wants these; it brings examples of them (newer than 3.23).
+for example in lib/python3*/site-packages/openquake/server/templates/registration/*.default.tmpl; do
+    if [ -e "$example" ]; then
+        cp "$example" "${example%.default.tmpl}"
+    fi
+done
+
+ln -sf ../openquake.cfg openquake.cfg # the settings are the same for all environments
+rm -rf packages/wheelhouse
+touch .complete

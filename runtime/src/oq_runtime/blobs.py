@@ -1,0 +1,126 @@
+"""The engine's side of blobs: big arguments, written once and named by their digest.
+
+``Blobs.add`` returns the reference that travels instead of the argument. An argument that is the
+same object as before is pickled again, since its owner may have changed it, but it is written and
+hashed again only when its bytes differ. Not covered: blobs on the nodes (``agent``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from oq_runtime import payload, store
+from oq_runtime.payload import Buffer
+from oq_runtime.protocol import Blob
+
+#: bytes of blobs in shared memory, and of blobs kept after the last task that needed them
+MEMORY_BYTES, KEEP_BYTES = 1 << 30, 256 << 20
+
+
+@dataclass(slots=True)
+class Known:
+    """A blob that exists: its bytes, to compare with, and how many tasks need it."""
+
+    blob: Blob
+    body: memoryview
+    needed: int = 0
+    objects: set[int] = field(default_factory=set)  # ids that had these bytes
+
+
+class Blobs:
+    """
+    :param memory: directory in shared memory
+    :param disk: directory on the local disk
+    """
+
+    def __init__(self, memory: Path, disk: Path) -> None:
+        self.store = store.Store(memory, disk, memory_bytes=MEMORY_BYTES)
+        self.known: dict[bytes, Known] = {}  # in the order of their last use
+        self.by_object: dict[int, bytes] = {}  # id of an object -> digest that it had
+        self.needed_bytes = 0  # of the blobs that a task needs
+
+    def add(self, frames: Sequence[Buffer], obj: object) -> Blob:
+        """Return the blob of these frames, which one more task needs.
+
+        :param frames: of an argument; they may refer to memory that changes afterwards
+        :param obj: the argument, by whose identity a repeat is recognised
+        :raises OSError: when there is no room for it
+        """
+        pieces = payload.lay_out(frames)
+        digest = self.by_object.get(id(obj))
+        if digest is None or not self._same(self.known[digest].body, pieces):
+            hashed = hashlib.blake2b(digest_size=32)
+            for piece in pieces:
+                hashed.update(piece)
+            digest = hashed.digest()
+            if digest not in self.known:
+                self._write(digest, pieces)
+            self._remember(digest, id(obj))
+        return self.again(digest)
+
+    def again(self, digest: bytes) -> Blob:
+        """Return a blob that one more task needs."""
+        known = self.known.pop(digest)
+        self.known[digest] = known
+        self.needed_bytes += 0 if known.needed else known.blob.nbytes
+        known.needed += 1
+        return known.blob
+
+    def done(self, digests: Counter[bytes]) -> None:
+        """Tasks that needed these blobs have ended; a little of what nobody needs is kept."""
+        for digest, times in digests.items():
+            known = self.known[digest]
+            known.needed -= times
+            self.needed_bytes -= 0 if known.needed else known.blob.nbytes
+        idle = [digest for digest, known in self.known.items() if not known.needed]
+        kept = sum(self.known[digest].blob.nbytes for digest in idle)
+        for digest in idle:
+            if kept <= KEEP_BYTES:
+                return
+            kept -= self.known[digest].blob.nbytes
+            self._forget(digest)
+
+    @staticmethod
+    def _same(body: memoryview, pieces: Sequence[Buffer]) -> bool:
+        at = 0
+        for piece in pieces:
+            # as arrays: memoryviews take ten times as long to compare
+            one = np.frombuffer(body[at : at + len(piece)], np.uint8)
+            if not np.array_equal(one, np.frombuffer(piece, np.uint8)):
+                return False
+            at += len(piece)
+        return at == len(body)
+
+    def _write(self, digest: bytes, pieces: Sequence[Buffer]) -> None:
+        name, nbytes = self._name(digest), payload.nbytes(pieces)
+        descriptor = self.store.create(name, nbytes)
+        with open(descriptor, "wb") as file:
+            store.write(file.fileno(), pieces)
+        path = self.store.path(name)
+        body = payload.map_file(path, private=True)
+        self.known[digest] = Known(Blob(digest, nbytes, str(path)), body)
+
+    def _remember(self, digest: bytes, identity: int) -> None:
+        if (before := self.by_object.get(identity)) is not None:
+            self.known[before].objects.discard(identity)
+        self.by_object[identity] = digest
+        self.known[digest].objects.add(identity)
+
+    def _forget(self, digest: bytes) -> None:
+        known = self.known.pop(digest)
+        for identity in known.objects:
+            del self.by_object[identity]
+        known.body.release()
+        self.store.remove(self._name(digest))
+
+    @staticmethod
+    def _name(digest: bytes) -> str:
+        # jobs that one engine process runs side by side, each in a process, share the directories
+        return f"{os.getpid()}-{digest.hex()}"

@@ -1,0 +1,114 @@
+"""How much memory this node has, and how often the kernel has killed for lack of it.
+
+What counts is where least is free: the machine, or a cgroup around this process that has a limit.
+Page cache that the kernel can drop at once is not in use. The files are those of
+Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux.
+Not covered: what to do when memory is short (``node``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    used_bytes: int
+    limit_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        return max(0, self.limit_bytes - self.used_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the files of a memory cgroup are called, and in memory.stat the cache to be dropped."""
+
+    used: str
+    limit: str
+    events: str
+    cache: str
+
+
+NAMES = {
+    "cgroup2": Names("memory.current", "memory.max", "memory.events", "inactive_file"),
+    "cgroup": Names(
+        "memory.usage_in_bytes", "memory.limit_in_bytes", "memory.oom_control",
+        "total_inactive_file",
+    ),
+}  # fmt: skip
+
+
+def usage(proc: Path = PROC) -> Usage:
+    """Return the use of the machine's memory, or of the cgroup that has less to give."""
+    machine = psutil.virtual_memory()
+    found = [Usage(machine.total - machine.available, machine.total)]
+    for names, directory in _cgroups(proc):
+        with contextlib.suppress(OSError):  # the root has no limit
+            limit = (directory / names.limit).read_text().strip()
+            if limit != "max":
+                cache = _counter(directory / "memory.stat", names.cache) or 0
+                used = int((directory / names.used).read_text())
+                found.append(Usage(max(0, used - cache), int(limit)))
+    return min(found, key=lambda one: one.limit_bytes - one.used_bytes)
+
+
+def oom_kills(proc: Path = PROC) -> int:
+    """Return how many processes of this cgroup the kernel has killed for lack of memory.
+
+    Without a memory cgroup: how many on this machine.
+    """
+    for names, directory in _cgroups(proc):
+        if (count := _counter(directory / names.events, "oom_kill")) is not None:
+            return count
+    return _counter(proc / "vmstat", "oom_kill") or 0
+
+
+def resident(pid: int) -> int:
+    """Return the bytes of memory that a process holds (RSS), 0 when it is gone."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _cgroups(proc: Path) -> Iterator[tuple[Names, Path]]:
+    """Yield the memory cgroups of this process, from the innermost out."""
+    paths = {}
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    for line in (proc / "self/mountinfo").read_text().splitlines():
+        mount, _, device = line.partition(" - ")  # see proc_pid_mountinfo(5)
+        root, top = mount.split()[3:5]
+        kind, options = device.partition(" ")[0], device.rpartition(" ")[2]
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        # in a container the mount may begin at the container's own cgroup
+        path = paths[kind].removeprefix(root if root != "/" else "")
+        inner = Path(top, path.lstrip("/"))
+        for directory in (inner, *inner.parents) if inner.is_dir() else (Path(top),):
+            yield NAMES[kind], directory
+            if directory == Path(top):
+                break
+
+
+def _counter(path: Path, name: str) -> int | None:
+    """Return the number behind a name in a file of ``name number`` lines, None without it."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            key, _, number = line.partition(" ")
+            if key == name:
+                return int(number)
+    return None

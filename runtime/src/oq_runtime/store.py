@@ -1,0 +1,114 @@
+"""Bodies as files: in shared memory while there is room, beyond that on the local disk.
+
+A ``Store`` belongs to one process, which counts what it keeps there; others map the files by their
+paths. Not covered: the layout of a body (``payload``), and attempts that are still growing
+(``spool``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from oq_runtime.payload import Buffer
+
+SHARED_MEMORY = Path("/dev/shm")
+#: buffers that one writev(2) takes
+IOV_MAX = 1024
+
+
+def shared_memory(name: str) -> Path:
+    """Return the directory of this name in shared memory, new and empty, for this user only."""
+    path = SHARED_MEMORY / name
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # none, or full: everything goes to the disk
+        path.mkdir(mode=0o700)
+    return path
+
+
+def write(descriptor: int, buffers: Sequence[Buffer]) -> None:
+    """Write all buffers at the position of a descriptor; raises OSError when there is no room."""
+    waiting = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    while waiting:
+        written = os.writev(descriptor, waiting[:IOV_MAX])
+        while waiting and written >= len(waiting[0]):
+            written -= len(waiting.pop(0))
+        if written:
+            waiting[0] = waiting[0][written:]
+
+
+class Store:
+    """
+    :param memory: directory in shared memory
+    :param disk: directory on the local disk
+    :param memory_bytes: how much may lie in shared memory at a time
+    """
+
+    def __init__(self, memory: Path, disk: Path, *, memory_bytes: int) -> None:
+        self.memory = memory
+        self.disk = disk
+        self.memory_bytes = memory_bytes
+        self.files: dict[str, tuple[Path, int]] = {}
+        self.used_bytes = 0  # in shared memory
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def path(self, name: str) -> Path:
+        return self.files[name][0]
+
+    @property
+    def free_bytes(self) -> int:
+        """Return what may still be put into shared memory."""
+        return max(0, self.memory_bytes - self.used_bytes)
+
+    def create(self, name: str, nbytes: int) -> int:
+        """Return the descriptor of a new file that has room for so many bytes.
+
+        Raises OSError when there is no room anywhere; then there is no file.
+        """
+        places = [self.memory] if nbytes <= self.free_bytes else []
+        for place in (*places, self.disk):
+            path = place / name
+            descriptor = -1
+            try:
+                descriptor = os.open(
+                    path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
+                )
+                os.posix_fallocate(descriptor, 0, nbytes)  # full now, not in the middle
+            except OSError:
+                if descriptor >= 0:
+                    os.close(descriptor)
+                    path.unlink(missing_ok=True)
+                if place is self.disk:
+                    raise
+            else:
+                self.adopt(name, path, nbytes)
+                return descriptor
+        raise AssertionError("the disk is the last place")
+
+    def adopt(self, name: str, path: Path, nbytes: int) -> None:
+        """Take over a file that is complete."""
+        self.files[name] = path, nbytes
+        if path.parent == self.memory:
+            self.used_bytes += nbytes
+
+    def release(self, name: str) -> tuple[Path, int]:
+        """Forget a file, which now belongs to the caller, and return its path and size."""
+        path, nbytes = self.files.pop(name)
+        if path.parent == self.memory:
+            self.used_bytes -= nbytes
+        return path, nbytes
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        if name in self.files:
+            self.release(name)[0].unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Delete all files."""
+        for name in list(self.files):
+            self.remove(name)

@@ -1,0 +1,33 @@
+"""The engine's Django application, which starts without touching the jobs that are running."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import psutil
+from openquake.server import apps
+from openquake.server.db import actions
+
+from oq_runtime.job import RUNNING_HERE
+
+
+def fail_lost_jobs(db: Any) -> None:
+    """Set to ``failed`` the jobs of this host whose engine process is gone, and no others.
+
+    :param db: ``openquake.commonlib.dbapi.Db``; the DbServer need not be there yet
+    """
+    for row in db(RUNNING_HERE, socket.gethostname()):
+        if not psutil.pid_exists(row.pid):
+            actions.finish(db, row.id, "failed")
+
+
+class ServerConfig(apps.ServerConfig):  # type: ignore[misc]
+    def ready(self) -> None:
+        # The engine's sets every executing job to failed, also when only `manage.py` is run.
+        reset = actions.reset_is_running
+        actions.reset_is_running = fail_lost_jobs
+        try:
+            super().ready()
+        finally:
+            actions.reset_is_running = reset

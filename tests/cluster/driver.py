@@ -1,0 +1,54 @@
+"""Run on the master: one function of tests/local/tasks through the engine's Starmap, no database.
+
+    driver.py FUNCTION ARGUMENTS    (JSON: one list per task)
+
+The word "shared" stands for one array of ones, the same object for all tasks.
+Prints one JSON object: the sums of the results, and how many attempts were lost; or the error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import numpy
+import tasks
+from openquake.baselib import parallel
+from openquake.baselib.general import AccumDict
+
+from oq_runtime import protocol
+from oq_runtime.adapter import Session
+
+#: float64 values of the shared array: 8 MB
+SHARED = 1_000_000
+
+
+def retries() -> int:
+    session = Session.current()
+    session.send(protocol.StatusQuery())
+    while True:
+        for message in session.receive():
+            if isinstance(message, protocol.Status):
+                return sum(phase.retries for phase in message.phases)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    function, shared = getattr(tasks, sys.argv[1]), numpy.ones(SHARED)
+    arguments = [
+        [shared if value == "shared" else value for value in row] for row in json.loads(sys.argv[2])
+    ]
+    try:
+        value = parallel.Starmap(function, arguments).reduce(acc=AccumDict())
+        sums = {
+            name: getattr(found, "sum", lambda found=found: found)()
+            for name, found in value.items()
+        }
+        print(json.dumps({"value": sums, "retries": retries()}))
+    except Exception as exc:
+        print(json.dumps({"error": type(exc).__name__, "text": str(exc)}))
+
+
+if __name__ == "__main__":
+    main()

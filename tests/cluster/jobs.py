@@ -1,0 +1,165 @@
+"""Jobs on the cluster for the tests of this folder, and whether their results are right.
+
+``Calculation``: the event-based risk example through ``oq-run``; right is what a run on one machine
+gives. ``Stream``: task functions through the engine's Starmap (``driver``), with partial results
+and subtasks; right is a sum that is known beforehand, off by what is lost or comes twice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from oq_runtime import protocol
+from oq_runtime.progress import StatusReader
+from tests.cluster.cluster import Cluster
+from tests.cluster.netns import MASTER, Process
+from tests.conformance.compare import compare
+from tests.leftovers import wait_for
+
+JOB = Path(__file__).parents[2] / "examples/event_based_risk/job.ini"
+#: a tenth of the example: 5 s of work besides the 4 s that each worker takes to import the engine
+SMALL = ("-p", "ses_per_logic_tree_path=5000")
+DRIVER = Path(__file__).parent / "driver.py"
+JOB_LIMIT_S = 240.0
+#: partial results of each task of a stream
+PARTS = 5
+TAIL_CHARS = 3000
+
+#: [oq_runtime] for tests that need not wait for the defaults of 2, 10, 30, 30 and 60 s
+SHORT_BEATS = {"beat_s": 0.5, "suspect_s": 1.5, "lost_s": 4, "no_nodes_limit_s": 6}
+
+
+def calculate(cluster: Cluster, *args: str, **env: str) -> Process:
+    """Start the small calculation."""
+    return cluster.oq_run(JOB, "--json", *SMALL, *args, **env)
+
+
+def corpus(job: str) -> Path:
+    """A job of those that the engine brings along."""
+    spec = importlib.util.find_spec("openquake.qa_tests_data")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / job
+
+
+def drive(
+    cluster: Cluster, function: str, arguments: Sequence[Sequence[Any]], **env: str
+) -> Process:
+    """Start tasks of a function of tests/local/tasks, one per list of arguments."""
+    args = [str(DRIVER), function, json.dumps(list(arguments))]
+    return cluster.run(args, {"OQ_DISTRIBUTE": "zmq", **env})
+
+
+def stream(cluster: Cluster, tasks: int = 24, seconds: float = 1.0, **env: str) -> Process:
+    """Start a job of so many streaming tasks, each of which takes so long."""
+    return drive(cluster, "stream", [(x, PARTS, seconds) for x in range(tasks)], **env)
+
+
+def sum_of_stream(tasks: int = 24) -> int:
+    return sum(x * (PARTS * (PARTS + 1) // 2) + x * x for x in range(tasks))
+
+
+def result(run: Process, limit_s: float = JOB_LIMIT_S) -> dict[str, Any]:
+    """What the job has printed at its end, and the end of its log."""
+    out, _ = run.communicate(timeout=limit_s)
+    log = run.log.read_text(errors="replace")[-TAIL_CHARS:]
+    assert out.strip(), f"the job said nothing, exit code {run.returncode}\n{log}"
+    return json.loads(out) | {"log": log}
+
+
+def datastore(calculation: dict[str, Any]) -> Path:
+    assert calculation["exit"] == 0, (calculation["error"], calculation["log"])
+    return Path(calculation["jobs"][-1]["datastore"])
+
+
+def check_calculation(run: Process, undisturbed: Path) -> dict[str, Any]:
+    """The calculation ends, and with the same results; returns what it has printed."""
+    found = result(run)
+    assert not compare(undisturbed, datastore(found))
+    return found
+
+
+def check_stream(run: Process, tasks: int = 24) -> dict[str, Any]:
+    """The stream ends with the right sum; returns what it has printed."""
+    found = result(run)
+    assert found.get("value", {}).get("sum") == sum_of_stream(tasks), found
+    return found
+
+
+# ---- what the nodes do
+
+
+def status(cluster: Cluster, host: str = MASTER) -> dict[str, dict[str, Any]]:
+    """Per node what ``oq-workers status`` says on a host."""
+    argv = [sys.executable, "-m", "oq_runtime.workers", "status", "--json"]
+    done = cluster.net.run(host, argv, cluster.env(host))
+    assert done.stdout, done.stderr
+    rows = json.loads(done.stdout)
+    return {node: rows[cluster.net.address[node]] for node in cluster.slots}
+
+
+def busy(cluster: Cluster, *nodes: str, host: str = MASTER) -> int:
+    """Slots of these nodes (of all, if none is named) that are busy."""
+    rows = status(cluster, host)
+    return sum(rows[node].get("busy", 0) for node in nodes or rows)
+
+
+def under_way(cluster: Cluster, run: Process, *nodes: str, least: int = 1) -> Process:
+    """Wait until each of the nodes (some node, if none is named) does tasks of the job."""
+
+    def reached() -> bool:
+        rows = status(cluster)
+        if not nodes:
+            return sum(row.get("busy", 0) for row in rows.values()) >= least
+        return all(rows[node].get("busy", 0) >= least for node in nodes)
+
+    found = cluster.wait_for(lambda: run.poll() is not None or reached(), 120)
+    ended = run.poll() is not None
+    assert found and not ended, result(run) if ended else f"no tasks: {status(cluster)}"
+    return run
+
+
+def workers(cluster: Cluster, node: str) -> list[psutil.Process]:
+    return psutil.Process(cluster.agents[node].pid).children()
+
+
+def broker(run: Process) -> psutil.Process:
+    """The broker of a job: the one that has the job's process as its owner."""
+    found: list[psutil.Process] = []
+
+    def look() -> bool:
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "oq_runtime.broker" in words and words[words.index("--owner") + 1] == str(run.pid):
+                found.append(process)
+        return bool(found)
+
+    assert wait_for(look, 60), f"job {run.pid} has no broker: {run.log.read_text()}"
+    return found[0]
+
+
+def broker_status(run: Process) -> protocol.Status:
+    """What the broker of a job says of its nodes."""
+    words = broker(run).cmdline()
+    reader = StatusReader(Path(words[words.index("--directory") + 1]))
+    try:
+        reader.poll()
+        found: list[protocol.Status] = []
+        wait_for(lambda: (status := reader.poll()) and found.append(status) is None, 10)
+    finally:
+        reader.close()
+    return found[0]
+
+
+def number(run: Process) -> int:
+    """The number of a calculation, as its log has it."""
+    found = re.search(r"#(\d+) ", run.log.read_text())
+    assert found, run.log.read_text()
+    return int(found[1])

@@ -1,0 +1,210 @@
+"""Workers, agents, nodes and links fail during a job: it completes, and with the same results.
+
+Most tests shorten the beats; one per kind of loss waits for the default limits. Not covered: the
+end of the job itself (``test_ends``), memory and disks (``test_limits``).
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.jobs import (
+    SHORT_BEATS,
+    calculate,
+    check_calculation,
+    check_stream,
+    result,
+    status,
+    stream,
+    under_way,
+    workers,
+)
+from tests.cluster.netns import Direction, Process
+
+pytestmark = pytest.mark.timeout(300)
+short_beats = pytest.mark.settings(**SHORT_BEATS)
+LOST_S = SHORT_BEATS["lost_s"]
+
+
+def log_of(cluster: Cluster, node: str) -> str:
+    return (cluster.log / f"agent-{node}.log").read_text()
+
+
+def hold(cluster: Cluster, run: Process, seconds: float) -> None:
+    """Let a fault last; the job must not end before."""
+    began_s = time.monotonic()
+    cluster.wait_for(lambda: run.poll() is not None or time.monotonic() - began_s > seconds, 300)
+    assert run.poll() is None, f"the job ended before the fault did: {result(run)}"
+
+
+# ---- workers
+
+
+@short_beats
+@pytest.mark.parametrize("point", ["before_start", "after_first", "after_last", "before_end"])
+def test_worker_dies_at(cluster: Cluster, point: str) -> None:
+    for node in cluster.slots:  # the workers inherit the environment of their agent
+        cluster.stop_agent(node)
+        cluster.start_agent(node, OQ_RUNTIME_FAULT=f"{point}:3:1")
+    assert check_stream(stream(cluster))["retries"] == 1, "the worker has not died"
+
+
+@short_beats
+def test_workers_die_at_random(cluster: Cluster, undisturbed: Path) -> None:
+    run = under_way(cluster, calculate(cluster), "node2", "node3")
+    rng = random.Random(1)
+    for node in ("node2", "node3"):
+        rng.choice(workers(cluster, node)).kill()
+    check_calculation(run, undisturbed)
+
+
+# ---- agents
+
+
+@short_beats
+def test_killed_agent(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster), "node3", least=5)
+    cluster.agents["node3"].kill()
+    assert check_stream(run)["retries"] >= 5
+
+
+@short_beats
+def test_restarted_agent_is_used_again(cluster: Cluster, undisturbed: Path) -> None:
+    run = under_way(cluster, calculate(cluster), "node3")
+    cluster.agents["node3"].kill()
+    cluster.agents["node3"].wait()
+    cluster.start_agent("node3")
+    under_way(cluster, run, "node3")
+    check_calculation(run, undisturbed)
+
+
+def hang(cluster: Cluster, tasks: int, seconds: float) -> None:
+    run = under_way(cluster, stream(cluster, tasks), "node3", least=5)
+    agent = cluster.agents["node3"]
+    agent.send_signal(signal.SIGSTOP)
+    try:
+        hold(cluster, run, seconds)
+    finally:
+        agent.send_signal(signal.SIGCONT)
+    under_way(cluster, run, "node3")
+    assert check_stream(run, tasks)["retries"] >= 5
+
+
+@short_beats
+def test_agent_that_hangs_is_lost_and_its_attempts_are_refused(cluster: Cluster) -> None:
+    hang(cluster, 50, LOST_S + 3)
+
+
+def test_agent_that_hangs_for_40_s(cluster: Cluster) -> None:
+    hang(cluster, 160, 40)
+
+
+# ---- nodes and links
+
+
+@short_beats
+def test_power_cut(cluster: Cluster, undisturbed: Path) -> None:
+    run = under_way(cluster, calculate(cluster), "node3")
+    cluster.net.link_down("node3")  # first: the kernel would tell the others of dead processes
+    cluster.net.kill_all("node3")
+    check_calculation(run, undisturbed)
+
+
+def test_killed_node(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster), "node3", least=5)
+    cluster.net.kill_all("node3")
+    assert check_stream(run)["retries"] >= 5
+
+
+def test_link_down_for_45_s(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster, 180), "node3", least=5)
+    cluster.net.link_down("node3")
+    hold(cluster, run, 45)
+    cluster.net.link_up("node3")
+    under_way(cluster, run, "node3")
+    assert check_stream(run, 180)["retries"] >= 5
+
+
+@short_beats
+def test_link_down_for_a_moment(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster), "node3", least=5)
+    cluster.net.link_down("node3")
+    hold(cluster, run, LOST_S / 3)
+    cluster.net.link_up("node3")
+    assert check_stream(run)["retries"] == 0, "a silence below the limit has cost attempts"
+
+
+def drop(cluster: Cluster, direction: Direction) -> None:
+    run = under_way(cluster, stream(cluster), "node3", least=5)
+    cluster.net.drop("node3", direction)
+    assert check_stream(run)["retries"] >= 5
+
+
+@short_beats
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_silent_drop_in_one_direction(cluster: Cluster, direction: Direction) -> None:
+    drop(cluster, direction)
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_silent_drop_with_the_default_limits(cluster: Cluster, direction: Direction) -> None:
+    drop(cluster, direction)
+
+
+def test_loss_and_delay(cluster: Cluster, undisturbed: Path) -> None:
+    for node in cluster.slots:
+        cluster.net.netem(node, loss_percent=20, delay_ms=100)
+    check_calculation(calculate(cluster), undisturbed)
+
+
+# ---- all nodes
+
+
+def lose_all(cluster: Cluster, limit_s: float) -> None:
+    run = under_way(cluster, stream(cluster, 80))
+    for node in cluster.slots:
+        cluster.net.kill_all(node)
+    began_s = time.monotonic()
+    found = result(run)
+    took_s = time.monotonic() - began_s
+    assert found["error"] == "NoWorkers", found
+    for node in cluster.slots:
+        assert cluster.net.address[node] in found["text"], found["text"]
+    assert f"no node left for {limit_s:.0f} s" in found["text"], found["text"]
+    assert limit_s <= took_s < limit_s + 10, f"{took_s:.1f} s"
+
+
+@short_beats
+def test_all_nodes_lost(cluster: Cluster) -> None:
+    lose_all(cluster, SHORT_BEATS["no_nodes_limit_s"])
+
+
+def test_all_nodes_lost_with_the_default_limit(cluster: Cluster) -> None:
+    lose_all(cluster, 60)
+
+
+@short_beats
+def test_calculation_without_nodes_says_who_is_gone(cluster: Cluster) -> None:
+    run = under_way(cluster, calculate(cluster))
+    for node in cluster.slots:
+        cluster.net.kill_all(node)
+    found = result(run)
+    assert found["exit"] == 3, found
+    assert "no node left" in found["error"], found
+
+
+@short_beats
+def test_node_comes_back_before_all_is_given_up(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster))
+    for node in cluster.slots:
+        cluster.net.kill_all(node)
+    cluster.wait_for(lambda: all(row["state"] != "up" for row in status(cluster).values()), 20)
+    cluster.agents["node2"].wait()
+    cluster.start_agent("node2")
+    check_stream(run)

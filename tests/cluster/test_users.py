@@ -1,0 +1,80 @@
+"""Several jobs at once: fair shares, ends that touch nobody else, and more jobs than ports."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import RECEIVER_PORTS, Cluster
+from tests.cluster.jobs import (
+    broker_status,
+    calculate,
+    check_calculation,
+    check_stream,
+    corpus,
+    datastore,
+    drive,
+    number,
+    result,
+    stream,
+)
+from tests.cluster.netns import MASTER, Process
+
+pytestmark = pytest.mark.timeout(300)
+TINY = "classical/case_02/job.ini"
+
+
+@pytest.mark.settings(serialize_jobs=2)
+def test_two_users_of_whom_one_aborts(cluster: Cluster, undisturbed: Path) -> None:
+    anna = calculate(cluster, LOGNAME="anna")
+    boris = calculate(cluster, LOGNAME="boris")
+    for run in (anna, boris):
+        cluster.wait_for(lambda run=run: run.poll() is not None or busy_of(run), 120)
+        assert run.poll() is None, result(run)
+    argv = [sys.executable, "-m", "openquake.commands", "abort", str(number(anna))]
+    done = cluster.net.run(MASTER, argv, cluster.env(MASTER, LOGNAME="anna"), limit_s=60)
+    assert "aborted" in done.stdout, done
+    assert boris.poll() is None, "the other job ended before the abort"
+    assert check_calculation(boris, undisturbed)["retries"] == 0
+    assert result(anna)["exit"] == 130
+
+
+def busy_of(run: Process) -> int:
+    """The slots that the broker of the job has tasks on."""
+    return sum(node.busy for node in broker_status(run).nodes)
+
+
+def test_two_users_get_half_of_the_slots_each(cluster: Cluster) -> None:
+    runs = [stream(cluster, 150, 0.5, LOGNAME=name) for name in ("anna", "boris")]
+    spans = [check_stream(run, 150)["value"]["spans"] for run in runs]
+    # from the moment when the second has its workers and until the first has no tasks to wait for
+    begin = max(min(start for start, _ in found) for found in spans) + 3
+    end = min(max(start for start, _ in found) for found in spans) - 1
+    assert end - begin > 5, "they did not run side by side"
+    slots = sum(cluster.slots.values())
+    for found in spans:
+        busy_s = sum(max(0, min(stop, end) - max(start, begin)) for start, stop in found)
+        part = busy_s / (end - begin) / slots
+        assert 0.35 < part < 0.6, f"{part:.0%} of the slots"
+
+
+@pytest.mark.settings(serialize_jobs=10)
+def test_ten_jobs_on_nine_ports(cluster: Cluster, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    nine = [drive(cluster, "until", [(x, str(go)) for x in range(3)]) for _ in range(9)]
+    first, last = map(int, RECEIVER_PORTS.split("-"))
+    ports = range(first, last + 1)
+    try:
+        assert cluster.wait_for(lambda: all(cluster.net.listens(MASTER, p) for p in ports), 60)
+        tenth = cluster.oq_run(corpus(TINY), "--json")
+        waits = r"waiting: all of .*:1912, .*:1920 are in use by other jobs"
+        said = cluster.wait_for(lambda: re.search(waits, tenth.log.read_text()), 60)
+        assert said and tenth.poll() is None, tenth.log.read_text()
+    finally:
+        go.touch()
+    for run in nine:
+        assert result(run)["value"]["sum"] == 3
+    assert datastore(result(tenth)).exists()

@@ -1,0 +1,90 @@
+"""Tasks that run out of memory, in a real cgroup with a small limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cgroups import inside, limited
+
+from .test_starmap import run, script
+
+pytestmark = pytest.mark.timeout(180)
+
+LIMIT_MIB = 900
+#: MB in a second: more than the agent's two looks in it would let pass; and as fast as it goes
+SLOW, FAST = 60, 10_000
+
+
+BODY = """
+from oq_runtime import adapter, protocol
+def retries():
+    session = adapter.Session.current()
+    session.send(protocol.StatusQuery())
+    while not (rest := session.receive()):
+        pass
+    return rest[0].phases[0].retries
+try: say(value={call}, retries=retries())
+except Exception as exc: say(type=type(exc).__name__, text=str(exc))
+"""
+
+
+def run_limited(env: dict[str, str], tmpdir: Path, call: str) -> dict[str, Any]:
+    """Say the value of ``call``, or its error, in a session with little memory and two slots."""
+    path = tmpdir / "script.py"
+    path.write_text(script(BODY.format(call=call)))
+    with limited(LIMIT_MIB << 20) as cgroup:
+        done = subprocess.run(
+            inside(cgroup, [sys.executable, path]),
+            env=env | {"OQ_DISTRIBUTE": "zmq", "OQ_NUM_CORES": "2"},
+            capture_output=True,
+            text=True,
+            cwd=tmpdir,
+            timeout=150,
+        )
+    assert done.returncode == 0, done.stderr
+    row: dict[str, Any] = json.loads(done.stdout)
+    return row
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize(
+    ("speed", "killer"), [(SLOW, "killed to free memory"), (FAST, "by the kernel for lack")]
+)
+def test_task_that_no_node_can_hold(
+    env: dict[str, str], tmpdir: Path, speed: int, killer: str
+) -> None:
+    call = f"go(tasks.hold, [(i, 3000 if i == 1 else 0, {speed}, 0) for i in range(4)])"
+    row = run_limited(env, tmpdir, call)
+    assert row["type"] == "OutOfMemory", row
+    last = row["text"].splitlines()[-1]
+    assert "task #1 (hold) was given up after 2 attempts" in last
+    assert row["text"].count(killer) == 2, row["text"]
+    assert "attempt 2: assigned to private, alone" in row["text"]
+    assert re.search(r"its worker had 0\.[3-9]\d GiB, 0\.\d\d GiB of 0\.88 GiB were in use", last)
+    assert "more memory" in last
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_two_tasks_that_fit_only_one_after_the_other(env: dict[str, str], tmpdir: Path) -> None:
+    row = run_limited(env, tmpdir, f"go(tasks.hold, [(i, 350, {SLOW}, 2) for i in (1, 2)])['sum']")
+    assert row == {"value": 3, "retries": 1}
+
+
+def test_memory_error_of_python_is_a_result(env: dict[str, str], tmpdir: Path) -> None:
+    body = (
+        f"try: go(tasks.no_memory, [(i, '{tmpdir}/lines') for i in range(2)])\n"
+        "except Exception as exc: say(type=type(exc).__name__, text=str(exc))"
+    )
+    code, [row], err = run(env, tmpdir, body)
+    assert code == 0, err
+    assert "MemoryError" in row["type"] and "found no room" in row["text"], row
+    lines = (tmpdir / "lines").read_text().split()
+    assert len(lines) == len(set(lines)), "it was run again"

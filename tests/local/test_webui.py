@@ -1,0 +1,214 @@
+"""The WebUI as a service: who may enter, and what its start and stop do to jobs.
+
+A real server on a port of loopback, with the job database of a private engine.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.leftovers import wait_for
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "hazard_classical"
+PASSWORD = "a long enough password"
+START_S, JOB_S = 60.0, 120.0
+
+
+def enable_mode_with_login() -> None:
+    """Give the engine the mail templates that its mode with login asks for, as the roles do."""
+    import openquake.server
+
+    folder = Path(openquake.server.__file__).parent / "templates" / "registration"
+    for example in folder.glob("*.default.tmpl"):
+        shutil.copyfile(example, example.with_name(example.name.removesuffix(".default.tmpl")))
+
+
+class Site:
+    """A WebUI with the account ``admin``; its job database is ``database``."""
+
+    def __init__(self, env: dict[str, str], home: Path) -> None:
+        key = home / "secret-key"
+        key.write_text("k" * 50)
+        key.chmod(0o600)
+        self.database = home / "db.sqlite3"
+        config = home / "openquake.cfg"
+        config.write_text(
+            "[oq_runtime]\ncode = import oq_runtime.activate\n"
+            "[distribution]\noq_distribute = zmq\n"
+            f"[dbserver]\nhost = 127.0.0.1\nfile = {self.database}\n"
+        )
+        self.env = env | {
+            "OQ_CONFIG_FILE": str(config),
+            "OQ_WEBUI_SECRET_KEY_FILE": str(key),
+            "OQ_WEBUI_HOSTS": "127.0.0.1",
+            "DJANGO_SETTINGS_MODULE": "oq_runtime.webui.settings",
+        }
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = home / "webui.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.python("-c", "from openquake.commonlib import logs; logs.dbcmd('upgrade_db')")
+        self.python("-m", "openquake.server.manage", "migrate")
+        self.python("-m", "oq_runtime.webui.account", "admin", stdin=PASSWORD)
+
+    def python(self, *args: str, stdin: str = "") -> None:
+        done = subprocess.run(
+            [sys.executable, *args], env=self.env, input=stdin, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "oq_runtime.webui", "--listen", f"127.0.0.1:{self.port}"],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert wait_for(lambda: self.answers() or self.process.poll() is not None, START_S)
+        assert self.answers(), self.log.read_text()
+
+    def answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/accounts/login/", timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+    def stop(self) -> None:
+        """As systemd does with KillMode=process."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(timeout=10)
+            self.process = None
+
+    def login(self) -> requests.Session:
+        session = requests.Session()
+        form = {"username": "admin", "password": PASSWORD}
+        assert session.post(f"{self.url}/accounts/ajax_login/", form).text == "Successful login"
+        return session
+
+    def run(self, session: requests.Session) -> int:
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in EXAMPLE.iterdir():
+                file.write(path, path.name)
+        files = {"archive": ("job.zip", archive.getvalue())}
+        answer = session.post(f"{self.url}/v1/calc/run", files=files)
+        assert answer.ok, answer.text
+        return int(answer.json()["job_id"])
+
+    def insert_job(self, pid: int) -> int:
+        with sqlite3.connect(self.database) as db:
+            row = db.execute(
+                "INSERT INTO job (description, user_name, calculation_mode, ds_calc_dir, status,"
+                " is_running, pid, host) VALUES ('d', 'u', 'classical', '/', 'executing', 1, ?, ?)",
+                (pid, socket.gethostname()),
+            )
+        return int(row.lastrowid or 0)
+
+    def status(self, job: int) -> str:
+        with sqlite3.connect(self.database) as db:
+            return str(db.execute("SELECT status FROM job WHERE id = ?", (job,)).fetchone()[0])
+
+    def pid(self, job: int) -> int:
+        with sqlite3.connect(self.database) as db:
+            return int(db.execute("SELECT pid FROM job WHERE id = ?", (job,)).fetchone()[0] or 0)
+
+    def ended(self, job: int) -> bool:
+        return self.status(job) not in ("created", "submitted", "executing")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    enable_mode_with_login()
+    return tmp_path_factory.mktemp("w")
+
+
+@pytest.fixture
+def site(env: dict[str, str], home: Path) -> Iterator[Site]:
+    site = Site(env, home)
+    site.start()
+    yield site
+    site.stop()
+
+
+def test_nobody_enters_without_login(site: Site) -> None:
+    page = requests.get(f"{site.url}/engine/", allow_redirects=False)
+    assert (page.status_code, page.headers["Location"]) == (302, "/accounts/login/")
+    assert requests.get(f"{site.url}/v1/calc/list").status_code == 403
+    assert requests.post(f"{site.url}/v1/calc/run").status_code == 403
+    form = {"username": "admin", "password": "wrong"}
+    assert requests.post(f"{site.url}/accounts/ajax_login/", form).status_code == 403
+    session = site.login()
+    assert session.get(f"{site.url}/engine/").ok
+    assert session.get(f"{site.url}/v1/calc/list").json() == []
+
+
+def test_is_not_for_development(site: Site) -> None:
+    assert requests.get(f"{site.url}/static/js/engine.js").ok
+    assert requests.get(f"{site.url}/static/admin/css/base.css").ok  # of another application
+    missing = site.login().get(f"{site.url}/no-such-page")
+    assert missing.status_code == 404
+    assert "DEBUG" not in missing.text
+    other_name = {"Host": "elsewhere.example"}
+    assert requests.get(f"{site.url}/accounts/login/", headers=other_name).status_code == 400
+
+
+def test_key_that_others_may_read_is_refused(env: dict[str, str], tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("k" * 50)
+    key.chmod(0o640)
+    done = subprocess.run(
+        [sys.executable, "-m", "oq_runtime.webui"],
+        env=env | {"OQ_WEBUI_SECRET_KEY_FILE": str(key)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"{key}: others may read it; chmod 0600 it")
+
+
+@pytest.mark.timeout(300)
+def test_start_fails_the_lost_jobs_and_no_others(site: Site) -> None:
+    site.stop()
+    running = site.insert_job(os.getpid())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    lost = site.insert_job(gone.pid)
+    site.start()
+    assert (site.status(running), site.status(lost)) == ("executing", "failed")
+    with sqlite3.connect(site.database) as db:
+        db.execute("DELETE FROM job WHERE id IN (?, ?)", (running, lost))
+
+
+@pytest.mark.timeout(400)
+def test_job_outlives_a_restart(site: Site) -> None:
+    job = site.run(site.login())
+    assert wait_for(lambda: site.status(job) == "executing", JOB_S), site.log.read_text()
+    pid = site.pid(job)
+    os.kill(pid, signal.SIGSTOP)  # so that it is there all the time
+    try:
+        site.stop()
+        site.start()  # on the same port
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert site.status(job) == "executing"
+    assert wait_for(lambda: site.ended(job), JOB_S), site.log.read_text()
+    assert site.status(job) == "complete", site.log.read_text()
+    outputs = site.login().get(f"{site.url}/v1/calc/{job}/results").json()
+    assert any(row["type"] == "hcurves" for row in outputs)
