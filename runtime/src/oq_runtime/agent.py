@@ -112,6 +112,7 @@ class JobIO:
 
     def __init__(self, control: transport.Link) -> None:
         self.control = control
+        self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
         self.local = False  # the broker is on this host and takes files as they are
         self.calls: dict[Key, tuple[bytes, list[protocol.Blob]]] = {}
@@ -268,11 +269,11 @@ class Agent:
         used = usage()
         workers = {w: resident(p.popen.pid) for w, p in self.processes.items()}
         self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
+        self._handle(core.Tick())
         systemd.notify("WATCHDOG=1")
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
-        self._handle(core.Tick())
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
         used = self.core.memory
@@ -284,6 +285,8 @@ class Agent:
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
                 self._to_broker(name, beat)
+            elif now - job.since_s > self.core.limits.lost_s:
+                self._forget(name, "it has not asked for a lease")
             if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
 
@@ -296,6 +299,8 @@ class Agent:
         peer = frames[0]
         try:
             message = protocol.decode(frames[1])
+            if isinstance(message, protocol.Task) and len(frames) != 3:
+                raise ProtocolError(f"a task with {len(frames) - 2} frames behind it")
         except (ProtocolError, IndexError) as exc:
             log(f"refused a message on the control socket: {exc}")
             if isinstance(exc, VersionError):  # the peer reads both versions from any answer
@@ -538,6 +543,8 @@ class Agent:
             del self.by_peer[process.peer]
         if process.popen.returncode:
             log(reason)
+        if process.popen.returncode in (0, -signal.SIGKILL):  # a crash may have left a traceback
+            process.log.unlink(missing_ok=True)
         self.starting.pop(worker, None)
         for place in (self.store.memory, self.store.disk):
             if process.spool not in self.store:
