@@ -123,6 +123,7 @@ class JobIO:
     def __init__(self, control: transport.Link, user: str) -> None:
         self.control = control
         self.user = user
+        self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
         self.local = False  # the broker is on this host and takes files as they are
         self.calls: dict[Key, tuple[bytes, list[protocol.Blob]]] = {}
@@ -290,11 +291,11 @@ class Agent:
         used = usage()
         workers = {w: resident(p.popen.pid) for w, p in self.processes.items()}
         self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
+        self._handle(core.Tick())
         systemd.notify("WATCHDOG=1")
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
-        self._handle(core.Tick())
         self.journal.flush()
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
@@ -307,6 +308,8 @@ class Agent:
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
                 self._to_broker(name, beat)
+            elif now - job.since_s > self.core.limits.lost_s:
+                self._forget(name, "it has not asked for a lease")
             if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
 
@@ -319,6 +322,8 @@ class Agent:
         peer = frames[0]
         try:
             message = protocol.decode(frames[1])
+            if isinstance(message, protocol.Task) and len(frames) != 3:
+                raise ProtocolError(f"a task with {len(frames) - 2} frames behind it")
         except (ProtocolError, IndexError) as exc:
             self.journal.repeat("message", f"refused a message on the control socket: {exc}")
             if isinstance(exc, VersionError):  # the peer reads both versions from any answer
