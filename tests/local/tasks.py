@@ -40,6 +40,13 @@ def poison(x, monitor):
     return {"sum": x}
 
 
+def crash(x, monitor):
+    """A crash in native code."""
+    if x == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return {"sum": x}
+
+
 def slow(x, seconds, monitor):
     time.sleep(seconds)
     return {"sum": x}

@@ -96,7 +96,7 @@ SETTINGS = {
     "openquake_shared_dir=oq_shared": "openquake_shared_dir=oq_shared is not an absolute path",
     "openquake_shared_dir=/srv/../home": "/srv/../home is not an absolute path",
     "openquake_shared_dir=/": "openquake_shared_dir=/ is not an absolute path",
-    "openquake_shared_dir=/opt": "openquake_prefix=/opt/openquake in openquake_shared_dir=/opt: what",
+    "openquake_shared_dir=/opt": "openquake_prefix=/opt/openquake in openquake_shared_dir=/opt",
     "openquake_authkey=changeme": "openquake_authkey is weak",
     'openquake_authkey="sixteen letters!"': "openquake_authkey is weak",
     "openquake_ctrl_port=1915": "openquake_receiver_ports=1912-1920, openquake_webui_port=8800 and "

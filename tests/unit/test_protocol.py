@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from typing import Any
 
@@ -20,6 +21,7 @@ SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(st.characters(exclude_categories=["Cs"])),
     bytes: st.binary(max_size=64),
     bool: st.booleans(),
+    types.NoneType: st.none(),
 }
 
 
@@ -31,6 +33,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         if base is str:
             return st.from_regex(meta.pattern).filter(lambda text: len(text) <= meta.max_length)
         return st.integers(meta.ge, 2**63 - 1 if meta.le is None else meta.le)
+    if isinstance(hint, types.UnionType):
+        return st.one_of([values(one) for one in typing.get_args(hint)])
     if typing.get_origin(hint) is list:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3)
     if typing.get_origin(hint) is typing.Literal:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import getpass
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ from oq_runtime.errors import (
     TransitionError,
     VersionError,
 )
+from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
 from oq_runtime.store import Store
 
@@ -156,8 +158,10 @@ class Broker:
         keys: security.Keys | None = None,
     ) -> None:
         self.job = directory.name
+        self.journal = Journal()
         self.keys = keys
         self.own_facts = own_facts
+        self.user = getpass.getuser()
         self.core = core.Scheduler(limits, window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
@@ -280,7 +284,9 @@ class Broker:
         now = time.monotonic()
         for peer in self._callable():
             if now >= peer.next_call_s:
-                hello = protocol.Hello(pid=os.getpid(), role="broker", facts=self.own_facts)
+                hello = protocol.Hello(
+                    pid=os.getpid(), role="broker", facts=self.own_facts, user=self.user
+                )
                 peer.call(self.job, hello, now)
         if now >= self.next_beat_s:
             self._beat(now)
@@ -305,6 +311,7 @@ class Broker:
         if self.data is None:
             self._bind_data()
         self._tell_wanted()
+        self.journal.flush()
         for peer in self.peers.values():
             if peer.data is not None:
                 peer.data.send(protocol.Beat())
@@ -326,7 +333,7 @@ class Broker:
 
     def _lose(self, peer: Peer, reason: str, state: str = "calling") -> None:
         if peer.state == "leased" or state != peer.state:
-            log(f"{peer.host}: {reason}")
+            self.journal.say(f"{peer.host}: {reason}")
         peer.hang_up(state, reason)
         self._handle(core.NodeGone(peer.name, reason))
 
@@ -342,7 +349,7 @@ class Broker:
             if agent is not None and isinstance(exc, VersionError):
                 self._lose(agent, f"refused: {exc}", "refused")
             else:
-                log(f"refused a message: {exc}")
+                self.journal.repeat("message", f"refused a message: {exc}")
 
     def _handle(self, event: core.Event) -> None:
         """Let the core take an event; one that comes of an effect waits for its turn."""
@@ -530,7 +537,7 @@ class Broker:
             try:
                 staging.descriptor = self.store.create(f"{task}-{attempt}", staging.ended.nbytes)
             except OSError as exc:
-                log(f"no room for {staging.ended.nbytes} bytes of results: {exc}")
+                self.journal.say(f"no room for {staging.ended.nbytes} bytes of results: {exc}")
                 self._handle(core.Uploaded(peer.name, task, attempt, False))
                 return
         self._send(peer, protocol.Grant(task=task, attempt=attempt))
@@ -567,7 +574,7 @@ class Broker:
         if error == "OutOfMemory":
             verdict += MEMORY_REMEDY
         text = "\n".join([*history[:-1], verdict])
-        log(text)
+        self.journal.say(text)
         header = protocol.Failed(
             job=self.job, task=submission.task, map=submission.map, error=error, text=text
         )
@@ -600,11 +607,6 @@ class Broker:
         return protocol.Status(
             job=self.job, phases=list(self.phases.values()), nodes=nodes, note=note
         )
-
-
-def log(text: str) -> None:
-    """Print to stderr, which the launcher has directed to a file of the session."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -640,7 +642,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: broker.stop())
         broker.run()
     except OqRuntimeError as exc:
-        log(str(exc))
+        print(exc, file=sys.stderr)
         sys.exit(1)
     finally:
         launch.remove(args.directory)

@@ -44,6 +44,8 @@ from oq_runtime.limits import DEFAULTS, Limits
 SESSION_VARIABLE = "OQ_RUNTIME_SESSION"
 #: set in worker processes, in which the runtime must not activate itself
 WORKER_VARIABLE = "OQ_RUNTIME_WORKER"
+#: set in worker processes: the control URL of their agent, and the number of the attempt
+NODE_VARIABLE, ATTEMPT_VARIABLE = "OQ_RUNTIME_NODE", "OQ_RUNTIME_ATTEMPT"
 #: ``POINT:TASK:ATTEMPTS``: for tests, a worker kills itself at this point of this task
 FAULT_VARIABLE = "OQ_RUNTIME_FAULT"
 

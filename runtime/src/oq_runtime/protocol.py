@@ -12,7 +12,7 @@ opaque bytes (pickles that only the engine and the workers open); they are forwa
     broker  --BlobChunk, Beat-->  agent            (data)
     agent   --Run-->  worker             agent  <--Ready, Ended, NoRoom--  worker
 
-    oq-workers  --Command-->  agent      oq-workers <--AgentStatus--  agent
+    oq-workers  --Command, Ping-->  agent    oq-workers <--AgentStatus, Ping--  agent
 
 Between broker and agent each call of the broker opens an epoch. ``epoch`` and ``seq`` number the
 messages of either direction of either socket, so that one that was lost shows as a gap; then the
@@ -65,9 +65,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
+    """``user``: who runs the job, for people; nothing is decided by it."""
+
     pid: int
     role: str
     facts: Facts = Facts()
+    user: str = ""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -279,8 +282,16 @@ class Command(Message, frozen=True, tag="command"):
     action: Literal["status", "start", "stop", "kill"]
 
 
+class Ping(Message, frozen=True, tag="ping"):
+    """Comes back with its payload, which shows how fast the way to a node is."""
+
+
 class AgentStatus(Message, frozen=True, tag="agentstatus"):
-    """One node: ``memory`` is the part in use, ``jobs`` the names of the leases."""
+    """One node.
+
+    ``memory`` is the part in use, ``jobs`` the leases, ``ready`` the workers that have imported the
+    engine, ``beat_age_s`` the age of the oldest of the brokers' last beats (None: no lease).
+    """
 
     host: str
     pid: int
@@ -290,6 +301,8 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
     memory: float
     engine: str
     state: str
+    ready: int = 0
+    beat_age_s: float | None = None
 
 
 class Ready(Message, frozen=True, tag="ready"):
@@ -316,7 +329,8 @@ class NoRoom(Message, frozen=True, tag="noroom"):
 AnyMessage = (
     Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | StatusQuery
     | Status | Lease | Leased | NoLease | Release | Task | Fetch | BlobChunk | Chunk | Started
-    | Ended | Placed | Grant | Abort | Died | Beat | Command | AgentStatus | Ready | Run | NoRoom
+    | Ended | Placed | Grant | Abort | Died | Beat | Command | Ping | AgentStatus | Ready | Run
+    | NoRoom
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import psutil
 import zmq
 
 from oq_runtime import payload, protocol, transport
-from oq_runtime.config import FAULT_VARIABLE
+from oq_runtime.config import ATTEMPT_VARIABLE, FAULT_VARIABLE
 from oq_runtime.spool import Spool
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -149,6 +149,7 @@ def main() -> None:
             memory_bytes=run.spool_bytes,
         )
         Stream.run, Stream.spool = run, spool
+        os.environ[ATTEMPT_VARIABLE] = str(run.attempt)
         Stream.faults.at("before_start", run)
         try:
             execute(parallel, run, call)
