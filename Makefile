@@ -28,10 +28,11 @@ help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
 	@echo "make test         all test lanes, a table at the end"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
-	@echo "make chaos        RUNS=n SEED=n"
+	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster    one test lane"
+	@echo "make provisioning checks of the playbooks and roles without hosts"
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
 	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
@@ -115,7 +116,8 @@ conformance: $(STAMP)
 	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
 
 chaos: $(STAMP)
-	$(VENV)/bin/python -m tests.chaos $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
+	$(VENV)/bin/python -m $(if $(CLUSTER),tests.cluster.chaos,tests.chaos) \
+	  $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
 
 # The systems that the runtime is compared with have a virtual environment of their own.
 PEERS := .venv-bench
@@ -135,6 +137,9 @@ simulate: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.simulation $(if $(SWEEP),--sweep) \
 	  $(if $(NODES),--nodes $(NODES)) $(if $(SLOTS),--slots $(SLOTS)) \
 	  $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED))
+
+provisioning: .venv-provision/.stamp
+	.venv-provision/bin/python -m pytest tests/provisioning
 
 # Clusters of containers, provisioned as an administrator would: SCENARIO=default|home|lifecycle.
 SCENARIO ?= default

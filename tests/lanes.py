@@ -27,6 +27,7 @@ class Lane:
     venv: str = VENV
 
 
+PROVISIONING = (("pytest", "tests/provisioning"),)
 LANES = (
     Lane("lint", "tests", (("ruff", "check", "."), ("ruff", "format", "--check", "."))),
     Lane("types", "runtime/src", (("mypy",),)),
@@ -36,6 +37,7 @@ LANES = (
     Lane("contract", "tests/contract", (("pytest", "tests/contract"),)),
     Lane("contract-3.25", "tests/contract", (("pytest", "tests/contract"),), ".venv-3.25"),
     Lane("contract-3.23", "tests/contract", (("pytest", "tests/contract"),), ".venv-3.23"),
+    Lane("provisioning", "tests/provisioning", PROVISIONING, ".venv-provision"),
     Lane("molecule", "molecule/run", (("molecule/run", "test"),), ".venv-provision"),
     Lane("conformance", "tests/conformance/__main__.py", (("tests.conformance", "--fixed"),)),
 )

@@ -183,6 +183,7 @@ def test_key_that_others_may_read_is_refused(env: dict[str, str], tmp_path: Path
     assert done.stderr.splitlines()[-1].endswith(f"{key}: others may read it; chmod 0600 it")
 
 
+@pytest.mark.timeout(300)
 def test_start_fails_the_lost_jobs_and_no_others(site: Site) -> None:
     site.stop()
     running = site.insert_job(os.getpid())
@@ -195,6 +196,7 @@ def test_start_fails_the_lost_jobs_and_no_others(site: Site) -> None:
         db.execute("DELETE FROM job WHERE id IN (?, ?)", (running, lost))
 
 
+@pytest.mark.timeout(400)
 def test_job_outlives_a_restart(site: Site) -> None:
     job = site.run(site.login())
     assert wait_for(lambda: site.status(job) == "executing", JOB_S), site.log.read_text()

@@ -14,8 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from oq_runtime.errors import TransitionError
 from oq_runtime.limits import Limits
 from oq_runtime.scheduler import (
+    AHEAD,
     MAX_NODE_LOSSES,
     MAX_OOMS,
+    SHORT_S,
     TRANSITIONS,
     AbortAttempt,
     Assign,
@@ -155,7 +157,9 @@ class Cluster(RuleBasedStateMachine):
                 assert task not in self.last, "the attempt before is still alive"
                 assert node in self.slots, "assigned to a lost node"
                 assert self.now - self.seen[node] <= SUSPECT_AFTER_S, "assigned to a suspect node"
-                assert self.busy(node) < self.slots[node], "credit never negative"
+                short = self.scheduler.mean_s.get("f", SHORT_S) < SHORT_S
+                most = AHEAD * self.slots[node] if short else self.slots[node]
+                assert self.busy(node) < most, "credit never negative"
                 self.last[task] = (node, number)
                 self.attempts[node, task, number] = Attempt(node, task, number)
             case GrantUpload(node, task, number):
@@ -407,7 +411,7 @@ class Cluster(RuleBasedStateMachine):
     def credit_is_within_the_slots(self) -> None:
         for name, node in self.scheduler.nodes.items():
             assert node.slots == self.slots[name]
-            free = self.slots[name] - self.busy(name)
+            free = max(0, self.slots[name] - self.busy(name))
             assert node.credit == (free if node.kept_for is None else 0)
             assert 0 <= node.credit <= node.slots
 
@@ -927,3 +931,17 @@ def test_history_has_the_last_cause() -> None:
     for number in range(10, 13):
         effects = core.handle(Died("a", 1, number, f"signal {number}"), 0.0)
     assert "signal 12" in only(effects, GiveUp).history[-1]
+
+
+@pytest.mark.parametrize(("took_s", "under_way"), [(SHORT_S / 2, 4), (SHORT_S * 2, 2)])
+def test_short_tasks_wait_on_the_node_and_long_ones_in_the_queue(
+    took_s: float, under_way: int
+) -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("a", 2), 0.0)
+    for task in range(8):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    assert len(core.nodes["a"].running) == 2, "nothing is known of the function yet"
+    core.handle(Ended("a", 0, 1, 1), took_s)
+    assert len(core.nodes["a"].running) == under_way
+    core.check_invariants()

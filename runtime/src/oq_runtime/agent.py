@@ -123,6 +123,7 @@ class JobIO:
     def __init__(self, control: transport.Link, user: str) -> None:
         self.control = control
         self.user = user
+        self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
         self.local = False  # the broker is on this host and takes files as they are
         self.calls: dict[Key, tuple[bytes, list[protocol.Blob]]] = {}
@@ -290,11 +291,11 @@ class Agent:
         used = usage()
         workers = {w: resident(p.popen.pid) for w, p in self.processes.items()}
         self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
+        self._handle(core.Tick())
         systemd.notify("WATCHDOG=1")
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
-        self._handle(core.Tick())
         self.journal.flush()
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
@@ -307,6 +308,8 @@ class Agent:
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
                 self._to_broker(name, beat)
+            elif now - job.since_s > self.core.limits.lost_s:
+                self._forget(name, "it has not asked for a lease")
             if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
 
@@ -319,6 +322,8 @@ class Agent:
         peer = frames[0]
         try:
             message = protocol.decode(frames[1])
+            if isinstance(message, protocol.Task) and len(frames) != 3:
+                raise ProtocolError(f"a task with {len(frames) - 2} frames behind it")
         except (ProtocolError, IndexError) as exc:
             self.journal.repeat("message", f"refused a message on the control socket: {exc}")
             if isinstance(exc, VersionError):  # the peer reads both versions from any answer
@@ -347,18 +352,24 @@ class Agent:
         wanted = message.wanted if isinstance(message, protocol.Beat) else None
         self._handle(core.Heard(name, wanted))
         match message:
-            case protocol.Lease(data_url=url):
+            case protocol.Lease(data_url=url) if job.data is None:
                 keys = self.keys
                 secure = functools.partial(security.secure_client, keys=keys) if keys else None
-                data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                job.local = keys is None
+                try:
+                    if url.startswith("ipc:") is not job.local:
+                        raise ProtocolError("not encrypted")
+                    data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                except (zmq.ZMQError, ProtocolError) as exc:
+                    self._give_back(name, f"no way to {url}: {exc}")
+                    return
                 job.data = transport.Link(data, name, message.epoch)
-                job.local = url.startswith("ipc:")
                 self.poller.register(data, zmq.POLLIN)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(core.LeaseAsked(name))
                 if lease := self.core.leases.get(name):
                     self.journal.say(f"lease of {name} of {job.user} granted: {lease.slots} slots")
-            case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data:
+            case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data and frames[2:]:
                 if message.alone:
                     self._handle(core.AloneAsked(name, task, attempt))
                 self._take(name, job, (task, attempt), frames[2], blobs)
@@ -495,7 +506,7 @@ class Agent:
         if not isinstance(message, protocol.BlobChunk):
             return
         incoming = job.incoming.get(message.digest)
-        if incoming is None or not incoming.take(message.offset, frames[1]):
+        if incoming is None or not frames[1:] or not incoming.take(message.offset, frames[1]):
             self._give_back(name, "a big argument came in pieces that do not fit")
         elif incoming.received == incoming.blob.nbytes:
             self._complete(name, job, incoming)
@@ -648,7 +659,11 @@ class Agent:
             placed = protocol.Placed(task=key[0], attempt=key[1], path=str(path))
             self._to_broker(name, placed)
             return
-        body = payload.map_file(self.store.path(stored), private=True)
+        try:
+            body = payload.map_file(self.store.path(stored), private=True)
+        except OSError as exc:
+            self._give_back(name, f"results are not there any more: {exc}")
+            return
         job.uploads.append((key, protocol.chunks(body)))
         if job.data is not None:
             self.poller.modify(job.data.socket, zmq.POLLIN | zmq.POLLOUT)

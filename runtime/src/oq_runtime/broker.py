@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xxhash
 import zmq
 
@@ -183,8 +184,8 @@ class Broker:
         self.events: deque[core.Event] = deque()
         self.handling = False
         self.staging: dict[tuple[int, int], Staging] = {}
-        self.blobs: dict[bytes, protocol.Blob] = {}
-        self.blob_uses: Counter[bytes] = Counter()
+        # digest -> file -> tasks that need it; each client has files of its own
+        self.blobs: dict[bytes, Counter[str]] = {}
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
         self.store = Store(
             store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes
@@ -376,8 +377,7 @@ class Broker:
                 group = self.groups.setdefault((peer, map_), len(self.groups))
                 self.submissions[number] = Submission(peer, task, map_, func, frames[0], blobs)
                 for blob in blobs:
-                    self.blobs[blob.digest] = blob
-                    self.blob_uses[blob.digest] += 1
+                    self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
                 self.numbers[peer, task] = number
                 phase = self.phases.setdefault(func, protocol.Phase(name=func))
                 phase.total += 1
@@ -453,6 +453,8 @@ class Broker:
                 self._handle(core.Started(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
                 body = frames[0] if frames and len(frames[0]) == message.nbytes else None
+                if not self.local:
+                    message = msgspec.structs.replace(message, path="")
                 self.staging[task, attempt] = Staging(message, body)
                 self._handle(core.Ended(name, task, attempt, message.nbytes))
             case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
@@ -482,16 +484,17 @@ class Broker:
             case protocol.Fetch(digest=digest):
                 self._send_blob(peer, peer.data, digest)
             case protocol.Chunk(task=task, attempt=attempt, offset=offset):
-                if staging := self.staging.get((task, attempt)):
+                staging = self.staging.get((task, attempt))
+                if staging is not None and staging.descriptor >= 0:
                     in_order = staging.take(offset, frames[0])
                     if not in_order or staging.received == staging.ended.nbytes:
                         intact = in_order and staging.intact()
                         self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
     def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
-        if (blob := self.blobs.get(digest)) is None:
+        if (paths := self.blobs.get(digest)) is None:
             return  # of a task that is not wanted any more
-        for offset, chunk in protocol.chunks(payload.map_file(blob.path, private=True)):
+        for offset, chunk in protocol.chunks(payload.map_file(next(iter(paths)), private=True)):
             if not link.send(protocol.BlobChunk(digest=digest, offset=offset), chunk):
                 self._lose(peer, "its data connection broke")
                 return
@@ -580,9 +583,12 @@ class Broker:
     def _forget(self, task: int) -> Submission:
         submission = self.submissions.pop(task)
         for blob in submission.blobs:
-            self.blob_uses[blob.digest] -= 1
-            if not self.blob_uses[blob.digest]:
-                del self.blobs[blob.digest], self.blob_uses[blob.digest]
+            paths = self.blobs[blob.digest]
+            paths[blob.path] -= 1
+            if not paths[blob.path]:
+                del paths[blob.path]
+            if not paths:
+                del self.blobs[blob.digest]
         return submission
 
     def _status(self) -> protocol.Status:

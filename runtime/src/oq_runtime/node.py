@@ -387,7 +387,8 @@ class Node:
         self.ticked_s = now
         for lease in list(self.leases.values()):
             lease.served_s += seconds * self._running(lease)
-            if now - lease.heard_s > self.limits.lost_s:
+            # a beat early: at the latest lost_s after a cut its slots are to be free
+            if now - lease.heard_s > self.limits.lost_s - self.limits.beat_s:
                 self._end(lease.job, f"broker silent for {now - lease.heard_s:.0f} s", effects)
         if len(self.leases) > 1:
             self._share(effects)

@@ -37,13 +37,19 @@ CHUNK_BYTES = 1024 * 1024
 HEADER_BYTES = 4 * 1024 * 1024
 
 
+#: the name becomes part of file names
+JobName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]*\Z", max_length=64)]
+#: a size, of at most a pebibyte
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+
+
 class Message(
     msgspec.Struct, frozen=True, tag_field="kind", forbid_unknown_fields=True, kw_only=True
 ):
     """Fields of every header: protocol version, the session's job name, epoch, sequence number."""
 
     v: int = PROTOCOL_VERSION
-    job: str = ""
+    job: JobName = ""
     epoch: int = 0
     seq: int = 0
 
@@ -84,7 +90,7 @@ class Blob(msgspec.Struct, frozen=True):
     """An argument too big for a message: BLAKE2b digest, size, its file if on the same host."""
 
     digest: bytes
-    nbytes: int
+    nbytes: Size
     path: str = ""
 
 
@@ -198,7 +204,7 @@ class BlobChunk(Message, frozen=True, tag="blob"):
     """The bytes of a blob from ``offset`` on are the next frame."""
 
     digest: bytes
-    offset: Annotated[int, msgspec.Meta(ge=0)]
+    offset: Size
 
 
 class Chunk(Message, frozen=True, tag="chunk"):
@@ -206,7 +212,7 @@ class Chunk(Message, frozen=True, tag="chunk"):
 
     task: int
     attempt: int
-    offset: Annotated[int, msgspec.Meta(ge=0)]
+    offset: Size
 
 
 class Started(Message, frozen=True, tag="started"):
@@ -225,7 +231,7 @@ class Ended(Message, frozen=True, tag="ended"):
     task: int
     attempt: int
     parts: Annotated[int, msgspec.Meta(ge=1)]
-    nbytes: Annotated[int, msgspec.Meta(ge=0)]
+    nbytes: Size
     digest: bytes = b""
     path: str = ""
 

@@ -23,6 +23,11 @@ MAX_OOMS = 2
 MAX_NODE_LOSSES = 10
 #: bytes of results that may be staged in the broker; one larger attempt is let through alone
 WINDOW_BYTES = 1 << 30
+#: attempts per slot that a node may hold of functions whose tasks are short: the next one is there
+#: when the last one ends, which hides the way to the broker and back
+AHEAD = 2.0
+#: mean seconds from assignment to end below which the tasks of a function are short
+SHORT_S = 0.05
 #: history lines kept of a task
 HISTORY_LINES = 50
 
@@ -245,6 +250,7 @@ class Task:
     deaths: int = 0
     ooms: int = 0
     node_losses: int = 0
+    assigned_s: float = 0.0
     avoid: str = ""
     history: tuple[str, ...] = ()  # while it is live: a job may have millions of tasks
 
@@ -278,8 +284,13 @@ class Node:
 
     @property
     def load(self) -> float:
-        """The part of its slots that is taken."""
-        return len(self.running) / self.slots if self.slots else 1.0
+        """The part of its slots that is taken; above 1 with attempts that wait for a slot."""
+        return len(self.running) / self.slots if self.slots else AHEAD
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may get an attempt, be it one that waits for a slot."""
+        return self.kept_for is None and self.load < AHEAD
 
 
 class Scheduler:
@@ -309,6 +320,7 @@ class Scheduler:
         self.busy: Counter[str] = Counter()
         self.live_of: Counter[int] = Counter()  # per group
         self.no_nodes_since_s: float | None = None
+        self.mean_s: dict[str, float] = {}  # per function, see SHORT_S
         self.lost: list[str] = []
 
     # ---- the one entry
@@ -354,6 +366,7 @@ class Scheduler:
             case Ended(node, task, attempt, nbytes):
                 if current := self._current(node, task, attempt, effects):
                     self._move(current, "end", f"ended on {node}, {nbytes} bytes")
+                    self._measure(current, now)
                     current.nbytes = nbytes
                     self.nodes[node].running.discard(task)
                     self.nodes[node].ended.add(task)
@@ -523,10 +536,11 @@ class Scheduler:
         while self.queue:
             task = self.tasks[self.queue[0][1]]
             if task.state is State.QUEUED:
-                node = self._take_node(now, task.avoid)
+                short = self.mean_s.get(task.func, SHORT_S) < SHORT_S
+                node = self._take_node(now, task.avoid, AHEAD if short else 1.0)
                 if node is None:
                     return
-                self._assign(task, node, effects)
+                self._assign(task, node, now, effects)
             heapq.heappop(self.queue)  # assigned, or cancelled or given up while it was queued
 
     def _dispatch_alone(self, now: float, effects: list[Effect]) -> None:
@@ -545,15 +559,22 @@ class Scheduler:
             node.kept_for = task_id
             if not node.running:
                 self.alone.remove(task_id)
-                self._assign(task, node, effects)
+                self._assign(task, node, now, effects)
 
-    def _assign(self, task: Task, node: Node, effects: list[Effect]) -> None:
+    def _assign(self, task: Task, node: Node, now: float, effects: list[Effect]) -> None:
         task.attempt += 1
+        task.assigned_s = now
         task.node = node.name
         self._move(task, "assign", f"assigned to {node.name}{', alone' if task.alone else ''}")
         node.running.add(task.id)
         self._offer(node)
         effects.append(Assign(node.name, task.id, task.attempt, task.alone))
+
+    def _measure(self, task: Task, now: float) -> None:
+        """Note how long the attempt took, as a moving mean of its function."""
+        took_s = now - task.assigned_s
+        mean_s = self.mean_s.get(task.func, took_s)
+        self.mean_s[task.func] = 0.8 * mean_s + 0.2 * took_s
 
     def _give_back(self, task: Task) -> None:
         """Open to all the node that was kept for the task."""
@@ -567,13 +588,15 @@ class Scheduler:
         return not node.closed and now - node.seen_s <= self.limits.suspect_s
 
     def _offer(self, node: Node) -> None:
-        """Put a node with a free slot where _take_node finds it, under its load of now."""
-        if node.credit and node.load not in node.offers:
+        """Put a node that has room where _take_node finds it, under its load of now."""
+        if node.has_room and node.load not in node.offers:
             node.offers.add(node.load)
             heapq.heappush(self.free, (node.load, node.name))
 
-    def _take_node(self, now: float, avoid: str) -> Node | None:
+    def _take_node(self, now: float, avoid: str, most: float) -> Node | None:
         """Take the relatively emptiest node that may get a task; ``avoid`` only if it is alone.
+
+        Its load is below ``most``.
 
         A node that is closed or silent falls out here and is offered again with its next beat.
         """
@@ -584,8 +607,11 @@ class Scheduler:
             if node is None:
                 continue
             node.offers.discard(load)
-            if load != node.load or not node.credit or not self._takes_tasks(node, now):
+            if load != node.load or not node.has_room or not self._takes_tasks(node, now):
                 continue
+            if load >= most:
+                self._offer(node)
+                return avoided
             if name != avoid:
                 if avoided is not None:
                     self._offer(avoided)

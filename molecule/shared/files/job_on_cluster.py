@@ -1,7 +1,7 @@
 """Run a job and watch the workers meanwhile: ``python3 - JOB.ini`` prints one JSON object.
 
-``run`` is the result of ``oq-run --json``; ``busiest`` the most tasks that each worker has had under
-way at a time, by ``oq-workers status --json``, which each worker's agent answers for itself.
+``run`` is the result of ``oq-run --json``; ``busiest`` the most tasks that each worker has had
+under way at a time, by ``oq-workers status --json``, which each worker's agent answers for itself.
 """
 
 import json

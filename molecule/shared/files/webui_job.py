@@ -1,12 +1,13 @@
-"""Use the WebUI as a browser does: ``python3 - URL USER PASSWORD DIRECTORY`` prints one JSON object.
+"""Use the WebUI as a browser does: ``python3 - URL USER DIRECTORY`` prints one JSON object.
 
-Asks for a page without a login, logs in, uploads the job in DIRECTORY as a zip file and waits until
-it has ended. Python's own library only.
+Asks for a page without a login, logs in with $WEBUI_PASSWORD, uploads the job in DIRECTORY as a zip
+file and waits until it has ended. Python's own library only.
 """
 
 import http.cookiejar
 import io
 import json
+import os
 import sys
 import time
 import urllib.error
@@ -18,7 +19,8 @@ from pathlib import Path
 LIMIT_SECS = 240
 BOUNDARY = "openquake-molecule"
 
-url, user, password, directory = sys.argv[1:]
+url, user, directory = sys.argv[1:]
+password = os.environ["WEBUI_PASSWORD"]
 cookies = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
 opener = urllib.request.build_opener(cookies)
 

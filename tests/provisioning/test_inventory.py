@@ -1,0 +1,160 @@
+"""A wrong inventory is refused with one line before any host is touched."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.provisioning.roles import ansible, failures
+
+GOOD = """\
+[master]
+m1 ansible_host=192.0.2.1
+[workers]
+w1 ansible_host=192.0.2.2
+w2 ansible_host=192.0.2.3
+[all:vars]
+"""
+
+
+class Site:
+    """``site.yml`` with an ssh that only notes that it was called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.inventory = folder / "inventory.ini"
+        self.touched = folder / "touched"
+        self.ssh = folder / "ssh"
+        self.ssh.write_text(f'#!/bin/sh\necho "$@" >>{self.touched}\nexit 255\n')
+        self.ssh.chmod(0o755)
+
+    def run(self, inventory: str, *args: str) -> tuple[int, str]:
+        self.inventory.write_text(textwrap.dedent(inventory))
+        env = {"ANSIBLE_SSH_EXECUTABLE": str(self.ssh)}
+        done = ansible("ansible-playbook", "-i", str(self.inventory), *args, "site.yml", env=env)
+        return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def refused(site: Site, inventory: str, *args: str) -> str:
+    """Return the one message with which an inventory is refused."""
+    code, output = site.run(inventory, *args)
+    assert code != 0, output
+    assert not site.touched.exists(), f"a host was touched: {site.touched.read_text()}"
+    messages = failures(output)
+    assert len(messages) == 1, output
+    assert "\n" not in messages[0]
+    return messages[0]
+
+
+def test_good_inventory_goes_on_to_the_hosts(site: Site) -> None:
+    code, output = site.run(GOOD)
+    assert code != 0
+    assert "UNREACHABLE" in output
+    assert site.touched.exists()
+
+
+def test_example_inventory_is_good(site: Site) -> None:
+    example = Path(__file__).parents[2] / "inventory.example.ini"
+    _, output = site.run(example.read_text())
+    assert "UNREACHABLE" in output, output
+    everything = re.sub(r"^#(?=\w)(?!openquake_wheelhouse)", "", example.read_text(), flags=re.M)
+    _, output = site.run(everything)
+    assert "UNREACHABLE" in output, output
+
+
+def test_no_inventory(site: Site) -> None:
+    assert refused(site, "").startswith("There is no inventory; copy inventory.example.ini")
+
+
+def test_no_master(site: Site) -> None:
+    message = refused(site, "[workers]\nw1 ansible_host=192.0.2.2\n")
+    assert message == "The inventory has 0 hosts in the group [master]; it must have exactly one"
+
+
+def test_two_masters(site: Site) -> None:
+    text = GOOD.replace("[workers]", "m2 ansible_host=192.0.2.9\n[workers]")
+    message = refused(site, text)
+    assert message == "The inventory has 2 hosts in the group [master]; it must have exactly one"
+
+
+def test_no_workers(site: Site) -> None:
+    message = refused(site, "[master]\nm1 ansible_host=192.0.2.1\n")
+    expected = "The inventory has no host in the group [workers]; add one line for each worker"
+    assert message == expected
+
+
+SETTINGS = {
+    "openquake_engine_version=3.24.1": "value of openquake_engine_version must be one of: 3.26.2, "
+    "3.25.1, 3.23.5, got: 3.24.1",
+    "openquake_shared_dir=oq_shared": "openquake_shared_dir=oq_shared is not an absolute path",
+    "openquake_shared_dir=/srv/../home": "/srv/../home is not an absolute path",
+    "openquake_shared_dir=/": "openquake_shared_dir=/ is not an absolute path",
+    "openquake_shared_dir=/opt": "openquake_prefix=/opt/openquake in openquake_shared_dir=/opt",
+    "openquake_authkey=changeme": "openquake_authkey is weak",
+    'openquake_authkey="sixteen letters!"': "openquake_authkey is weak",
+    "openquake_ctrl_port=1915": "openquake_receiver_ports=1912-1920, openquake_webui_port=8800 and "
+    "NFS (2049) overlap",
+    "openquake_dbserver_port=2049": "overlap; give each its own",
+    "openquake_dbserver_port=80": "Port 80 cannot be used; give ports from 1024 to 65535",
+    "openquake_dbserver_port=dbserver": "openquake_dbserver_port",
+    "openquake_receiver_ports=1920-1912": "openquake_receiver_ports=1920-1912 is not a range",
+    "openquake_receiver_ports=1912": "openquake_receiver_ports=1912 is not a range",
+    "openquake_uid=0": "openquake_uid=0 or openquake_gid=880 is out of range",
+    'openquake_users=["alice", "b c"]': "openquake_users: b c is no login name",
+    'openquake_webui_sources=["192.0.2.0/33"]': "openquake_webui_sources: 192.0.2.0/33 is not "
+    "understood",
+    "openquake_wheelhouse=/nowhere": "=/nowhere is no directory of this machine",
+    'openquake_runtime={"lost": 3}': "lost. Supported parameters include",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_setting(site: Site, setting: str) -> None:
+    message = refused(site, f"{GOOD}{setting}\n")
+    assert SETTINGS[setting] in message
+    assert "openquake_authkey=" not in message  # the secret is never shown
+
+
+HOSTS = {
+    "ansible_host=192.0.2.300": "192.0.2.300 is no IPv4 address in a cluster",
+    "openquake_address=worker2.example": "worker2.example is no IPv4 address in a cluster",
+    "openquake_address=127.0.0.1": "127.0.0.1 is no IPv4 address in a cluster",
+    "openquake_address=192.0.2.2": "Two hosts of the inventory have the same address",
+    "openquake_cores=0": "openquake_cores=0 is not understood",
+    "openquake_cores=all": "openquake_cores=all is not understood",
+    "openquake_shared_dir=/data": "openquake_shared_dir must be the same for all hosts",
+}
+
+
+@pytest.mark.parametrize("setting", HOSTS)
+def test_setting_of_one_host(site: Site, setting: str) -> None:
+    line = "w2 ansible_host=192.0.2.3"
+    wrong = f"w2 {setting}" if setting.startswith("ansible_host") else f"{line} {setting}"
+    assert HOSTS[setting] in refused(site, GOOD.replace(line, wrong))
+
+
+def test_limit_without_facts_of_the_others(site: Site) -> None:
+    message = refused(site, GOOD, "--limit", "w1")
+    assert message == (
+        "--limit leaves out m1, w2, of which no facts are cached; run without --limit"
+    )
+
+
+def test_worker_that_leaves(tmp_path: Path) -> None:
+    inventory = tmp_path / "inventory.ini"
+    inventory.write_text(GOOD)
+    remove = ["ansible-playbook", "-i", str(inventory), "playbooks/remove_worker.yml"]
+    done = ansible(*remove)
+    assert failures(done.stdout) == [
+        "'' is not in the group [workers]; name a worker with -e openquake_leaving=NAME"
+    ]
+    inventory.write_text(GOOD.replace("w2 ansible_host=192.0.2.3\n", ""))
+    done = ansible(*remove, "-e", "openquake_leaving=w1")
+    assert failures(done.stdout)[0].startswith("w1 is the last worker; add another one first")

@@ -1,0 +1,67 @@
+"""What every role must have, and that its parts agree."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from tests.provisioning import variables
+from tests.provisioning.roles import ROLES, ROOT, options, read
+
+
+def test_list_is_complete() -> None:
+    assert set(ROLES) == {path.name for path in (ROOT / "roles").iterdir()}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_equal_the_argument_specification(role: str) -> None:
+    specified = {name: option.get("default") for name, option in options(role).items()}
+    assert specified == read(role, "defaults/main.yml")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_variable_is_explained(role: str) -> None:
+    bare = [name for name, option in options(role).items() if not option.get("description")]
+    assert bare == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_names_have_the_prefix_of_the_role(role: str) -> None:
+    names = list(options(role))
+    for path in (ROOT / "roles" / role).glob("tasks/*.yml"):
+        text = path.read_text()
+        names += re.findall(r"^\s*register: (\w+)", text, re.MULTILINE)
+    assert [name for name in names if not name.lstrip("_").startswith(role)] == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_readme(role: str) -> None:
+    text = (ROOT / "roles" / role / "README.md").read_text()
+    assert text.startswith(f"# {role}\n")
+    assert "heck mode" in text  # what it does there
+
+
+def test_table_of_variables_is_up_to_date() -> None:
+    made = "python -m tests.provisioning.variables"
+    assert variables.FILE.read_text() == variables.document(), f"run {made}"
+
+
+def test_example_inventory_names_only_variables_that_exist() -> None:
+    text = (ROOT / "inventory.example.ini").read_text()
+    known = {name for role in ROLES for name in options(role)}
+    assert set(re.findall(r"\b(openquake_\w+)=", text)) <= known
+
+
+def test_only_modules_of_ansible_core() -> None:
+    """Enterprise Linux alone may need a collection, and none of these roles does today."""
+    pattern = re.compile(r"^\s*(?:- )?(\w+\.\w+\.\w+):", re.MULTILINE)
+    files = [*(ROOT / "roles").glob("*/*/*.yml"), *(ROOT / "playbooks").rglob("*.yml")]
+    used = {module for path in files for module in pattern.findall(path.read_text())}
+    assert {module for module in used if not module.startswith("ansible.builtin.")} == set()
+
+
+def test_requirements_name_the_collection_for_enterprise_linux() -> None:
+    found = yaml.safe_load((ROOT / "requirements.yml").read_text())
+    assert [collection["name"] for collection in found["collections"]] == ["ansible.posix"]

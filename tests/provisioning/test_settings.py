@@ -1,0 +1,115 @@
+"""openquake.cfg as the roles write it, read by the engine's parser and by the runtime's."""
+
+from __future__ import annotations
+
+import configparser
+import json
+from pathlib import Path
+
+import pytest
+
+from oq_runtime.config import Config
+from tests.provisioning.roles import ROOT, ansible
+
+INVENTORY = """\
+[master]
+m1 ansible_host=192.0.2.1
+[workers]
+w1 ansible_host=192.0.2.2
+w2 ansible_host=198.51.100.3 openquake_address=192.0.2.3 openquake_cores=16
+"""
+PLAY = """\
+- hosts: master
+  gather_facts: false
+  connection: local
+  roles: [openquake]
+  vars_files:
+    - {root}/roles/openquake_config/defaults/main.yml
+    - {root}/roles/openquake_config/vars/main.yml
+  vars:
+    ansible_python_interpreter: "{{{{ ansible_playbook_python }}}}"
+  tasks:
+    - ansible.builtin.template:
+        src: {root}/roles/openquake_config/templates/openquake.cfg.j2
+        dest: {folder}/openquake.cfg
+        mode: "0644"
+"""
+
+
+def sections(folder: Path, **settings: object) -> dict[str, dict[str, str]]:
+    """Return the rendered openquake.cfg, parsed as the engine parses it."""
+    (folder / "inventory.ini").write_text(INVENTORY)
+    (folder / "play.yml").write_text(PLAY.format(root=ROOT, folder=folder))
+    done = ansible(
+        "ansible-playbook",
+        "-i",
+        str(folder / "inventory.ini"),
+        "-e",
+        json.dumps(settings),
+        str(folder / "play.yml"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(folder / "openquake.cfg", encoding="utf8")
+    return {name: dict(parser.items(name)) for name in parser.sections()}
+
+
+def test_every_parameter_of_the_engines_page(tmp_path: Path) -> None:
+    found = sections(tmp_path)
+    assert found["distribution"]["oq_distribute"] == "zmq"
+    assert found["directory"]["shared_dir"] == "/home"
+    assert found["zworkers"] == {"host_cores": "192.0.2.2 -1, 192.0.2.3 16", "ctrl_port": "1909"}
+    assert found["dbserver"] == {
+        "file": "/var/lib/openquake/oqdata/db.sqlite3",
+        "listen": "192.0.2.1",
+        "host": "192.0.2.1",
+        "port": "1908",
+        "receiver_host": "192.0.2.1",
+        "receiver_ports": "1912-1920",
+        "authkey": "file:/etc/openquake/authkey",
+    }
+
+
+@pytest.fixture
+def distribute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OQ_DISTRIBUTE", raising=False)
+
+
+@pytest.mark.usefixtures("distribute")
+def test_the_runtime_reads_it(tmp_path: Path) -> None:
+    found = sections(
+        tmp_path,
+        openquake_dbserver_port=11908,
+        openquake_receiver_ports="11912-11913",
+        openquake_ctrl_port=11909,
+        openquake_shared_dir="/oq_shared",
+        openquake_runtime={"window_mb": 64, "lost_s": 45.5, "task_timeout_s": 7200},
+    )
+    assert found["oq_runtime"]["code"] == "import oq_runtime.activate"
+    config = Config.from_sections(found)
+    assert config.window_bytes == 64 << 20
+    assert (config.limits.lost_s, config.limits.task_timeout_s) == (45.5, 7200)
+    cluster = config.cluster
+    assert cluster is not None
+    assert cluster.hosts == {"192.0.2.2": -1, "192.0.2.3": 16}
+    assert cluster.control_url("192.0.2.3") == "tcp://192.0.2.3:11909"
+    assert cluster.dbserver == cluster.receiver_host == "192.0.2.1"
+    assert list(cluster.receiver_ports) == [11912, 11913]
+    assert cluster.shared_dir == "/oq_shared"
+    assert cluster.authkey == "file:/etc/openquake/authkey"
+
+
+def test_secret_is_never_in_it(tmp_path: Path) -> None:
+    sections(tmp_path, openquake_authkey="correct-horse-battery-staple")
+    assert "battery" not in (tmp_path / "openquake.cfg").read_text()
+
+
+def test_more_settings_join_the_sections(tmp_path: Path) -> None:
+    extra = {"memory": {"pmap_max_mb": 200}, "performance": {"pointsource_distance": 50}}
+    found = sections(tmp_path, openquake_config_extra=extra)
+    assert found["memory"] == {
+        "soft_mem_limit": "90",
+        "hard_mem_limit": "99",
+        "pmap_max_mb": "200",
+    }
+    assert found["performance"] == {"pointsource_distance": "50"}
