@@ -1,9 +1,10 @@
 """Run the test lanes one after the other and print a table of times and results.
 
 Used by ``make test``, which makes the virtual environments first. All lanes run even if an
-earlier one fails. A lane is left out, with the reason, if its folder is missing, if it takes long and
-nobody has asked for it, or if its program ends with exit code 77: it cannot run on this machine,
-its last line on stderr says why. A lane whose interpreter is missing fails. The exit code is 1 if any lane failed, or if none ran.
+earlier one fails. A lane is left out, with the reason, if its folder is missing, if it takes long
+and nobody has asked for it, or if its program ends with exit code 77: it cannot run on this
+machine, its last line on stderr says why. A lane whose interpreter is missing fails. The exit code
+is 1 if any lane failed, or if none ran.
 """
 
 from __future__ import annotations
