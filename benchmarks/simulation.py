@@ -28,6 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from oq_runtime import scheduler as core
+from oq_runtime.limits import Limits
 
 #: seconds between two beats of a node, and between two ticks of the broker
 BEAT_S = 2.0
@@ -79,8 +80,7 @@ class Simulation:
         mu = math.log(scenario.median_s)
         draw = self.rng.lognormvariate
         self.lengths = array("d", (draw(mu, scenario.sigma) for _ in range(scenario.tasks)))
-        speculation = core.Speculation() if scenario.speculation else None
-        self.core = core.Scheduler(speculation=speculation)
+        self.core = core.Scheduler(Limits(speculation=scenario.speculation))
         self.aborted: set[tuple[int, int]] = set()
         self.heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.scheduled = 0

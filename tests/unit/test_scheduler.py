@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +77,12 @@ class Attempt:
 class Cluster(RuleBasedStateMachine):
     """Nodes, an engine and a network that follow the effects, and the model that checks them."""
 
-    speculation: Speculation | None = None
+    limits = LIMITS
+    speculation = Speculation()
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(LIMITS, window_bytes=WINDOW, speculation=self.speculation)
+        self.scheduler = Scheduler(self.limits, window_bytes=WINDOW, speculation=self.speculation)
         self.now = 0.0
         self.next_task = 0
         self.submitted: set[int] = set()
@@ -212,7 +214,7 @@ class Cluster(RuleBasedStateMachine):
                 self.failed.add(task)
 
     def check_second_attempt(self, task: int, node: str, cause: Event) -> None:
-        assert self.speculation and isinstance(cause, Tick), "the attempt before is still alive"
+        assert self.limits.speculation and isinstance(cause, Tick), "another one is still alive"
         [(where, number)] = self.last[task]
         assert where != node
         assert number == 1, "once in its life"
@@ -454,7 +456,7 @@ class Cluster(RuleBasedStateMachine):
             assert (task.deaths, task.ooms, task.node_losses) == (deaths, ooms, losses)
             assert deaths <= MAX_DEATHS and ooms <= MAX_OOMS and losses <= MAX_NODE_LOSSES
             assert task.attempt <= task.attempts
-            assert task.attempts <= 1 + deaths + ooms + losses + bool(self.speculation)
+            assert task.attempts <= 1 + deaths + ooms + losses + self.limits.speculation
 
     @invariant()
     def staged_bytes_stay_within_the_window_and_one_attempt(self) -> None:
@@ -510,6 +512,7 @@ class Cluster(RuleBasedStateMachine):
 class SpeculatingCluster(Cluster):
     """The same with second attempts at whatever is slower than what came before."""
 
+    limits = dataclasses.replace(LIMITS, speculation=True)
     speculation = Speculation(factor=1.0, least_tasks=1, least_done=0.0)
 
     @rule(ends=st.integers(0, 2))
@@ -935,14 +938,14 @@ def test_memory_and_deaths_have_budgets_of_their_own() -> None:
 
 # ---- second attempts
 
-SPECULATION = Speculation(factor=3.0, least_tasks=10, least_done=0.5)
+SPECULATION = Limits(speculation=True)
 
 
 def straggler(
     weight: float = 1.0, nodes: tuple[str, ...] = ("a", "b"), ended: int = 9
 ) -> Scheduler:
     """Ten tasks of 10 s per weight; at 10 s task 0, on node "a", and some others have not ended."""
-    core = Scheduler(speculation=SPECULATION)
+    core = Scheduler(SPECULATION)
     for name in nodes:
         core.handle(NodeJoined(name, 10), 0.0)
     for task in range(10):
@@ -976,7 +979,7 @@ def test_heavy_task_is_given_its_time() -> None:
 
 def test_no_second_attempt_without_speculation() -> None:
     core = straggler()
-    core.speculation = None
+    core.limits = Limits()
     assert tick(core, 1000.0) == []
 
 

@@ -252,6 +252,9 @@ class Speculation:
     least_done: float = 0.5
 
 
+STRAGGLERS = Speculation()
+
+
 @dataclass(slots=True)
 class Function:
     """What is known of the tasks of one function; paces are seconds per weight."""
@@ -343,7 +346,8 @@ class Scheduler:
 
     :param limits: of silence and of attempts
     :param window_bytes: results staged at a time, see WINDOW_BYTES
-    :param speculation: None: no second attempts. They are safe because only whole attempts count
+    :param speculation: when a straggler gets a second attempt, if ``limits`` allow it at all; safe,
+        because only whole attempts count
     """
 
     def __init__(
@@ -351,7 +355,7 @@ class Scheduler:
         limits: Limits = DEFAULTS,
         *,
         window_bytes: int = WINDOW_BYTES,
-        speculation: Speculation | None = None,
+        speculation: Speculation = STRAGGLERS,
     ) -> None:
         self.limits = limits
         self.speculation = speculation
@@ -462,8 +466,8 @@ class Scheduler:
         self._give_up_without_nodes(now, effects)
         self._grant(effects)
         self._dispatch(now, effects)
-        if self.speculation is not None and isinstance(event, Tick):
-            self._speculate(self.speculation, now, effects)
+        if self.limits.speculation and isinstance(event, Tick):
+            self._speculate(now, effects)
         return effects
 
     # ---- parts
@@ -706,8 +710,9 @@ class Scheduler:
 
     # ---- second attempts
 
-    def _speculate(self, when: Speculation, now: float, effects: list[Effect]) -> None:
+    def _speculate(self, now: float, effects: list[Effect]) -> None:
         """Give each straggler a second attempt on another node, once in its life."""
+        when = self.speculation
         if self.queue or self.alone or not self.free:
             return
         usual = {
