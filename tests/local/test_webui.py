@@ -45,7 +45,7 @@ class Site:
         key.chmod(0o600)
         self.database = home / "db.sqlite3"
         datadir = home / "oqdata"  # its own, as the jobs of a new database begin with number 1
-        datadir.mkdir()
+        datadir.mkdir(exist_ok=True)
         config = home / "openquake.cfg"
         config.write_text(
             "[oq_runtime]\ncode = import oq_runtime.activate\n"
