@@ -20,7 +20,7 @@ from tests.cluster.jobs import SHORT_BEATS, check_stream, status, stream, under_
 from tests.cluster.netns import MASTER, NetError
 from tests.leftovers import wait_for
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS)]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS), pytest.mark.slow]
 
 #: the import of the command itself, on a busy machine, beside the 2 s for a host
 STARTUP_S = 8.0
