@@ -106,6 +106,12 @@ def hold(x, mbytes, mbytes_per_s, seconds, monitor):
     return {"sum": x}
 
 
+def oom_score(x, monitor):
+    """How willingly the kernel kills this worker."""
+    with open("/proc/self/oom_score_adj") as file:
+        return {"sum": int(file.read())}
+
+
 def no_memory(x, path, monitor):
     """Fail as Python does for lack of memory, and leave a line per attempt."""
     with open(path, "a") as file:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from oq_runtime.memory import OOM_SCORE
 from tests.cgroups import inside, limited
 
 from .test_limits import configured
@@ -80,6 +81,14 @@ def test_two_tasks_that_fit_only_one_after_the_other(env: dict[str, str], tmpdir
         env, tmpdir, f"go(tasks.hold, [(i, 350, {MB_PER_S}, 2) for i in (1, 2)])['sum']"
     )
     assert row == {"value": 3, "retries": 1}
+
+
+def test_the_kernel_kills_workers_first(env: dict[str, str], tmpdir: Path) -> None:
+    body = "say(value=go(tasks.oom_score, [(1,), (2,)])['sum'])"
+    code, rows, err = run(env, tmpdir, body)
+    assert code == 0, err
+    assert rows == [{"value": 2 * OOM_SCORE}]
+    assert int(Path("/proc/self/oom_score_adj").read_text()) < OOM_SCORE
 
 
 def test_memory_error_of_python_is_a_result(env: dict[str, str], tmpdir: Path) -> None:

@@ -55,7 +55,6 @@ SEAMS = {
     "Starmap.unlink": ["self"],
     "Starmap.shutdown": [],
     "Monitor.get_data": ["self"],
-    "Monitor.save_starmap_info": ["self", "h5", "name", "times"],
     "Pickled.__init__": ["self", "obj"],
     "Result.__init__": ["self", "val", "mon", "tb_str", "msg"],
     "Socket.__init__": ["self", "end_point", "socket_type", "mode", "timeout"],
@@ -346,7 +345,9 @@ def install_parallel(parallel: Any) -> None:
         self.unlink()
         if self.expected_outputs:
             assert self.expected_outputs == self.n_out, (self.expected_outputs, self.n_out)
-        if len(self.busytime) > 1 and getattr(self.h5, "mode", "r") != "r":
+        if len(self.busytime) < 2 or getattr(self.h5, "mode", "r") == "r":
+            return
+        if hasattr(self.monitor, "save_starmap_info"):  # from 3.26 on
             times = numpy.array(list(self.busytime.values()))
             self.monitor.save_starmap_info(self.h5, self.name, times)
 
