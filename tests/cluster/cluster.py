@@ -203,7 +203,9 @@ class Cluster:
     # -- services
 
     def start_dbserver(self) -> Process:
-        """Start the engine's DbServer on the master; returns when it answers."""
+        """Start the engine's DbServer on the master if it does not run; returns when it answers."""
+        if self.dbserver is not None:
+            return self.dbserver
         argv = [sys.executable, "-m", "openquake.commands", "dbserver", "start", "-f"]
         self.dbserver = self._start(MASTER, "dbserver", argv, {"LOGNAME": USER})
         self._await(self.dbserver, lambda: self.net.listens(MASTER, DBSERVER_PORT))
@@ -218,6 +220,7 @@ class Cluster:
 
     def start_webui(self) -> Process:
         """Start the engine's WebUI on the master, all addresses; returns when it answers."""
+        self.start_dbserver()
         argv = [sys.executable, "-m", "openquake.commands", "webui", "start",
                 f"0.0.0.0:{WEBUI_PORT}", "--skip-browser"]  # fmt: skip
         self.webui = self._start(MASTER, "webui", argv, {"LOGNAME": USER})
@@ -278,6 +281,7 @@ class Cluster:
 
     def oq_run(self, job: Path | str, *args: str, **env: str) -> Process:
         """Start ``oq-run JOB args`` on the master; stdout is a pipe, stderr a file (``log``)."""
+        self.start_dbserver()
         return self.run(["-m", "oq_runtime.cli", str(job), *args], env)
 
     def run(self, args: Sequence[str], env: Mapping[str, str]) -> Process:

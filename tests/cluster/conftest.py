@@ -38,10 +38,16 @@ def net() -> Iterator[Net]:
 
 @pytest.fixture(scope="session")
 def master(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The cluster with its DbServer, and as yet without agents."""
+    """The cluster of this session; its DbServer and its agents are started when they are needed."""
     with Cluster(net, tmp_path_factory.mktemp("c")) as cluster:
-        cluster.start_dbserver()
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def dbserver(master: Cluster) -> Cluster:
+    """The cluster with its DbServer, which calculations start by themselves."""
+    master.start_dbserver()
+    return master
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +59,7 @@ def webui(master: Cluster) -> Cluster:
 
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest, master: Cluster) -> Cluster:
-    """The cluster with its DbServer and all agents: started once, and again those that died.
+    """The cluster with all agents: started once, and again those that died.
 
     The mark ``settings(name=value, ...)`` sets [oq_runtime] of openquake.cfg.
     """
@@ -73,7 +79,7 @@ def undisturbed(master: Cluster) -> Path:
 
 @pytest.fixture
 def no_agents(master: Cluster) -> Cluster:
-    """The cluster with its DbServer; the agents that earlier tests have started are ended."""
+    """The cluster; the agents that earlier tests have started are ended."""
     master.stop_agents()
     return master
 

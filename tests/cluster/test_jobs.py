@@ -56,7 +56,7 @@ def test_status_names_the_host_that_does_not_answer(cluster: Cluster) -> None:
     assert cluster.net.address["node2"] in line and "no answer" in line
 
 
-def test_oq_workers_status_in_the_format_of_the_engine(cluster: Cluster) -> None:
+def test_oq_workers_status_in_the_format_of_the_engine(dbserver: Cluster, cluster: Cluster) -> None:
     argv = [sys.executable, "-m", "openquake.commands", "workers", "status"]
     done = cluster.net.run(MASTER, argv, cluster.env(MASTER, LOGNAME="openquake"))
     address = cluster.net.address

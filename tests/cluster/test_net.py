@@ -85,13 +85,13 @@ def test_power_cut_ends_the_processes_of_one_host() -> None:
 
 
 @pytest.mark.parametrize("host", [MASTER, "node3"])
-def test_dbserver_answers(master: Cluster, host: str) -> None:
-    assert master.dbserver_answers(host)
+def test_dbserver_answers(dbserver: Cluster, host: str) -> None:
+    assert dbserver.dbserver_answers(host)
 
 
-def test_dbserver_is_out_of_reach_of_a_host_that_is_cut_off(master: Cluster) -> None:
-    master.net.drop("node3", "in")
-    assert not master.dbserver_answers("node3", limit_s=SHORT_S)
+def test_dbserver_is_out_of_reach_of_a_host_that_is_cut_off(dbserver: Cluster) -> None:
+    dbserver.net.drop("node3", "in")
+    assert not dbserver.dbserver_answers("node3", limit_s=SHORT_S)
 
 
 def test_webui_answers_a_node(webui: Cluster) -> None:
