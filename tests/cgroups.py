@@ -16,8 +16,11 @@ V1 = Path("/sys/fs/cgroup/memory")
 
 
 @contextlib.contextmanager
-def limited(limit_bytes: int) -> Iterator[Path]:
-    """Make a cgroup of either version, without swap; skips where that is not possible."""
+def limited(limit_bytes: int, name: str = "test") -> Iterator[Path]:
+    """Make a cgroup of either version, without swap; skips where that is not possible.
+
+    :param name: tells it from others of this process
+    """
     controllers = V2 / "cgroup.subtree_control"
     if controllers.exists() and "memory" in controllers.read_text().split():
         top, settings = V2, {"memory.max": limit_bytes, "memory.swap.max": 0}
@@ -25,7 +28,7 @@ def limited(limit_bytes: int) -> Iterator[Path]:
         top, settings = V1, {"memory.limit_in_bytes": limit_bytes, "memory.swappiness": 0}
     else:
         pytest.skip("no memory controller of cgroups at /sys/fs/cgroup")
-    cgroup = top / f"oq-test-{os.getpid()}"
+    cgroup = top / f"oq-{name}-{os.getpid()}"
     try:
         cgroup.mkdir()
     except OSError as exc:

@@ -32,7 +32,7 @@ import psutil
 
 from tests.cluster import netns
 from tests.cluster.netns import MASTER, Net, NetError, Process
-from tests.leftovers import shm, unused_shm, wait_for
+from tests.leftovers import SHM, shm, unused_shm, wait_for
 
 #: slots of the nodes
 SLOTS = {"node1": 1, "node2": 2, "node3": 5}
@@ -238,24 +238,30 @@ class Cluster:
         return done.stdout if done.returncode == 0 else None
 
     def start_agent(
-        self, node: str, *args: str, program: Sequence[str] = AGENT, **env: str
+        self,
+        node: str,
+        *args: str,
+        prefix: Sequence[str | Path] = (),
+        program: Sequence[str] = AGENT,
+        **env: str,
     ) -> Process:
         """Start the node's agent; returns when it listens on its control port.
 
         :param args: more options of the command
+        :param prefix: a command that runs the rest of its command line
         :param program: what Python runs
         :param env: more of the environment
         """
         directory = self.tmpdir(node) / "agent"
         shutil.rmtree(directory, ignore_errors=True)  # as the service manager does
         directory.mkdir(mode=0o700)
-        argv = [sys.executable, *program, "--address", self.net.address[node]]
+        argv = [*prefix, sys.executable, *program, "--address", self.net.address[node]]
         special = {"RUNTIME_DIRECTORY": str(directory), **env}
         process = self._start(node, f"agent-{node}", [*argv, *args], special)
         self._await(process, lambda: self.net.listens(node, CTRL_PORT))
         self.agents[node] = process
         self._agent_files[node] = set(self._session_files(node))
-        plain = not args and not env and program == AGENT
+        plain = not args and not env and not prefix and program == AGENT
         self._agent_cfg[node] = self.cfg.read_text() if plain else ""
         return process
 
@@ -306,7 +312,7 @@ class Cluster:
         """
         lines = [f"{host}: process {pid} {_command_line(pid)}" for host, pid in self._strangers()]
         lines += [f"{host}: {path}" for host, path in self._unexpected_files()]
-        lines += [f"{host}: open {path}" for host, path in self._spooled()]
+        lines += [str(path) for path in self._spooled()]
         new = shm() - (self._shm if shm_before is None else shm_before)
         return lines + ([f"/dev/shm/{name}" for name in unused_shm(new)] if new else [])
 
@@ -338,16 +344,9 @@ class Cluster:
             found += [(host, path) for path in self._session_files(host) if path not in expected]
         return found
 
-    def _spooled(self) -> list[tuple[str, str]]:
-        """The spool files of the agents; they have no names, so nobody else can see them."""
-        found = []
-        for node, agent in self.agents.items():
-            for link in Path(f"/proc/{agent.pid}/fd").glob("*"):
-                with contextlib.suppress(OSError):
-                    target = os.readlink(link)
-                    if target.startswith(f"{self.tmpdir(node)}/") and target.endswith("(deleted)"):
-                        found.append((node, target))
-        return found
+    def _spooled(self) -> list[Path]:
+        """Results and blobs that agents hold in shared memory; those on disk are session files."""
+        return [path for folder in SHM.glob("oq-agent-*") for path in folder.iterdir()]
 
     def _service_pids(self) -> set[int]:
         services = [*self.agents.values(), self.dbserver, self.webui]
@@ -368,7 +367,7 @@ class Cluster:
         self,
         host: str,
         name: str,
-        argv: Sequence[str],
+        argv: Sequence[str | Path],
         env: Mapping[str, str],
         stdout: int | None = None,
     ) -> Process:
