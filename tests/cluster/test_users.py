@@ -32,7 +32,7 @@ def test_two_users_of_whom_one_aborts(cluster: Cluster, undisturbed: Path) -> No
     anna = calculate(cluster, LOGNAME="anna")
     boris = calculate(cluster, LOGNAME="boris")
     for run in (anna, boris):
-        cluster.wait_for(lambda run=run: run.poll() is not None or busy_of(run), 120)
+        cluster.wait_for(lambda run=run: run.poll() is not None or busy_of(run), 200)
         assert run.poll() is None, result(run)
     argv = [sys.executable, "-m", "openquake.commands", "abort", str(number(anna))]
     done = cluster.net.run(MASTER, argv, cluster.env(MASTER, LOGNAME="anna"), limit_s=60)
@@ -58,13 +58,14 @@ def test_two_users_get_half_of_the_slots_each(cluster: Cluster) -> None:
     for found in spans:
         busy_s = sum(max(0, min(stop, end) - max(start, begin)) for start, stop in found)
         part = busy_s / (end - begin) / slots
-        assert 0.35 < part < 0.6, f"{part:.0%} of the slots"
+        # 3 to 5 of the 8: the slots of node1 and node3 that cannot be divided are held in turns
+        assert 0.35 < part < 0.65, f"{part:.0%} of the slots"
 
 
 @pytest.mark.settings(serialize_jobs=10)
 def test_ten_jobs_on_nine_ports(cluster: Cluster, tmp_path: Path) -> None:
     go = tmp_path / "go"
-    nine = [drive(cluster, "until", [(x, str(go)) for x in range(3)]) for _ in range(9)]
+    nine = [drive(cluster, "until", [(x, str(go)) for x in (1, 2)]) for _ in range(9)]
     first, last = map(int, RECEIVER_PORTS.split("-"))
     ports = range(first, last + 1)
     try:
