@@ -164,7 +164,7 @@ def broker_status(run: Process) -> protocol.Status:
     try:
         reader.poll()
         found: list[protocol.Status] = []
-        wait_for(lambda: (status := reader.poll()) and found.append(status) is None, 10)
+        wait_for(lambda: (status := reader.poll()) and found.append(status) is None, 60)
     finally:
         reader.close()
     return found[0]
