@@ -37,7 +37,7 @@ def test_poison_task(cluster: Cluster) -> None:
 def test_task_that_never_returns(cluster: Cluster) -> None:
     found = result(drive(cluster, "hang", [(x,) for x in range(6)]))
     assert found["error"] == "WorkerDied", found
-    failed(found, "hang", "task_timeout is 2 s")
+    failed(found, "hang", "task_timeout_s is 2 s")
 
 
 # ---- disks
