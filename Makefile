@@ -28,7 +28,7 @@ help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
 	@echo "make test         all test lanes, a table at the end"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
-	@echo "make chaos        RUNS=n SEED=n"
+	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster    one test lane"
@@ -116,7 +116,8 @@ conformance: $(STAMP)
 	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
 
 chaos: $(STAMP)
-	$(VENV)/bin/python -m tests.chaos $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
+	$(VENV)/bin/python -m $(if $(CLUSTER),tests.cluster.chaos,tests.chaos) \
+	  $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED))
 
 # The systems that the runtime is compared with have a virtual environment of their own.
 PEERS := .venv-bench

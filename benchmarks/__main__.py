@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.rows import EXPERIMENTS, Experiment
-from benchmarks.systems import PEERS_PYTHON, ROOT, START, Failed, Hung, Lab
+from benchmarks.systems import ENGINES, PEERS, PEERS_PYTHON, ROOT, Failed, Hung, Lab
 from tests.cluster import netns
 
 BUILD = ROOT / "build"
@@ -26,12 +26,12 @@ BUILD = ROOT / "build"
 @dataclass
 class Bench:
     """
-    :param rows: names of the rows that are wanted
+    :param experiments: those that are wanted
     :param systems: names of those that are wanted
     """
 
     lab: Lab
-    rows: set[str]
+    experiments: list[Experiment]
     systems: set[str]
     quick: bool
     console: Console
@@ -39,14 +39,13 @@ class Bench:
     def __post_init__(self) -> None:
         self.figures = {
             row.name: report.Figures(row)
-            for experiment in EXPERIMENTS
+            for experiment in self.experiments
             for row in experiment.rows
-            if row.name in self.rows
         }
 
     def round(self) -> None:
-        wanted = [e for e in EXPERIMENTS if any(row.name in self.rows for row in e.rows)]
-        for (shared, _), group in groupby(wanted, lambda e: (e.on is not None, dict(e.slots))):
+        kinds = groupby(self.experiments, lambda e: (e.on is not None, dict(e.slots)))
+        for (shared, _), group in kinds:
             experiments = list(group)
             systems = dict.fromkeys(s for e in experiments for s in e.systems if s in self.systems)
             for system in systems:
@@ -76,39 +75,38 @@ class Bench:
 
     def take(self, system: str, found: dict[str, float]) -> None:
         for row, value in found.items():
-            if row in self.figures:
-                self.figures[row].add(system, value)
-                unit = self.figures[row].row.unit
-                self.console.print(f"{row:10} {system:20} {value:10.4g} {unit}", highlight=False)
+            self.figures[row].add(system, value)
+            unit = self.figures[row].row.unit
+            self.console.print(f"{row:20} {system:20} {value:10.4g} {unit}", highlight=False)
 
     def fail(self, system: str, experiment: Experiment, exc: Exception) -> None:
         for row in experiment.rows:
-            if row.name in self.figures:
-                self.figures[row.name].fail(system, str(exc))
-                self.console.print(f"{row.name:10} {system:20} {exc}", highlight=False)
+            self.figures[row.name].fail(system, str(exc))
+            self.console.print(f"{row.name:20} {system:20} {exc}", highlight=False)
 
 
-def names(text: str, known: Sequence[str], what: str) -> set[str]:
-    """The comma-separated names, or all that are known."""
-    given = [name for name in text.split(",") if name] or list(known)
+def names(text: str, known: Sequence[str], what: str) -> list[str]:
+    """Split a list of names; exits with one line for one that is not known."""
+    given = [name for name in text.split(",") if name]
     for name in given:
         if name not in known:
             sys.exit(f"there is no {what} {name!r}; choose of {', '.join(known)}")
-    return set(given)
+    return given
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--row", default="", help="comma-separated; default: all")
+    parser.add_argument("--row", default="", help="comma-separated; default: all but real")
     parser.add_argument("--system", default="", help="comma-separated; default: all")
     parser.add_argument("--rounds", type=int, help="default: 5, quick: 2")
     parser.add_argument("--quick", action="store_true", help="less work, fewer rounds")
     parser.add_argument("--json", type=Path, default=BUILD / "bench.json")
     parser.add_argument("--plots", type=Path, help="directory for one PNG per row")
     args = parser.parse_args()
-    all_rows = [row.name for experiment in EXPERIMENTS for row in experiment.rows]
-    rows = names(args.row, all_rows, "row")
-    systems = names(args.system, list(START), "system")
+    rows = names(args.row, [experiment.name for experiment in EXPERIMENTS], "row")
+    experiments = [e for e in EXPERIMENTS if (e.name in rows if rows else not e.on_request)]
+    known = [*ENGINES, *PEERS]
+    systems = set(names(args.system, known, "system") or known)
     if reason := netns.unavailable():
         sys.exit(f"the benchmarks need network namespaces: {reason}")
     if not PEERS_PYTHON.exists():
@@ -116,7 +114,7 @@ def main() -> None:
     rounds = args.rounds or (2 if args.quick else 5)
     console = Console()
     with Lab(BUILD / "bench-log") as lab:
-        bench = Bench(lab, rows, systems, args.quick, console)
+        bench = Bench(lab, experiments, systems, args.quick, console)
         for number in range(1, rounds + 1):
             console.rule(f"round {number} of {rounds}")
             bench.round()

@@ -28,6 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from oq_runtime import scheduler as core
+from oq_runtime.limits import Limits
 
 #: seconds between two beats of a node, and between two ticks of the broker
 BEAT_S = 2.0
@@ -50,6 +51,7 @@ class Scenario:
     :param weight_sigma: by how much the weights, by which tasks are ordered, miss the lengths
     :param lost: part of the nodes that are lost once
     :param dying: part of the attempts whose worker dies in the middle
+    :param speculation: whether stragglers get a second attempt
     :param straggling: part of the attempts that take ``slowdown`` times as long
     """
 
@@ -64,6 +66,7 @@ class Scenario:
     dying: float = 0.0005
     straggling: float = 0.001
     slowdown: float = 3.0
+    speculation: bool = False
 
 
 class Simulation:
@@ -77,7 +80,8 @@ class Simulation:
         mu = math.log(scenario.median_s)
         draw = self.rng.lognormvariate
         self.lengths = array("d", (draw(mu, scenario.sigma) for _ in range(scenario.tasks)))
-        self.core = core.Scheduler()
+        self.core = core.Scheduler(Limits(speculation=scenario.speculation))
+        self.aborted: set[tuple[int, int]] = set()
         self.heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.scheduled = 0
         self.now = 0.0
@@ -133,6 +137,8 @@ class Simulation:
                 case core.Commit(_, task, _):
                     self.ends.append(self.now)
                     self.after(CONSUME_S, self.handle, core.Consumed(task))
+                case core.AbortAttempt(_, task, attempt):
+                    self.aborted.add((task, attempt))
                 case core.GiveUp(task, error, history):
                     raise RuntimeError(f"task {task}: {error}: {history}")
 
@@ -161,7 +167,7 @@ class Simulation:
     # ---- attempts; ``since`` tells a node from what it was before its loss
 
     def start(self, node: str, since: int, task: int, attempt: int) -> None:
-        if self.up.get(node) != since:
+        if self.up.get(node) != since or (task, attempt) in self.aborted:
             return
         self.handle(core.Started(node, task, attempt))
         length, rng, scenario = self.lengths[task], self.rng, self.scenario
@@ -175,7 +181,8 @@ class Simulation:
         self.after(length, self.report, since, core.Ended(node, task, attempt, nbytes))
 
     def report(self, since: int, event: core.Ended | core.Died | core.Uploaded) -> None:
-        if self.up.get(event.node) == since:
+        aborted = (event.task, event.attempt) in self.aborted
+        if self.up.get(event.node) == since and not aborted:
             self.handle(event)
 
     def upload(self, node: str, task: int, attempt: int) -> None:
@@ -229,7 +236,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for field in fields(Scenario):
+    parser.add_argument("--speculation", action="store_true")
+    for field in [f for f in fields(Scenario) if f.type != "bool"]:
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--sweep", action="store_true", help=f"{SWEEP_NODES} nodes")
     parser.add_argument("--no-head", action="store_true")

@@ -19,10 +19,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 from tests.cluster.cluster import CTRL_PORT, Cluster
 from tests.cluster.netns import HOSTS, MASTER, Net, Process
@@ -69,6 +71,16 @@ class System:
             raise Failed(error)
         return answer
 
+    def processes(self, module: str) -> list[psutil.Process]:
+        """The processes of all hosts that run this module of our runtime."""
+        pids = [pid for host in self.cluster.net.hosts for pid in self.cluster.net.processes(host)]
+        found = []
+        for pid in pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if f"oq_runtime.{module}" in psutil.Process(pid).cmdline():
+                    found.append(psutil.Process(pid))
+        return found
+
     def ask(self, row: str, limit_s: float, **parameters: Any) -> dict[str, Any]:
         self.tell(row, **parameters)
         return self.hear(limit_s)
@@ -106,13 +118,12 @@ class Lab:
 
         Systems that know no nodes have all their workers on the master.
         """
-        home = Path(tempfile.mkdtemp(prefix="s", dir=self.home))
-        cluster = Cluster(self.net, home, slots)
-        shutil.rmtree(cluster.log)
-        cluster.log = self.log
         total = sum(slots.values())
-        try:
-            driver = START[name](self, cluster, total)
+        with self._cluster(slots) as cluster:
+            if name in ENGINES:
+                driver = self._drive(cluster, "engine", **ENGINES[name](self, cluster))
+            else:
+                driver = self._peer(cluster, *PEERS[name], total)
             system = System(name, driver, cluster)
             system.ask("warm_up", START_LIMIT_S, slots=total)
             yield system
@@ -120,6 +131,46 @@ class Lab:
             driver.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.wait(END_LIMIT_S)
+
+    @contextlib.contextmanager
+    def calculation(
+        self, name: str, slots: Mapping[str, int], job: Path, *params: str
+    ) -> Iterator[tuple[Process, Cluster]]:
+        """Run a job by the command that a user of the system types; end it afterwards.
+
+        The process writes the engine's log to its stdout.
+
+        :param params: as after ``-p``
+        """
+        with self._cluster(slots) as cluster:
+            env = ENGINES[name](self, cluster)
+            if "-tcp" in name or "-zmq" in name:
+                cluster.start_dbserver()
+            else:
+                shutil.copytree(self._empty_database(), cluster.home / "oqdata", dirs_exist_ok=True)
+            if name.startswith("oq-runtime"):
+                argv = ["-m", "oq_runtime.cli", job, "--no-progress"]
+            else:
+                argv = ["-m", "openquake.commands", "engine", "--run", job]
+            yield (
+                self._start(
+                    cluster,
+                    [sys.executable, *argv, *(["-p", ",".join(params)] if params else [])],
+                    f"calculation-{name}",
+                    stderr=subprocess.STDOUT,
+                    **env,
+                ),
+                cluster,
+            )
+
+    @contextlib.contextmanager
+    def _cluster(self, slots: Mapping[str, int]) -> Iterator[Cluster]:
+        """Files and names of a cluster; whatever was started on its hosts is ended afterwards."""
+        cluster = Cluster(self.net, Path(tempfile.mkdtemp(prefix="s", dir=self.home)), slots)
+        shutil.rmtree(cluster.log)
+        cluster.log = self.log
+        try:
+            yield cluster
         finally:
             with contextlib.suppress(TimeoutError):
                 cluster.close()
@@ -127,35 +178,67 @@ class Lab:
                 if not wait_for(lambda host=host: not self.net.processes(host), END_LIMIT_S):
                     self.net.kill_all(host)
                 self.net.clear(host)
-            shutil.rmtree(home)
+            shutil.rmtree(cluster.home)
 
-    def drive(
+    def _empty_database(self) -> Path:
+        """The directory of a job database without jobs; made once, for it takes seconds."""
+        directory = self.home / "database"
+        if not directory.exists():
+            with self._cluster({"node1": 1}) as cluster:
+                _one_host(cluster)
+                _without_runtime(cluster)
+                argv = [sys.executable, "-m", "openquake.commands", "engine", "--upgrade-db"]
+                done = self.net.run(MASTER, argv, cluster.env(MASTER), limit_s=START_LIMIT_S)
+                if done.returncode:
+                    raise Failed(f"no database: {done.stderr[-300:]}")
+                shutil.copytree(cluster.home / "oqdata", directory)
+        return directory
+
+    def _drive(
         self, cluster: Cluster, module: str, *args: str, python: Path | str = sys.executable,
         **env: str,
     ) -> Process:  # fmt: skip
-        return self.net.popen(
+        argv = [python, "-m", f"benchmarks.drivers.{module}", *args]
+        log = f"driver-{module}"
+        return self._start(cluster, argv, log, stdin=subprocess.PIPE, **env)
+
+    def _peer(self, cluster: Cluster, module: str, args: Sequence[str], total: int) -> Process:
+        path = f"{PEERS_PYTHON.parent}:{os.environ['PATH']}"  # Parsl looks for its programs there
+        return self._drive(cluster, module, str(total), *args, python=PEERS_PYTHON, PATH=path)
+
+    def _start(
+        self, cluster: Cluster, argv: Sequence[str | Path], log: str, stdin: int | None = None,
+        stderr: int | None = None, **env: str,
+    ) -> Process:  # fmt: skip
+        options = {name: v for name, v in (("stdin", stdin), ("stderr", stderr)) if v is not None}
+        process = self.net.popen(
             MASTER,
-            [python, "-m", f"benchmarks.drivers.{module}", *args],
+            argv,
             cluster.env(MASTER, PYTHONPATH=str(ROOT), **env),
-            log=self.log / f"driver-{module}.log",
-            stdin=subprocess.PIPE,
+            log=self.log / f"{log}.log",
             stdout=subprocess.PIPE,
             cwd=cluster.tmpdir(MASTER),
+            **options,
         )
+        cluster.runs.append(process)  # killed with the cluster if it has not ended by then
+        return process
 
 
-def oq_runtime_tcp(lab: Lab, cluster: Cluster, total: int) -> Process:
+# ---- the engines: each starts what it needs and returns the environment of the master's process
+
+
+def oq_runtime_tcp(lab: Lab, cluster: Cluster) -> dict[str, str]:
     for node in cluster.slots:
         cluster.start_agent(node, PYTHONPATH=str(ROOT))
-    return lab.drive(cluster, "engine", OQ_DISTRIBUTE="zmq")
+    return {"OQ_DISTRIBUTE": "zmq"}
 
 
-def oq_runtime_ipc(lab: Lab, cluster: Cluster, total: int) -> Process:
-    _embedded(cluster)
-    return lab.drive(cluster, "engine", OQ_DISTRIBUTE="zmq", OQ_NUM_CORES=str(total))
+def oq_runtime_ipc(lab: Lab, cluster: Cluster) -> dict[str, str]:
+    _one_host(cluster)
+    return {"OQ_DISTRIBUTE": "zmq", "OQ_NUM_CORES": str(sum(cluster.slots.values()))}
 
 
-def engine_zmq(lab: Lab, cluster: Cluster, total: int) -> Process:
+def engine_zmq(lab: Lab, cluster: Cluster) -> dict[str, str]:
     _without_runtime(cluster)
     for node, slots in cluster.slots.items():
         pool = lab.net.popen(
@@ -169,37 +252,35 @@ def engine_zmq(lab: Lab, cluster: Cluster, total: int) -> Process:
     for node in cluster.slots:
         if not wait_for(lambda node=node: lab.net.listens(node, CTRL_PORT), START_LIMIT_S):
             raise Failed(f"the worker pool of {node} does not listen")
-    return lab.drive(cluster, "engine", OQ_DISTRIBUTE="zmq")
+    return {"OQ_DISTRIBUTE": "zmq"}
 
 
-def engine_processpool(lab: Lab, cluster: Cluster, total: int) -> Process:
+def engine_processpool(lab: Lab, cluster: Cluster) -> dict[str, str]:
+    _one_host(cluster)
     _without_runtime(cluster)
-    return lab.drive(cluster, "engine", OQ_DISTRIBUTE="processpool", OQ_NUM_CORES=str(total))
+    return {"OQ_DISTRIBUTE": "processpool", "OQ_NUM_CORES": str(sum(cluster.slots.values()))}
 
 
-def _peer(module: str, *args: str) -> Callable[[Lab, Cluster, int], Process]:
-    def start(lab: Lab, cluster: Cluster, total: int) -> Process:
-        path = f"{PEERS_PYTHON.parent}:{os.environ['PATH']}"  # Parsl looks for its programs there
-        return lab.drive(cluster, module, str(total), *args, python=PEERS_PYTHON, PATH=path)
-
-    return start
-
-
-START: dict[str, Callable[[Lab, Cluster, int], Process]] = {
+ENGINES: dict[str, Callable[[Lab, Cluster], dict[str, str]]] = {
     "oq-runtime-tcp": oq_runtime_tcp,
     "oq-runtime-ipc": oq_runtime_ipc,
     "engine-zmq": engine_zmq,
     "engine-processpool": engine_processpool,
-    "dask": _peer("dask_distributed"),
-    "dask-scatter": _peer("dask_distributed", "--scatter"),
-    "parsl-htex": _peer("parsl_htex"),
-    "ipyparallel": _peer("ipyparallel_balanced"),
+}
+#: module of the driver and its options
+PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dask": ("dask_distributed", ()),
+    "dask-scatter": ("dask_distributed", ("--scatter",)),
+    "parsl-htex": ("parsl_htex", ()),
+    "ipyparallel": ("ipyparallel_balanced", ()),
 }
 
 
-def _embedded(cluster: Cluster) -> None:
-    """One machine alone: no worker hosts in the configuration."""
+def _one_host(cluster: Cluster) -> None:
+    """One machine alone: a local database, no DbServer, and no worker hosts."""
     text = cluster.cfg.read_text()
+    for host in cluster.net.address.values():
+        text = text.replace(f"host = {host}\n", "host = 127.0.0.1\n")
     lines = [line for line in text.splitlines() if not line.startswith("host_cores")]
     cluster.cfg.write_text("\n".join(lines) + "\n")
 

@@ -27,7 +27,11 @@ def shm() -> set[str]:
 
 
 def unused_shm(names: set[str]) -> list[str]:
-    """Those of the entries that nobody has mapped: other programs use /dev/shm as well."""
+    """Those of the entries that nobody has mapped: other programs use /dev/shm as well.
+
+    Nor the directories of sessions and agents that run: one of ours would be a process left behind.
+    """
+    names = {name for name in names if not name.startswith(tuple(_in_use()))}
     inodes = {}
     for name in names:
         with contextlib.suppress(OSError):
@@ -38,3 +42,16 @@ def unused_shm(names: set[str]) -> list[str]:
                 if "/dev/shm/" in line:
                     inodes.pop(line.split()[4], None)
     return sorted(name for name in inodes.values() if (SHM / name).exists())
+
+
+def _in_use() -> set[str]:
+    """The beginnings of the names that running sessions and agents have, whoever's they are."""
+    found = set()
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = cmdline.read_text(errors="replace").split("\0")
+            if "oq_runtime.broker" in words:
+                found.add(Path(words[words.index("--directory") + 1]).name)
+            elif "oq_runtime.agent" in words and "--address" in words:
+                found.add(f"oq-agent-{words[words.index('--address') + 1]}-")
+    return found

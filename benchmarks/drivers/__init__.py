@@ -83,6 +83,17 @@ class Rows:
         check("results", sorted(results), list(range(len(lengths))))
         return {"seconds": seconds}
 
+    def flood(self, tasks: int, pause_s: float) -> dict[str, Any]:
+        """Results for which the consumer is too slow at first: it pauses after the first one."""
+        start = time.perf_counter()
+        numbers = []
+        for result in self.run(work.array, [(n,) for n in range(tasks)]):
+            if not numbers:
+                time.sleep(pause_s)
+            numbers.append(int(result[0]))
+        check("arrays", sorted(numbers), list(range(tasks)))
+        return {"seconds": time.perf_counter() - start}
+
     def kill(self, tasks: int, length_s: float, victim: int, flag: str) -> dict[str, Any]:
         calls = [(n, length_s, victim, flag) for n in range(tasks)]
         seconds, results = self.timed(work.die_once, calls)

@@ -2,6 +2,7 @@
 
     driver.py FUNCTION ARGUMENTS    (JSON: one list per task)
 
+The word "shared" stands for one array of ones, the same object for all tasks.
 Prints one JSON object: the sums of the results, and how many attempts were lost; or the error.
 """
 
@@ -11,12 +12,16 @@ import json
 import logging
 import sys
 
+import numpy
 import tasks
 from openquake.baselib import parallel
 from openquake.baselib.general import AccumDict
 
 from oq_runtime import protocol
 from oq_runtime.adapter import Session
+
+#: float64 values of the shared array: 8 MB
+SHARED = 1_000_000
 
 
 def retries() -> int:
@@ -30,7 +35,10 @@ def retries() -> int:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    function, arguments = getattr(tasks, sys.argv[1]), json.loads(sys.argv[2])
+    function, shared = getattr(tasks, sys.argv[1]), numpy.ones(SHARED)
+    arguments = [
+        [shared if value == "shared" else value for value in row] for row in json.loads(sys.argv[2])
+    ]
     try:
         value = parallel.Starmap(function, arguments).reduce(acc=AccumDict())
         sums = {

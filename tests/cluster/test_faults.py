@@ -96,11 +96,13 @@ def hang(cluster: Cluster, tasks: int, seconds: float) -> None:
     assert check_stream(run, tasks)["retries"] >= 5
 
 
+@pytest.mark.slow
 @short_beats
 def test_agent_that_hangs_is_lost_and_its_attempts_are_refused(cluster: Cluster) -> None:
     hang(cluster, 50, LOST_S + 3)
 
 
+@pytest.mark.slow
 def test_agent_that_hangs_for_40_s(cluster: Cluster) -> None:
     hang(cluster, 160, 40)
 
@@ -108,6 +110,7 @@ def test_agent_that_hangs_for_40_s(cluster: Cluster) -> None:
 # ---- nodes and links
 
 
+@pytest.mark.slow
 @short_beats
 def test_power_cut(cluster: Cluster, undisturbed: Path) -> None:
     run = under_way(cluster, calculate(cluster), "node3")
@@ -122,6 +125,7 @@ def test_killed_node(cluster: Cluster) -> None:
     assert check_stream(run)["retries"] >= 5
 
 
+@pytest.mark.slow
 def test_link_down_for_45_s(cluster: Cluster) -> None:
     run = under_way(cluster, stream(cluster, 180), "node3", least=5)
     cluster.net.link_down("node3")
@@ -152,11 +156,13 @@ def test_silent_drop_in_one_direction(cluster: Cluster, direction: Direction) ->
     drop(cluster, direction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["in", "out"])
 def test_silent_drop_with_the_default_limits(cluster: Cluster, direction: Direction) -> None:
     drop(cluster, direction)
 
 
+@pytest.mark.slow
 def test_loss_and_delay(cluster: Cluster, undisturbed: Path) -> None:
     for node in cluster.slots:
         cluster.net.netem(node, loss_percent=20, delay_ms=100)
@@ -185,6 +191,7 @@ def test_all_nodes_lost(cluster: Cluster) -> None:
     lose_all(cluster, SHORT_BEATS["no_nodes_limit_s"])
 
 
+@pytest.mark.slow
 def test_all_nodes_lost_with_the_default_limit(cluster: Cluster) -> None:
     lose_all(cluster, 60)
 

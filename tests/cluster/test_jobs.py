@@ -13,6 +13,8 @@ from tests.cluster.jobs import (
     calculate,
     check_calculation,
     check_stream,
+    drive,
+    result,
     stream,
     under_way,
 )
@@ -34,6 +36,15 @@ def test_node_that_joins_gets_tasks(cluster: Cluster) -> None:
     cluster.start_agent("node3")
     under_way(cluster, run, "node3")
     check_stream(run, 30)
+
+
+def test_big_argument_and_results(cluster: Cluster) -> None:
+    """All tasks share one argument and change it, each for itself."""
+    tasks = 30
+    found = result(drive(cluster, "spoils", [(x, "shared") for x in range(tasks)]))
+    million, numbers = 1_000_000, tasks * (tasks - 1) // 2
+    expected = {"sum": tasks * million + numbers, "array": million * (tasks + numbers)}
+    assert found.get("value") == expected, found
 
 
 def test_status_names_the_host_that_does_not_answer(cluster: Cluster) -> None:

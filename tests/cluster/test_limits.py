@@ -13,7 +13,7 @@ import pytest
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import SHORT_BEATS, drive, result
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS)]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS), pytest.mark.slow]
 
 #: an attempt goes to disk when it is larger than 64 MiB
 VALUES, NBYTES = 9_000_000, 72_000_000
@@ -37,7 +37,7 @@ def test_poison_task(cluster: Cluster) -> None:
 def test_task_that_never_returns(cluster: Cluster) -> None:
     found = result(drive(cluster, "hang", [(x,) for x in range(6)]))
     assert found["error"] == "WorkerDied", found
-    failed(found, "hang", "task_timeout is 2 s")
+    failed(found, "hang", "task_timeout_s is 2 s")
 
 
 # ---- disks

@@ -90,6 +90,8 @@ def test_agent_with_a_weak_key_does_not_start(
 
 
 def test_client_without_encryption(cluster: Cluster) -> None:
+    cluster.stop_agent("node1")
+    cluster.start_agent("node1")  # one that has not said so in the last minute
     before = log_of(cluster, "node1").count("refused a connection")
     url = f"tcp://{cluster.net.address['node1']}:{CTRL_PORT}"
     client = cluster.net.popen(MASTER, [sys.executable, "-c", PLAIN, "connect", url])
@@ -138,8 +140,8 @@ def test_other_versions_of_engine_and_python(cluster: Cluster) -> None:
     differ(cluster, "node1", "engine=3.20.0")
     differ(cluster, "node2", "python=3.9")
     own = facts.own()
-    engine = rf"OpenQuake engine is 3\.20\.0 here and {re.escape(own.engine)} on the master"
-    python = rf"Python is 3\.9 here and {re.escape(own.python)} on the master"
+    engine = rf"OpenQuake engine is 3\.20\.0 on the node and {re.escape(own.engine)} on the master"
+    python = rf"Python is 3\.9 on the node and {re.escape(own.python)} on the master"
     check_refused(cluster, {"node1": engine, "node2": python})
     assert re.search(engine, log_of(cluster, "node1"))
     assert re.search(python, log_of(cluster, "node2"))
@@ -153,7 +155,7 @@ def test_other_versions_of_protocol_and_numpy(cluster: Cluster) -> None:
         cluster,
         {
             "node1": f"peer speaks protocol 99, this is {version}",
-            "node2": f"numpy is 0 here and {facts.own().numpy} on the master",
+            "node2": f"numpy is 0 on the node and {facts.own().numpy} on the master",
         },
     )
     assert f"peer speaks protocol {version}, this is 99" in log_of(cluster, "node1")
@@ -170,8 +172,8 @@ def test_other_master_and_other_shared_dir(cluster: Cluster, tmp_path: Path) -> 
     check_refused(
         cluster,
         {
-            "node1": rf"\[dbserver\] host is 192.0.2.99 here and {own} on the master",
-            "node2": r"\[directory\] shared_dir is /nowhere \(not readable\) here and "
+            "node1": rf"\[dbserver\] host is 192.0.2.99 on the node and {own} on the master",
+            "node2": r"\[directory\] shared_dir is /nowhere \(not readable\) on the node and "
             + re.escape(f"{shared} on the master"),
         },
     )

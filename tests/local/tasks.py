@@ -40,6 +40,13 @@ def poison(x, monitor):
     return {"sum": x}
 
 
+def crash(x, monitor):
+    """A crash in native code."""
+    if x == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return {"sum": x}
+
+
 def slow(x, seconds, monitor):
     time.sleep(seconds)
     return {"sum": x}
@@ -99,8 +106,22 @@ def hold(x, mbytes, mbytes_per_s, seconds, monitor):
     return {"sum": x}
 
 
+def oom_score(x, monitor):
+    """How willingly the kernel kills this worker."""
+    with open("/proc/self/oom_score_adj") as file:
+        return {"sum": int(file.read())}
+
+
 def no_memory(x, path, monitor):
     """Fail as Python does for lack of memory, and leave a line per attempt."""
     with open(path, "a") as file:
         file.write(f"{x}\n")
     raise MemoryError(f"task with x={x} found no room")
+
+
+def spoils(x, array, monitor):
+    """Changes its argument in place: nobody else may see it. The result is as big."""
+    before = array.sum()
+    array += x
+    yield {"sum": before + x}
+    yield {"array": array}

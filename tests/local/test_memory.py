@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
+from oq_runtime.memory import OOM_SCORE
 from tests.cgroups import inside, limited
 
+from .test_limits import configured
 from .test_starmap import run, script
 
 pytestmark = pytest.mark.timeout(180)
 
 LIMIT_MIB = 900
-#: MB in a second: more than the agent's two looks in it would let pass; and as fast as it goes
-SLOW, FAST = 60, 10_000
+#: so slow that the agent, which looks twice a second, sees a limit being passed
+MB_PER_S = 60
 
 
 BODY = """
@@ -56,12 +58,13 @@ def run_limited(env: dict[str, str], tmpdir: Path, call: str) -> dict[str, Any]:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 @pytest.mark.parametrize(
-    ("speed", "killer"), [(SLOW, "killed to free memory"), (FAST, "by the kernel for lack")]
+    ("percent", "killer"), [(90, "killed to free memory"), (100, "by the kernel for lack")]
 )
 def test_task_that_no_node_can_hold(
-    env: dict[str, str], tmpdir: Path, speed: int, killer: str
+    env: dict[str, str], tmpdir: Path, tmp_path: Path, percent: int, killer: str
 ) -> None:
-    call = f"go(tasks.hold, [(i, 3000 if i == 1 else 0, {speed}, 0) for i in range(4)])"
+    env = configured(env, tmp_path, f"memory_hard_percent = {percent}\n")
+    call = f"go(tasks.hold, [(i, 3000 if i == 1 else 0, {MB_PER_S}, 0) for i in range(4)])"
     row = run_limited(env, tmpdir, call)
     assert row["type"] == "OutOfMemory", row
     last = row["text"].splitlines()[-1]
@@ -74,8 +77,18 @@ def test_task_that_no_node_can_hold(
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_two_tasks_that_fit_only_one_after_the_other(env: dict[str, str], tmpdir: Path) -> None:
-    row = run_limited(env, tmpdir, f"go(tasks.hold, [(i, 350, {SLOW}, 2) for i in (1, 2)])['sum']")
+    row = run_limited(
+        env, tmpdir, f"go(tasks.hold, [(i, 350, {MB_PER_S}, 2) for i in (1, 2)])['sum']"
+    )
     assert row == {"value": 3, "retries": 1}
+
+
+def test_the_kernel_kills_workers_first(env: dict[str, str], tmpdir: Path) -> None:
+    body = "say(value=go(tasks.oom_score, [(1,), (2,)])['sum'])"
+    code, rows, err = run(env, tmpdir, body)
+    assert code == 0, err
+    assert rows == [{"value": 2 * OOM_SCORE}]
+    assert int(Path("/proc/self/oom_score_adj").read_text()) < OOM_SCORE
 
 
 def test_memory_error_of_python_is_a_result(env: dict[str, str], tmpdir: Path) -> None:

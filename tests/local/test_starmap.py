@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,17 @@ def script(body: str) -> str:
 
 
 def start(
-    env: dict[str, str], tmpdir: Path, body: str, stdin: int | None = None, **more: str
+    env: dict[str, str],
+    tmpdir: Path,
+    body: str,
+    stdin: int | None = None,
+    prefix: Sequence[str] = (),
+    **more: str,
 ) -> subprocess.Popen[str]:
     path = tmpdir / "script.py"
     path.write_text(script(body))
     return subprocess.Popen(
-        [sys.executable, str(path)],
+        [*prefix, sys.executable, str(path)],
         env=env | {"OQ_DISTRIBUTE": "zmq", "OQ_NUM_CORES": "2"} | more,
         stdin=stdin,
         stdout=subprocess.PIPE,
@@ -74,9 +79,11 @@ def start(
     )
 
 
-def run(env: dict[str, str], tmpdir: Path, body: str, **more: str) -> tuple[int, list[Any], str]:
+def run(
+    env: dict[str, str], tmpdir: Path, body: str, prefix: Sequence[str] = (), **more: str
+) -> tuple[int, list[Any], str]:
     """Run a script to its end: exit code, the rows that it said, stderr."""
-    process = start(env, tmpdir, body, **more)
+    process = start(env, tmpdir, body, prefix=prefix, **more)
     try:
         out, err = process.communicate(timeout=120)
     finally:
@@ -262,3 +269,35 @@ except Exception as exc: say(module=type(exc).__module__, text=str(exc))
         row["module"] == "oq_runtime.errors" and "TMPDIR" in row["text"]
     ), (row, err)
     assert wait_for(lambda: not sessions(long))
+
+
+#: with a /dev/shm of its own that holds next to nothing; lock files of the engine need some pages
+NO_MEMORY = ("unshare", "--mount", "sh", "-c",
+             'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh")  # fmt: skip
+
+
+def test_without_room_in_shared_memory_the_disk_is_used(env: dict[str, str], tmpdir: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small /dev/shm")
+    body = f"say(value={CASES['big']})\nparallel.Starmap.shutdown()"
+    code, rows, err = run(env, tmpdir, body, prefix=NO_MEMORY)
+    assert code == 0, err
+    expected = [2 * sum((b"abcdefg" * 1_500_000)[::4099]), [[50_000_000, True]] * 2]
+    assert rows == [{"value": expected}], err
+
+
+def test_no_room_anywhere_says_where(env: dict[str, str], tmpdir: Path) -> None:
+    """Neither shared memory nor the temporary directory can hold the results."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    disk = tmpdir / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=8m tmpfs "{disk}" && '
+    prefix = [word.replace("mount", mount + "mount", 1) if "size=64k" in word else word
+              for word in NO_MEMORY]  # fmt: skip
+    body = "go(tasks.grow, [(i, b'a', 20_000_000) for i in (1, 2)])"
+    code, _, err = run(env, tmpdir, body, prefix=prefix, TMPDIR=str(disk))
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert "no room for its results" in last and "No space left on device" in last, err
+    assert err.count("attempt 3:") and "attempt 4:" not in err, "tried elsewhere, not for ever"

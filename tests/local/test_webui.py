@@ -44,6 +44,8 @@ class Site:
         key.write_text("k" * 50)
         key.chmod(0o600)
         self.database = home / "db.sqlite3"
+        datadir = home / "oqdata"  # its own, as the jobs of a new database begin with number 1
+        datadir.mkdir(exist_ok=True)
         config = home / "openquake.cfg"
         config.write_text(
             "[oq_runtime]\ncode = import oq_runtime.activate\n"
@@ -52,6 +54,7 @@ class Site:
         )
         self.env = env | {
             "OQ_CONFIG_FILE": str(config),
+            "OQ_DATADIR": str(datadir),
             "OQ_WEBUI_SECRET_KEY_FILE": str(key),
             "OQ_WEBUI_HOSTS": "127.0.0.1",
             "DJANGO_SETTINGS_MODULE": "oq_runtime.webui.settings",

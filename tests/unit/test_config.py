@@ -88,12 +88,14 @@ def test_the_limits_by_default() -> None:
         memory_hard_percent=90,
         max_attempts=3,
         task_timeout_s=0,
+        speculation=False,
     )
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Limits)])
 def test_every_limit_can_be_set_and_is_described(name: str) -> None:
-    value = {"beat_s": 0.5, "memory_soft_percent": 85, "memory_hard_percent": 85}.get(name, 12)
+    values = {"beat_s": 0.5, "memory_soft_percent": 85, "memory_hard_percent": 85}
+    value = True if name == "speculation" else values.get(name, 12)
     assert getattr(limits(**{name: str(value)}), name) == value
     assert config.__doc__ is not None and f"\n{name} " in config.__doc__
 
@@ -107,6 +109,7 @@ def test_every_limit_can_be_set_and_is_described(name: str) -> None:
         ({"no_nodes_limit_s": "nan"}, "no_nodes_limit_s=nan: give a number of seconds above 0"),
         ({"task_timeout_s": "x"}, "task_timeout_s=x: give a number of seconds from 0 up"),
         ({"max_attempts": "0"}, "max_attempts=0: give a whole number from 1 up"),
+        ({"speculation": "2"}, "speculation=2: give on or off"),
         ({"memory_hard_percent": "101"}, "memory_hard_percent=101: give at most 100"),
         ({"beat_s": "10"}, "suspect_s=10: give more than beat_s, 10"),
         ({"lost_s": "5"}, "lost_s=5: give more than suspect_s, 10"),

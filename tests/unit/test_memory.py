@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -92,6 +93,14 @@ def test_without_a_limit_the_machine_counts(tmp_path: Path, options: str, limit:
 def test_without_cgroups_the_kills_of_the_machine_count(tmp_path: Path) -> None:
     fake = proc(tmp_path, "/a", "/", "rw")
     assert memory.oom_kills(fake) == 7
+
+
+def test_resident_memory_of_a_process() -> None:
+    own = psutil.Process().memory_info().rss
+    assert memory.resident(os.getpid()) == pytest.approx(own, rel=0.2)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert memory.resident(process.pid) == 0
 
 
 ASK = "from oq_runtime import memory; print(memory.usage().limit_bytes, memory.oom_kills())"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from typing import Any
 
@@ -20,6 +21,7 @@ SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(st.characters(exclude_categories=["Cs"])),
     bytes: st.binary(max_size=64),
     bool: st.booleans(),
+    types.NoneType: st.none(),
 }
 
 
@@ -27,7 +29,12 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     if hint in SIMPLE:
         return SIMPLE[hint]
     if typing.get_origin(hint) is typing.Annotated:
-        return st.integers(hint.__metadata__[0].ge, 2**63 - 1)
+        base, meta = hint.__origin__, hint.__metadata__[0]
+        if base is str:
+            return st.from_regex(meta.pattern).filter(lambda text: len(text) <= meta.max_length)
+        return st.integers(meta.ge, 2**63 - 1 if meta.le is None else meta.le)
+    if isinstance(hint, types.UnionType):
+        return st.one_of([values(one) for one in typing.get_args(hint)])
     if typing.get_origin(hint) is list:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3)
     if typing.get_origin(hint) is typing.Literal:
@@ -162,3 +169,9 @@ def test_chunks_reassemble(n: int, extra: int) -> None:
     ends = [offset + len(chunk) for offset, chunk in chunks]
     assert [offset for offset, _ in chunks] == [0, *ends][: len(chunks)]
     assert b"".join(chunk for _, chunk in chunks) == part
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\n", "x" * 65])
+def test_a_job_name_that_is_no_file_name_is_refused(name: str) -> None:
+    with pytest.raises(ProtocolError, match="job"):
+        protocol.decode(protocol.encode(protocol.Release(job=name)))

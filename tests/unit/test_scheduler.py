@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from oq_runtime.errors import TransitionError
 from oq_runtime.limits import Limits
 from oq_runtime.scheduler import (
+    AHEAD,
     MAX_NODE_LOSSES,
     MAX_OOMS,
+    SHORT_S,
     TRANSITIONS,
     AbortAttempt,
     Assign,
@@ -34,6 +37,7 @@ from oq_runtime.scheduler import (
     NodeResized,
     NodeSeen,
     Scheduler,
+    Speculation,
     Started,
     State,
     Submitted,
@@ -73,16 +77,20 @@ class Attempt:
 class Cluster(RuleBasedStateMachine):
     """Nodes, an engine and a network that follow the effects, and the model that checks them."""
 
+    limits = LIMITS
+    speculation = Speculation()
+
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(LIMITS, window_bytes=WINDOW)
+        self.scheduler = Scheduler(self.limits, window_bytes=WINDOW, speculation=self.speculation)
         self.now = 0.0
         self.next_task = 0
         self.submitted: set[int] = set()
         self.commits: dict[int, int] = {}
         self.failed: set[int] = set()  # given up or cancelled
         self.group: dict[int, int] = {}
-        self.last: dict[int, tuple[str, int]] = {}  # task -> node, number of the last assignment
+        # task -> node and number of the attempts that count: one, or two with speculation
+        self.last: dict[int, list[tuple[str, int]]] = {}
         self.attempts: dict[tuple[str, int, int], Attempt] = {}  # alive on the nodes
         self.slots: dict[str, int] = {}
         self.seen: dict[str, float] = {}
@@ -98,7 +106,7 @@ class Cluster(RuleBasedStateMachine):
     def current(self, node: str, task: int, number: int) -> bool:
         """Whether the model holds this attempt for the one that counts."""
         return (
-            self.last.get(task) == (node, number)
+            (node, number) in self.last.get(task, [])
             and node in self.slots
             and task not in self.failed
             and task not in self.commits
@@ -107,9 +115,17 @@ class Cluster(RuleBasedStateMachine):
 
     def lose(self, node: str) -> None:
         del self.slots[node], self.seen[node]
-        for task, (where, _) in list(self.last.items()):
-            if where == node and task not in self.failed and task not in self.commits:
-                self.losses[task] = self.losses.get(task, 0) + 1
+        for task, attempts in list(self.last.items()):
+            for where, number in list(attempts):
+                if where == node and task not in self.failed and task not in self.commits:
+                    self.losses[task] = self.losses.get(task, 0) + 1
+                    self.forget(task, where, number)
+
+    def forget(self, task: int, node: str, number: int) -> None:
+        """The attempt does not count any more."""
+        if (node, number) in self.last.get(task, []):
+            self.last[task].remove((node, number))
+            if not self.last[task]:
                 del self.last[task]
 
     def send(self, event: Event) -> list[Effect]:
@@ -129,10 +145,10 @@ class Cluster(RuleBasedStateMachine):
                 charged, most = (self.ooms, MAX_OOMS) if oom else (self.deaths, MAX_DEATHS)
                 charged[task] = charged.get(task, 0) + 1
                 over = charged[task] == most
-                del self.last[task]
+                self.forget(task, node, number)
             case Uploaded(node, task, number, False) if self.current(node, task, number):
                 self.losses[task] = self.losses.get(task, 0) + 1
-                del self.last[task]
+                self.forget(task, node, number)
             case Consumed(task):
                 self.staged.pop(task, None)
         if isinstance(event, Tick):
@@ -143,6 +159,8 @@ class Cluster(RuleBasedStateMachine):
         assert set(self.scheduler.nodes) == set(self.slots)
         for effect in effects:
             self.follow(effect, event)
+        if isinstance(event, Ended) and self.current(event.node, event.task, event.attempt):
+            assert self.last[event.task] == [(event.node, event.attempt)], "the other goes on"
         return effects
 
     def follow(self, effect: Effect, cause: Event) -> None:
@@ -152,11 +170,14 @@ class Cluster(RuleBasedStateMachine):
                 assert alone == (task in self.ooms)
                 beside = self.running(node)
                 assert not beside or not (alone or beside & set(self.ooms)), "not alone"
-                assert task not in self.last, "the attempt before is still alive"
+                if task in self.last:
+                    self.check_second_attempt(task, node, cause)
                 assert node in self.slots, "assigned to a lost node"
                 assert self.now - self.seen[node] <= SUSPECT_AFTER_S, "assigned to a suspect node"
-                assert self.busy(node) < self.slots[node], "credit never negative"
-                self.last[task] = (node, number)
+                short = self.scheduler.mean_s.get("f", SHORT_S) < SHORT_S
+                most = AHEAD * self.slots[node] if short else self.slots[node]
+                assert self.busy(node) < most, "credit never negative"
+                self.last.setdefault(task, []).append((node, number))
                 self.attempts[node, task, number] = Attempt(node, task, number)
             case GrantUpload(node, task, number):
                 assert self.current(node, task, number)
@@ -166,6 +187,8 @@ class Cluster(RuleBasedStateMachine):
                 self.staged[task] = attempt.nbytes
             case AbortAttempt(node, task, number):
                 self.attempts.pop((node, task, number), None)
+                if task not in self.failed | set(self.commits):
+                    self.forget(task, node, number)
             case Commit(node, task, number):
                 assert cause == Uploaded(node, task, number, True)
                 assert task not in self.failed
@@ -189,6 +212,14 @@ class Cluster(RuleBasedStateMachine):
                 assert failed_oom == (error == "OutOfMemory")
                 assert history
                 self.failed.add(task)
+
+    def check_second_attempt(self, task: int, node: str, cause: Event) -> None:
+        assert self.limits.speculation and isinstance(cause, Tick), "another one is still alive"
+        [(where, number)] = self.last[task]
+        assert where != node
+        assert number == 1, "once in its life"
+        assert self.attempts[where, task, number].phase == "running"
+        assert not any(t.state is State.QUEUED for t in self.scheduler.tasks.values())
 
     def running(self, node: str) -> set[int]:
         """The tasks that hold a slot of the node."""
@@ -256,7 +287,7 @@ class Cluster(RuleBasedStateMachine):
     def cancel(self, group: int) -> None:
         ended = self.failed | set(self.commits)
         hit = {t for t in self.submitted - ended if self.group[t] == group}
-        running = {(*self.last[t], t) for t in hit if t in self.last}
+        running = {(*attempt, t) for t in hit for attempt in self.last.get(t, [])}
         # the model ends the tasks first: time may also lose a node on this event
         self.failed |= hit
         effects = self.send(Cancelled(group))
@@ -297,14 +328,20 @@ class Cluster(RuleBasedStateMachine):
     @rule(data=st.data())
     def start(self, data: st.DataObject) -> None:
         if attempt := self.pick(data, "assigned"):
-            attempt.phase = "running"
-            self.message(Started(attempt.node, attempt.task, attempt.number))
+            self.start_one(attempt)
+
+    def start_one(self, attempt: Attempt) -> None:
+        attempt.phase = "running"
+        self.message(Started(attempt.node, attempt.task, attempt.number))
 
     @rule(data=st.data(), nbytes=st.sampled_from([1, 10, 40, 60, WINDOW, WINDOW + 1, 5 * WINDOW]))
     def end(self, data: st.DataObject, nbytes: int) -> None:
         if attempt := self.pick(data, "assigned", "running"):  # short ones never say started
-            attempt.phase, attempt.nbytes = "waiting", nbytes
-            self.message(Ended(attempt.node, attempt.task, attempt.number, nbytes))
+            self.end_one(attempt, nbytes)
+
+    def end_one(self, attempt: Attempt, nbytes: int = 1) -> None:
+        attempt.phase, attempt.nbytes = "waiting", nbytes
+        self.message(Ended(attempt.node, attempt.task, attempt.number, nbytes))
 
     @rule(data=st.data(), intact=st.sampled_from([True, True, True, False]))
     def upload(self, data: st.DataObject, intact: bool) -> None:
@@ -407,7 +444,7 @@ class Cluster(RuleBasedStateMachine):
     def credit_is_within_the_slots(self) -> None:
         for name, node in self.scheduler.nodes.items():
             assert node.slots == self.slots[name]
-            free = self.slots[name] - self.busy(name)
+            free = max(0, self.slots[name] - self.busy(name))
             assert node.credit == (free if node.kept_for is None else 0)
             assert 0 <= node.credit <= node.slots
 
@@ -418,7 +455,8 @@ class Cluster(RuleBasedStateMachine):
             ooms = self.ooms.get(task.id, 0)
             assert (task.deaths, task.ooms, task.node_losses) == (deaths, ooms, losses)
             assert deaths <= MAX_DEATHS and ooms <= MAX_OOMS and losses <= MAX_NODE_LOSSES
-            assert task.attempt <= 1 + deaths + ooms + losses
+            assert task.attempt <= task.attempts
+            assert task.attempts <= 1 + deaths + ooms + losses + self.limits.speculation
 
     @invariant()
     def staged_bytes_stay_within_the_window_and_one_attempt(self) -> None:
@@ -471,8 +509,29 @@ class Cluster(RuleBasedStateMachine):
         assert self.submitted == self.failed | set(self.commits)
 
 
+class SpeculatingCluster(Cluster):
+    """The same with second attempts at whatever is slower than what came before."""
+
+    limits = dataclasses.replace(LIMITS, speculation=True)
+    speculation = Speculation(factor=1.0, least_tasks=1, least_done=0.0)
+
+    @rule(ends=st.integers(0, 2))
+    def leave_behind(self, ends: int) -> None:
+        """Room everywhere; some tasks end, and those that run are soon slower than they were."""
+        for node in NAMES:
+            self.join_unless_known(node, 5)
+            self.send(NodeSeen(node))
+        self.submit(0, 1.0, 2)
+        for phase, go_on in (("assigned", self.start_one), ("running", self.end_one)):
+            count = len(self.attempts) if phase == "assigned" else ends
+            for attempt in [a for a in self.attempts.values() if a.phase == phase][:count]:
+                go_on(attempt)
+        self.pass_time(5.0, set(NAMES), [1, 1, 1])
+
+
 TestCluster = Cluster.TestCase
-TestCluster.settings = settings(
+TestSpeculatingCluster = SpeculatingCluster.TestCase
+TestCluster.settings = TestSpeculatingCluster.settings = settings(
     max_examples=120,
     stateful_step_count=50,
     deadline=None,
@@ -877,6 +936,123 @@ def test_memory_and_deaths_have_budgets_of_their_own() -> None:
     assert only(effects, GiveUp).error == "WorkerDied"
 
 
+# ---- second attempts
+
+SPECULATION = Limits(speculation=True)
+
+
+def straggler(
+    weight: float = 1.0, nodes: tuple[str, ...] = ("a", "b"), ended: int = 9
+) -> Scheduler:
+    """Ten tasks of 10 s per weight; at 10 s task 0, on node "a", and some others have not ended."""
+    core = Scheduler(SPECULATION)
+    for name in nodes:
+        core.handle(NodeJoined(name, 10), 0.0)
+    for task in range(10):
+        weight_of = weight if task == 0 else 1.0
+        [(node, _, _)] = assigned(core.handle(Submitted(task, 0, "f", weight_of), 0.0))
+        core.handle(Started(node, task, 1), 0.0)
+    assert core.tasks[0].node == "a"
+    for task in range(1, 1 + ended):
+        core.handle(Ended(core.tasks[task].node, task, 1, 1), 10.0)
+    return core
+
+
+def tick(core: Scheduler, now: float) -> list[tuple[str, int, int]]:
+    """Second attempts at ``now``, to which all nodes are heard."""
+    for name in list(core.nodes):
+        assert not assigned(core.handle(NodeSeen(name), now))
+    return assigned(core.handle(Tick(), now))
+
+
+@pytest.mark.parametrize(("now", "second"), [(30.0, []), (30.1, [("b", 0, 2)])])
+def test_straggler_gets_a_second_attempt_elsewhere(now: float, second: list) -> None:
+    core = straggler()
+    assert tick(core, now) == second
+    assert tick(core, now + 100) == ([] if second else [("b", 0, 2)]), "once in its life"
+
+
+def test_heavy_task_is_given_its_time() -> None:
+    core = straggler(weight=4.0)
+    assert tick(core, 120.0) == [] and tick(core, 120.1) == [("b", 0, 2)]
+
+
+def test_no_second_attempt_without_speculation() -> None:
+    core = straggler()
+    core.limits = Limits()
+    assert tick(core, 1000.0) == []
+
+
+@pytest.mark.parametrize("ended", [4, 5])
+def test_no_second_attempt_before_half_is_done(ended: int) -> None:
+    core = straggler(ended=ended)
+    assert bool(tick(core, 100.0)) is (ended == 5)
+
+
+def test_no_second_attempt_while_others_wait() -> None:
+    core = straggler()
+    for name in ("a", "b"):
+        core.handle(NodeResized(name, 1), 10.0)
+    core.handle(Submitted(10, 0, "g", 1.0), 10.0)
+    core.handle(Submitted(11, 0, "g", 1.0), 10.0)
+    assert core.tasks[11].state is State.QUEUED
+    assert tick(core, 100.0) == []
+
+
+def test_no_second_attempt_on_the_same_node() -> None:
+    assert tick(straggler(nodes=("a",)), 100.0) == []
+
+
+@pytest.mark.parametrize("winner", [("a", 0, 1), ("b", 0, 2)])
+def test_first_whole_attempt_wins(winner: tuple[str, int, int]) -> None:
+    core = straggler()
+    tick(core, 100.0)
+    [loser] = {("a", 0, 1), ("b", 0, 2)} - {winner}
+    core.handle(Started("b", 0, 2), 100.0)
+    effects = core.handle(Ended(*winner, 5), 101.0)
+    assert effects == [AbortAttempt(*loser), GrantUpload(*winner)]
+    assert core.handle(Ended(*loser, 5), 102.0) == [AbortAttempt(*loser)]
+    assert core.handle(Uploaded(*winner, True), 103.0) == [Commit(*winner)]
+    assert not any(0 in node.running | node.ended for node in core.nodes.values())
+
+
+@pytest.mark.parametrize("dying", [("a", 0, 1), ("b", 0, 2)])
+def test_death_of_one_of_two_attempts_leaves_the_other(dying: tuple[str, int, int]) -> None:
+    core = straggler()
+    tick(core, 100.0)
+    core.handle(Started("b", 0, 2), 100.0)
+    [other] = {("a", 0, 1), ("b", 0, 2)} - {dying}
+    assert core.handle(Died(*dying, "signal 9"), 101.0) == []
+    assert core.tasks[0].deaths == 1
+    assert core.handle(Ended(*other, 5), 102.0) == [GrantUpload(*other)]
+
+
+@pytest.mark.parametrize("lost", ["a", "b"])
+def test_loss_of_one_of_two_nodes_leaves_the_other(lost: str) -> None:
+    core = straggler()
+    tick(core, 100.0)
+    core.handle(NodeGone(lost, "left"), 101.0)
+    other = {"a": ("b", 0, 2), "b": ("a", 0, 1)}[lost]
+    assert core.tasks[0].rival is None
+    assert core.handle(Ended(*other, 5), 102.0) == [GrantUpload(*other)]
+
+
+def test_cancel_aborts_both_attempts() -> None:
+    core = straggler()
+    tick(core, 100.0)
+    effects = core.handle(Cancelled(0), 101.0)
+    assert {AbortAttempt("a", 0, 1), AbortAttempt("b", 0, 2)} <= set(effects)
+
+
+def test_out_of_memory_ends_both_attempts() -> None:
+    core = straggler()
+    tick(core, 100.0)
+    effects = core.handle(Died("b", 0, 2, "killed", oom=True), 101.0)
+    assert AbortAttempt("a", 0, 1) in effects
+    [assign] = [e for e in effects if isinstance(e, Assign)]
+    assert assign.alone and assign.attempt == 3
+
+
 # ---- faults that the state machine found once
 
 
@@ -927,3 +1103,17 @@ def test_history_has_the_last_cause() -> None:
     for number in range(10, 13):
         effects = core.handle(Died("a", 1, number, f"signal {number}"), 0.0)
     assert "signal 12" in only(effects, GiveUp).history[-1]
+
+
+@pytest.mark.parametrize(("took_s", "under_way"), [(SHORT_S / 2, 4), (SHORT_S * 2, 2)])
+def test_short_tasks_wait_on_the_node_and_long_ones_in_the_queue(
+    took_s: float, under_way: int
+) -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("a", 2), 0.0)
+    for task in range(8):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    assert len(core.nodes["a"].running) == 2, "nothing is known of the function yet"
+    core.handle(Ended("a", 0, 1, 1), took_s)
+    assert len(core.nodes["a"].running) == under_way
+    core.check_invariants()

@@ -9,9 +9,11 @@ from benchmarks.simulation import Scenario, Simulation
 FAULTS = {"lost": 0.5, "dying": 0.05, "straggling": 0.05}
 
 
+@pytest.mark.parametrize("speculation", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_task_ends_whatever_happens(seed: int) -> None:
-    simulation = Simulation(Scenario(nodes=6, slots=4, tasks=500, seed=seed, **FAULTS))
+def test_every_task_ends_whatever_happens(seed: int, speculation: bool) -> None:
+    scenario = Scenario(nodes=6, slots=4, tasks=500, seed=seed, speculation=speculation, **FAULTS)
+    simulation = Simulation(scenario)
     simulation.run()  # raises when a task is given up
     assert simulation.core.committed == 500
     assert simulation.core.retries.total() > 0, "there were no faults"
@@ -31,3 +33,16 @@ def test_same_seed_same_course() -> None:
         simulation.run()
     assert runs[0].events == runs[1].events
     assert runs[0].ends == runs[1].ends
+
+
+def test_second_attempts_shorten_a_job_with_stragglers() -> None:
+    makespans = []
+    for speculation in (False, True):
+        scenario = Scenario(
+            nodes=8, slots=4, tasks=200, lost=0, dying=0, straggling=0.02, slowdown=100.0,
+            speculation=speculation,
+        )  # fmt: skip
+        simulation = Simulation(scenario)
+        simulation.run()
+        makespans.append(simulation.now)
+    assert makespans[1] < makespans[0] / 5

@@ -25,7 +25,7 @@ from typing import Any
 import numpy
 import zmq
 
-from oq_runtime import errors, payload, pool
+from oq_runtime import debug, errors, payload, pool
 from oq_runtime.config import Config
 from oq_runtime.session import Session, Unchanged
 
@@ -55,7 +55,6 @@ SEAMS = {
     "Starmap.unlink": ["self"],
     "Starmap.shutdown": [],
     "Monitor.get_data": ["self"],
-    "Monitor.save_starmap_info": ["self", "h5", "name", "times"],
     "Pickled.__init__": ["self", "obj"],
     "Result.__init__": ["self", "val", "mon", "tb_str", "msg"],
     "Socket.__init__": ["self", "end_point", "socket_type", "mode", "timeout"],
@@ -346,7 +345,9 @@ def install_parallel(parallel: Any) -> None:
         self.unlink()
         if self.expected_outputs:
             assert self.expected_outputs == self.n_out, (self.expected_outputs, self.n_out)
-        if len(self.busytime) > 1 and getattr(self.h5, "mode", "r") != "r":
+        if len(self.busytime) < 2 or getattr(self.h5, "mode", "r") == "r":
+            return
+        if hasattr(self.monitor, "save_starmap_info"):  # from 3.26 on
             times = numpy.array(list(self.busytime.values()))
             self.monitor.save_starmap_info(self.h5, self.name, times)
 
@@ -390,33 +391,50 @@ def install_workerpool(workerpool: Any) -> None:
         def __init__(self, job: Any = -1, *_: Any, **__: Any) -> None:
             from openquake.baselib import config
 
+            self.job = job if isinstance(job, int) else -1
             cluster = None if isinstance(job, int) else Config.from_sections(config).cluster
             self.pool = pool.Pool(cluster) if cluster else None
 
         def status(self) -> list[tuple[str, int, int]]:
-            return self.pool.triples("status") if self.pool else Session.current().status()
+            if self.pool:
+                return pool.triples(self.pool.ask("status"))
+            if self.job > 0:
+                Session.current().call_it(f"calculation {self.job}")
+            return Session.current().status()
 
         def wait(self, seconds: int = 120) -> list[tuple[str, int, int]]:
-            return self.pool.wait(seconds) if self.pool else self.status()
+            return pool.triples(self.pool.wait(seconds)) if self.pool else self.status()
 
         def start(self) -> str:
-            return f"started {self.pool.triples('start') if self.pool else self.status()}"
+            hosts = pool.answering(self.pool.start()) if self.pool else self.status()
+            return f"starting {hosts}"
 
         def stop(self) -> str:
             """Stop taking tasks; in a job, cancel its own and touch the workers of nobody else."""
             if self.pool:
-                return f"stopped {self.pool.triples('stop')}"
+                return f"stopped {pool.answering(self.pool.ask('stop'))}"
             if session := Session.existing():
                 session.cancel()
             return "released"
 
         def kill(self) -> str:
-            return f"killed {self.pool.triples('kill')}" if self.pool else self.stop()
+            return f"killed {pool.answering(self.pool.kill())}" if self.pool else self.stop()
 
         def restart(self) -> str:
             if not self.pool:
                 return "nothing to restart: the workers belong to this job"
-            self.kill()
-            return self.start()
+            self.pool.restart()
+            return "restarted"
+
+        def debug(self) -> str:
+            if not self.pool:
+                return "nothing to debug: the workers belong to this job"
+            for host in self.pool.cluster.hosts:
+                print("Sending to", self.pool.cluster.control_url(host))
+            report = debug.examine(self.pool)
+            print(f"results={sorted(report.results)}")
+            if report.problems:
+                raise SystemExit("\n".join(report.problems))
+            return "debugged"
 
     workerpool.WorkerMaster = WorkerMaster

@@ -18,10 +18,12 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +35,9 @@ import zmq
 
 from oq_runtime import config, facts, launch, payload, protocol, security, store, systemd, transport
 from oq_runtime import node as core
-from oq_runtime.config import WORKER_VARIABLE
+from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
 from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
+from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
 from oq_runtime.memory import oom_kills, resident, usage
 
@@ -46,8 +49,10 @@ STARTED_SECS = 0.2
 SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
 #: chunks of results queued on the data socket; the rest waits in the spool
 DATA_HWM = 16
-#: last bytes of a dead worker's stderr that go into the error message
-STDERR_TAIL_BYTES = 2000
+#: last bytes of a dead worker's stderr in which the reason is looked for
+STDERR_TAIL_BYTES = 64 << 10
+#: of systemd.exec(5): for sockets and logs, and for what may need a disk
+DIRECTORIES = ("RUNTIME_DIRECTORY", "CACHE_DIRECTORY")
 
 Key = tuple[int, int]
 
@@ -79,6 +84,10 @@ class Process:
             lines = file.read().decode(errors="replace").strip().splitlines()
             if code > 0 and lines:
                 text += f" ({lines[-1]})"
+            elif fatal := [line for line in lines if line.startswith("Fatal Python error")]:
+                frames = [line.strip() for line in lines if line.startswith("  File ")]
+                text += f" ({'; '.join([*fatal[:1], *frames[:1]])})"  # see faulthandler
+        self.log.unlink(missing_ok=True)
         return f"worker process {self.popen.pid} {text}"
 
 
@@ -108,10 +117,13 @@ class JobIO:
     """What the agent holds for one broker: links, calls, blobs on their way, results to be sent.
 
     :param control: the link on the control socket, open since the broker's call
+    :param user: whose job it is, in the broker's words
     """
 
-    def __init__(self, control: transport.Link) -> None:
+    def __init__(self, control: transport.Link, user: str) -> None:
         self.control = control
+        self.user, self.title = user, ""
+        self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
         self.local = False  # the broker is on this host and takes files as they are
         self.calls: dict[Key, tuple[bytes, list[protocol.Blob]]] = {}
@@ -122,6 +134,10 @@ class JobIO:
         self.uploads: deque[tuple[Key, Iterator[tuple[int, memoryview]]]] = deque()
         self.chunk: tuple[protocol.Chunk, memoryview] | None = None
 
+    def about(self, name: str) -> str:
+        """Say which job this is, and whose."""
+        return f"{self.title or name} of {self.user}"
+
     def close(self) -> None:
         for incoming in self.incoming.values():
             os.close(incoming.descriptor)
@@ -131,8 +147,9 @@ class JobIO:
 
 class Agent:
     """
-    :param directory: 0700 directory of sockets, logs and spool files
+    :param directory: 0700 directory of sockets and logs
     :param memory: directory in shared memory for blobs and spool files
+    :param disk: directory on the local disk for those that have no room there
     :param control_url: where brokers connect
     :param slots: worker processes at a time
     :param owner: pid with which this agent ends, or None for a daemon
@@ -146,6 +163,7 @@ class Agent:
         *,
         directory: Path,
         memory: Path,
+        disk: Path,
         control_url: str,
         slots: int,
         owner: int | None,
@@ -154,7 +172,9 @@ class Agent:
         keys: security.Keys | None = None,
     ) -> None:
         self.directory = directory
-        self.store = store.Store(memory, directory, memory_bytes=SHARED_BYTES)
+        self.control_url = control_url
+        self.journal = Journal()
+        self.store = store.Store(memory, disk, memory_bytes=SHARED_BYTES)
         self.blobs: dict[str, int] = {}  # names in the store, the least recently used first: users
         self.own_facts = own_facts
         self.keys = keys
@@ -170,7 +190,7 @@ class Agent:
         if owner is not None:
             self.owner = transport.pidfd(owner)
             self.running = self.owner is not None
-        self.ending = False
+        self.drain_asked = self.ending = False
         self.processes: dict[int, Process] = {}
         self.by_peer: dict[bytes, int] = {}
         self.jobs: dict[str, JobIO] = {}
@@ -210,14 +230,19 @@ class Agent:
         self.running = False
 
     def drain(self) -> None:
-        """Take no new tasks and end when those under way are done; asked twice, end at once."""
-        if self.core.draining:
-            self.running = False
-        self.core.handle(core.DrainAsked(), time.monotonic())
-        self.next_beat_s = 0.0  # tell the brokers now
+        """Take no new tasks and end when those under way are done; asked twice, end at once.
+
+        May be called by a signal handler: it only leaves word for the loop.
+        """
+        self.running = self.running and not self.drain_asked
+        self.drain_asked = True
+
+    def _drain(self) -> None:
         self.ending = True
+        self.next_beat_s = 0.0  # tell the brokers now
         systemd.notify("STOPPING=1")
-        log("draining: no new tasks; this agent ends when those under way are done")
+        self.journal.say("draining: no new tasks; ends when those under way are done")
+        self._handle(core.DrainAsked())
 
     def _step(self) -> None:
         due_s = min(self.next_beat_s, self.next_look_s)
@@ -229,7 +254,7 @@ class Agent:
             return
         for kind, reason in self.monitor.events() if self.monitor else ():
             if kind == "refused":
-                log(f"refused a connection: {reason}")
+                self.journal.repeat("connection", f"refused a connection: {reason}")
             elif kind == "disconnected":
                 self.next_beat_s = 0.0  # a broker that died is found by sending to it
         while frames := transport.receive(self.workers):
@@ -251,6 +276,8 @@ class Agent:
                 self._from_data(name, job, views)
             if job.uploads and self.jobs.get(name) is job:
                 self._upload(name, job)
+        if self.drain_asked and not self.ending:
+            self._drain()
         now = time.monotonic()
         while self.starting and now - next(iter(self.starting.values()))[2] >= STARTED_SECS:
             worker = next(iter(self.starting))
@@ -268,11 +295,12 @@ class Agent:
         used = usage()
         workers = {w: resident(p.popen.pid) for w, p in self.processes.items()}
         self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
+        self._handle(core.Tick())
         systemd.notify("WATCHDOG=1")
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
-        self._handle(core.Tick())
+        self.journal.flush()
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
         used = self.core.memory
@@ -284,6 +312,8 @@ class Agent:
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
                 self._to_broker(name, beat)
+            elif now - job.since_s > self.core.limits.lost_s:
+                self._forget(name, "it has not asked for a lease")
             if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
 
@@ -296,8 +326,10 @@ class Agent:
         peer = frames[0]
         try:
             message = protocol.decode(frames[1])
+            if isinstance(message, protocol.Task) and len(frames) != 3:
+                raise ProtocolError(f"a task with {len(frames) - 2} frames behind it")
         except (ProtocolError, IndexError) as exc:
-            log(f"refused a message on the control socket: {exc}")
+            self.journal.repeat("message", f"refused a message on the control socket: {exc}")
             if isinstance(exc, VersionError):  # the peer reads both versions from any answer
                 transport.send_to(self.control, peer, protocol.Refused(reason=str(exc)))
             return
@@ -305,6 +337,9 @@ class Agent:
         if isinstance(message, protocol.Command):
             self._command(message.action)
             transport.send_to(self.control, peer, self._status())
+            return
+        if isinstance(message, protocol.Ping):
+            transport.send_to(self.control, peer, message, *frames[2:])
             return
         if isinstance(message, protocol.Hello):
             self._greet(peer, message)
@@ -321,16 +356,24 @@ class Agent:
         wanted = message.wanted if isinstance(message, protocol.Beat) else None
         self._handle(core.Heard(name, wanted))
         match message:
-            case protocol.Lease(data_url=url):
+            case protocol.Lease(data_url=url) if job.data is None:
                 keys = self.keys
                 secure = functools.partial(security.secure_client, keys=keys) if keys else None
-                data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                job.local = keys is None
+                try:
+                    if url.startswith("ipc:") is not job.local:
+                        raise ProtocolError("not encrypted")
+                    data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                except (zmq.ZMQError, ProtocolError) as exc:
+                    self._give_back(name, f"no way to {url}: {exc}")
+                    return
                 job.data = transport.Link(data, name, message.epoch)
-                job.local = url.startswith("ipc:")
                 self.poller.register(data, zmq.POLLIN)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(core.LeaseAsked(name))
-            case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data:
+                if lease := self.core.leases.get(name):
+                    self.journal.say(f"lease of {name} of {job.user} granted: {lease.slots} slots")
+            case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data and frames[2:]:
                 if message.alone:
                     self._handle(core.AloneAsked(name, task, attempt))
                 self._take(name, job, (task, attempt), frames[2], blobs)
@@ -341,14 +384,15 @@ class Agent:
                 self._handle(core.AbortAsked(name, task, attempt))
             case protocol.Release():
                 self._forget(name, "released")
-            case protocol.Beat():
-                pass
+            case protocol.Beat(title=title):
+                job.title = title
             case _:
-                log(f"refused {type(message).__name__} on the control socket")
+                what = f"refused {type(message).__name__} on the control socket"
+                self.journal.repeat("message", what)
 
     def _command(self, action: str) -> None:
         if action != "status":
-            log(f"told to {action}")
+            self.journal.say(f"told to {action} by an administrator")
         match action:
             case "stop":
                 self._handle(core.DrainAsked())
@@ -364,10 +408,12 @@ class Agent:
             pid=os.getpid(),
             slots=self.core.slots,
             busy=self.core.busy,
-            jobs=sorted(self.core.leases),
+            jobs=[self.jobs[name].about(name) for name in sorted(self.core.leases)],
             memory=self.core.memory_percent / 100,
             engine=self.own_facts.engine,
-            state="stopped" if self.core.draining else "up",
+            state=("draining" if self.core.busy else "stopped") if self.core.draining else "up",
+            ready=self.core.ready,
+            beat_age_s=self.core.beat_age_s(time.monotonic()),
         )
 
     def _greet(self, peer: bytes, hello: protocol.Hello) -> None:
@@ -377,10 +423,11 @@ class Agent:
         if not link.accepts(hello):
             return
         if different := facts.difference(hello.facts, self.own_facts):
-            log(f"refused {hello.job}: {different}")
+            who = f"{hello.job} of {hello.user}"
+            self.journal.repeat(f"{who}: {different}", f"refused {who}: {different}")
             link.send(protocol.Refused(reason=different))
             return
-        self.jobs[hello.job] = JobIO(link)
+        self.jobs[hello.job] = JobIO(link, hello.user)
         slots = 0 if self.core.draining else self.core.slots
         link.send(
             protocol.Welcome(
@@ -415,7 +462,7 @@ class Agent:
             stored = f"{name}-{blob.digest.hex()}"
             if blob.path:
                 continue
-            if stored in self.store:
+            if stored in self.blobs:
                 self.blobs[stored] = self.blobs.pop(stored) + 1  # now the most recently used
                 holds.append(stored)
                 continue
@@ -463,7 +510,7 @@ class Agent:
         if not isinstance(message, protocol.BlobChunk):
             return
         incoming = job.incoming.get(message.digest)
-        if incoming is None or not incoming.take(message.offset, frames[1]):
+        if incoming is None or not frames[1:] or not incoming.take(message.offset, frames[1]):
             self._give_back(name, "a big argument came in pieces that do not fit")
         elif incoming.received == incoming.blob.nbytes:
             self._complete(name, job, incoming)
@@ -530,8 +577,9 @@ class Agent:
         self.oom_kills_before += oom  # each kill explains one death
         if process.peer is not None:
             del self.by_peer[process.peer]
-        if process.popen.returncode:
-            log(reason)
+        known = self.core.workers.get(worker)  # one that was killed on purpose is not
+        if known is not None and known.state is core.WorkerState.IDLE:
+            self.journal.say(f"{reason}, while it had no task")
         self.starting.pop(worker, None)
         for place in (self.store.memory, self.store.disk):
             if process.spool not in self.store:
@@ -553,6 +601,7 @@ class Agent:
                     if process := self.processes.get(worker):
                         process.kill()
                 case core.ReportDeath(job, task, attempt, reason, started, oom):
+                    self.journal.say(f"task {task} of {job}, attempt {attempt}: {reason}")
                     died = protocol.Died(
                         task=task, attempt=attempt, reason=reason, started=started, oom=oom
                     )
@@ -561,8 +610,8 @@ class Agent:
                     if found := self.jobs.get(job):
                         self._drop(job, found, (task, attempt))
                 case core.LeaseEnded(job, reason):
-                    log(f"lease of {job} ended: {reason}")
                     if ended := self.jobs.pop(job, None):
+                        self.journal.say(f"lease of {job} of {ended.user} ended: {reason}")
                         self._close(job, ended)
 
     def _run(self, worker: int, name: str, key: Key) -> None:
@@ -614,7 +663,11 @@ class Agent:
             placed = protocol.Placed(task=key[0], attempt=key[1], path=str(path))
             self._to_broker(name, placed)
             return
-        body = payload.map_file(self.store.path(stored), private=True)
+        try:
+            body = payload.map_file(self.store.path(stored), private=True)
+        except OSError as exc:
+            self._give_back(name, f"results are not there any more: {exc}")
+            return
         job.uploads.append((key, protocol.chunks(body)))
         if job.data is not None:
             self.poller.modify(job.data.socket, zmq.POLLIN | zmq.POLLOUT)
@@ -639,7 +692,8 @@ class Agent:
         env = dict(os.environ)
         env.setdefault("OMP_NUM_THREADS", "1")
         env[WORKER_VARIABLE] = "1"
-        with _writable(log_path) as stream:
+        env[NODE_VARIABLE] = self.control_url
+        with self._writable(log_path) as stream:
             popen = subprocess.Popen(
                 [
                     sys.executable,
@@ -658,24 +712,18 @@ class Agent:
         self.processes[worker] = Process(popen, log_path)
         self.poller.register(self.processes[worker].pidfd, zmq.POLLIN)
 
-
-def _writable(path: Path) -> IO[bytes]:
-    """Open a log file; with the disk full, better a worker without a log than none."""
-    try:
-        return path.open("wb")
-    except OSError as exc:
-        log(f"{path}: {exc.strerror}")
-        return Path(os.devnull).open("wb")
+    def _writable(self, path: Path) -> IO[bytes]:
+        """Open a log file; with the disk full, better a worker without a log than none."""
+        try:
+            return path.open("wb")
+        except OSError as exc:
+            self.journal.repeat("log", f"{path}: {exc.strerror}")
+            return Path(os.devnull).open("wb")
 
 
 def _name(job: str, key: Key) -> str:
     """Return the name of the file with the results of an attempt; the worker makes the same."""
     return f"{job}-{key[0]}-{key[1]}"
-
-
-def log(text: str) -> None:
-    """Print one line; the service manager adds time and name."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def own_address(cluster: config.Cluster) -> str:
@@ -697,6 +745,22 @@ def _resolved(host: str) -> set[str]:
         return set()
 
 
+def own_directory(variable: str, name: str) -> Path:
+    """Return the directory ``name`` where systemd wants it, else where temporary files are.
+
+    Raises ConfigError when somebody else has it already, or it cannot be made.
+    """
+    path = Path(os.environ.get(variable) or tempfile.gettempdir(), name)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}; set another TMPDIR") from exc
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigError(f"{path} is not a directory of this user alone; remove it")
+    return path
+
+
 def run_daemon(address: str | None) -> None:
     """Serve the cluster of openquake.cfg on this node until SIGTERM, which drains.
 
@@ -716,35 +780,41 @@ def run_daemon(address: str | None) -> None:
     wanted = cluster.hosts[address]
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
     os.umask(0o077)
-    # its name is this agent's own, so that what a killed predecessor has left is found
-    memory = store.SHARED_MEMORY / f"oq-agent-{address}-{cluster.ctrl_port}"
-    given = os.environ.get("RUNTIME_DIRECTORY")
-    directory = Path(given or tempfile.mkdtemp(prefix="oq-agent-"))
+    # named alike each time, so that what a killed predecessor has left is found
+    name = f"oq-agent-{address}-{cluster.ctrl_port}"
+    directory, disk = (own_directory(variable, name) for variable in DIRECTORIES)
+    memory = store.SHARED_MEMORY / f"{name}-{zlib.crc32(os.fsencode(directory)):08x}"
+    if len(os.fsencode(directory / "workers")) > launch.SOCKET_PATH_BYTES:
+        raise ConfigError(f"{directory} is too long for sockets; set a shorter TMPDIR")
     try:
-        try:
-            agent = Agent(
-                directory=directory,
-                memory=memory,
-                control_url=cluster.control_url(address),
-                slots=config.available_cores() if wanted < 0 else wanted,
-                owner=None,
-                own_facts=facts.own(cluster.dbserver, cluster.shared_dir),
-                limits=settings.limits,
-                keys=keys,
-            )
-        except zmq.ZMQError as exc:
-            raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc
-        store.shared_memory(memory.name)  # only now: the port is bound, so no other agent uses it
+        agent = Agent(
+            directory=directory,
+            memory=memory,
+            disk=disk,
+            control_url=cluster.control_url(address),
+            slots=config.available_cores() if wanted < 0 else wanted,
+            owner=None,
+            own_facts=facts.own(cluster.dbserver, cluster.shared_dir),
+            limits=settings.limits,
+            keys=keys,
+        )
+    except zmq.ZMQError as exc:
+        raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc
+    # from here on the port is bound, so no other agent uses these directories
+    try:
+        store.shared_memory(memory.name)
+        for stale in [*directory.iterdir(), *disk.iterdir()]:
+            if stale.name != "workers":  # the socket, which is bound by now
+                stale.unlink(missing_ok=True)
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
         systemd.notify("READY=1")
-        log(f"ready on {cluster.control_url(address)} with {agent.core.slots} slots")
+        agent.journal.say(f"ready on {agent.control_url} with {agent.core.slots} slots")
         agent.run()
-        log("ended")
+        agent.journal.say("ended")
     finally:
-        shutil.rmtree(memory, ignore_errors=True)
-        if not given:
-            shutil.rmtree(directory, ignore_errors=True)
+        for path in (memory, directory, disk):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def daemon() -> None:
@@ -757,7 +827,7 @@ def daemon() -> None:
     try:
         run_daemon(args.address)
     except OqRuntimeError as exc:
-        log(f"oq-agent: {exc}")
+        print(f"oq-agent: {exc}", file=sys.stderr)
         sys.exit(2 if isinstance(exc, ConfigError) else 1)
 
 
@@ -774,6 +844,7 @@ def main() -> None:
         agent = Agent(
             directory=args.directory,
             memory=store.SHARED_MEMORY / args.directory.name,
+            disk=args.directory,
             control_url=args.control_url,
             slots=args.slots,
             owner=args.owner,

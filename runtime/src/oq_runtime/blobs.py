@@ -8,6 +8,7 @@ hashed again only when its bytes differ. Not covered: blobs on the nodes (``agen
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Blobs:
         return at == len(body)
 
     def _write(self, digest: bytes, pieces: Sequence[Buffer]) -> None:
-        name, nbytes = digest.hex(), payload.nbytes(pieces)
+        name, nbytes = self._name(digest), payload.nbytes(pieces)
         descriptor = self.store.create(name, nbytes)
         with open(descriptor, "wb") as file:
             store.write(file.fileno(), pieces)
@@ -117,4 +118,9 @@ class Blobs:
         for identity in known.objects:
             del self.by_object[identity]
         known.body.release()
-        self.store.remove(digest.hex())
+        self.store.remove(self._name(digest))
+
+    @staticmethod
+    def _name(digest: bytes) -> str:
+        # jobs that one engine process runs side by side, each in a process, share the directories
+        return f"{os.getpid()}-{digest.hex()}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import getpass
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xxhash
 import zmq
 
@@ -33,6 +35,7 @@ from oq_runtime.errors import (
     TransitionError,
     VersionError,
 )
+from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
 from oq_runtime.store import Store
 
@@ -155,8 +158,10 @@ class Broker:
         keys: security.Keys | None = None,
     ) -> None:
         self.job = directory.name
+        self.journal = Journal()
         self.keys = keys
         self.own_facts = own_facts
+        self.user, self.title = getpass.getuser(), ""
         self.core = core.Scheduler(limits, window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
@@ -179,8 +184,8 @@ class Broker:
         self.events: deque[core.Event] = deque()
         self.handling = False
         self.staging: dict[tuple[int, int], Staging] = {}
-        self.blobs: dict[bytes, protocol.Blob] = {}
-        self.blob_uses: Counter[bytes] = Counter()
+        # digest -> file -> tasks that need it; each client has files of its own
+        self.blobs: dict[bytes, Counter[str]] = {}
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
         self.store = Store(
             store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes
@@ -279,7 +284,9 @@ class Broker:
         now = time.monotonic()
         for peer in self._callable():
             if now >= peer.next_call_s:
-                hello = protocol.Hello(pid=os.getpid(), role="broker", facts=self.own_facts)
+                hello = protocol.Hello(
+                    pid=os.getpid(), role="broker", facts=self.own_facts, user=self.user
+                )
                 peer.call(self.job, hello, now)
         if now >= self.next_beat_s:
             self._beat(now)
@@ -304,6 +311,7 @@ class Broker:
         if self.data is None:
             self._bind_data()
         self._tell_wanted()
+        self.journal.flush()
         for peer in self.peers.values():
             if peer.data is not None:
                 peer.data.send(protocol.Beat())
@@ -316,7 +324,7 @@ class Broker:
         self.told_wanted = len(self.core.live)
         for peer in self.peers.values():
             if peer.state == "leased":
-                self._send(peer, protocol.Beat(wanted=self.told_wanted))
+                self._send(peer, protocol.Beat(wanted=self.told_wanted, title=self.title))
 
     def _send(self, peer: Peer, message: protocol.Message, *frames: Any) -> None:
         """Send to an agent; one that cannot take it is lost, for it would never know of it."""
@@ -325,7 +333,7 @@ class Broker:
 
     def _lose(self, peer: Peer, reason: str, state: str = "calling") -> None:
         if peer.state == "leased" or state != peer.state:
-            log(f"{peer.host}: {reason}")
+            self.journal.say(f"{peer.host}: {reason}")
         peer.hang_up(state, reason)
         self._handle(core.NodeGone(peer.name, reason))
 
@@ -341,7 +349,7 @@ class Broker:
             if agent is not None and isinstance(exc, VersionError):
                 self._lose(agent, f"refused: {exc}", "refused")
             else:
-                log(f"refused a message: {exc}")
+                self.journal.repeat("message", f"refused a message: {exc}")
 
     def _handle(self, event: core.Event) -> None:
         """Let the core take an event; one that comes of an effect waits for its turn."""
@@ -369,8 +377,7 @@ class Broker:
                 group = self.groups.setdefault((peer, map_), len(self.groups))
                 self.submissions[number] = Submission(peer, task, map_, func, frames[0], blobs)
                 for blob in blobs:
-                    self.blobs[blob.digest] = blob
-                    self.blob_uses[blob.digest] += 1
+                    self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
                 self.numbers[peer, task] = number
                 phase = self.phases.setdefault(func, protocol.Phase(name=func))
                 phase.total += 1
@@ -380,6 +387,8 @@ class Broker:
                     self._handle(core.Consumed(self.numbers.pop((peer, task), -1)))
             case protocol.Cancel(map=map_):
                 self._cancel(peer, map_)
+            case protocol.Title(text=text):
+                self.title = text
             case protocol.StatusQuery():
                 transport.send_to(self.engine, peer, self._status())
 
@@ -446,6 +455,8 @@ class Broker:
                 self._handle(core.Started(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
                 body = frames[0] if frames and len(frames[0]) == message.nbytes else None
+                if not self.local:
+                    message = msgspec.structs.replace(message, path="")
                 self.staging[task, attempt] = Staging(message, body)
                 self._handle(core.Ended(name, task, attempt, message.nbytes))
             case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
@@ -475,16 +486,17 @@ class Broker:
             case protocol.Fetch(digest=digest):
                 self._send_blob(peer, peer.data, digest)
             case protocol.Chunk(task=task, attempt=attempt, offset=offset):
-                if staging := self.staging.get((task, attempt)):
+                staging = self.staging.get((task, attempt))
+                if staging is not None and staging.descriptor >= 0:
                     in_order = staging.take(offset, frames[0])
                     if not in_order or staging.received == staging.ended.nbytes:
                         intact = in_order and staging.intact()
                         self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
     def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
-        if (blob := self.blobs.get(digest)) is None:
+        if (paths := self.blobs.get(digest)) is None:
             return  # of a task that is not wanted any more
-        for offset, chunk in protocol.chunks(payload.map_file(blob.path, private=True)):
+        for offset, chunk in protocol.chunks(payload.map_file(next(iter(paths)), private=True)):
             if not link.send(protocol.BlobChunk(digest=digest, offset=offset), chunk):
                 self._lose(peer, "its data connection broke")
                 return
@@ -527,7 +539,7 @@ class Broker:
             try:
                 staging.descriptor = self.store.create(f"{task}-{attempt}", staging.ended.nbytes)
             except OSError as exc:
-                log(f"no room for {staging.ended.nbytes} bytes of results: {exc}")
+                self.journal.say(f"no room for {staging.ended.nbytes} bytes of results: {exc}")
                 self._handle(core.Uploaded(peer.name, task, attempt, False))
                 return
         self._send(peer, protocol.Grant(task=task, attempt=attempt))
@@ -564,7 +576,7 @@ class Broker:
         if error == "OutOfMemory":
             verdict += MEMORY_REMEDY
         text = "\n".join([*history[:-1], verdict])
-        log(text)
+        self.journal.say(text)
         header = protocol.Failed(
             job=self.job, task=submission.task, map=submission.map, error=error, text=text
         )
@@ -573,9 +585,12 @@ class Broker:
     def _forget(self, task: int) -> Submission:
         submission = self.submissions.pop(task)
         for blob in submission.blobs:
-            self.blob_uses[blob.digest] -= 1
-            if not self.blob_uses[blob.digest]:
-                del self.blobs[blob.digest], self.blob_uses[blob.digest]
+            paths = self.blobs[blob.digest]
+            paths[blob.path] -= 1
+            if not paths[blob.path]:
+                del paths[blob.path]
+            if not paths:
+                del self.blobs[blob.digest]
         return submission
 
     def _status(self) -> protocol.Status:
@@ -594,11 +609,6 @@ class Broker:
         return protocol.Status(
             job=self.job, phases=list(self.phases.values()), nodes=nodes, note=note
         )
-
-
-def log(text: str) -> None:
-    """Print to stderr, which the launcher has directed to a file of the session."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -634,7 +644,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: broker.stop())
         broker.run()
     except OqRuntimeError as exc:
-        log(str(exc))
+        print(exc, file=sys.stderr)
         sys.exit(1)
     finally:
         launch.remove(args.directory)

@@ -19,6 +19,8 @@ memory_soft_percent     80       memory in use on a node, in per cent, above whi
 memory_hard_percent     90       the same, above which the newest task is killed
 max_attempts            3        attempts of a task that may end with the death of its worker
 task_timeout_s          0        seconds after which the worker of a task is killed; 0: never
+speculation             off      on: a task that takes much longer than those of its function did
+                                 gets a second attempt on another node, when nothing else waits
 ======================  =======  ==================================================================
 
 The limits must be the same on all hosts: broker and agents judge each other by them.
@@ -44,6 +46,8 @@ from oq_runtime.limits import DEFAULTS, Limits
 SESSION_VARIABLE = "OQ_RUNTIME_SESSION"
 #: set in worker processes, in which the runtime must not activate itself
 WORKER_VARIABLE = "OQ_RUNTIME_WORKER"
+#: set in worker processes: the control URL of their agent, and the number of the attempt
+NODE_VARIABLE, ATTEMPT_VARIABLE = "OQ_RUNTIME_NODE", "OQ_RUNTIME_ATTEMPT"
 #: ``POINT:TASK:ATTEMPTS``: for tests, a worker kills itself at this point of this task
 FAULT_VARIABLE = "OQ_RUNTIME_FAULT"
 
@@ -187,6 +191,7 @@ def read_limits(section: Mapping[str, str]) -> Limits:
         ),
         max_attempts=_number(section, "max_attempts", DEFAULTS.max_attempts, least=1),
         task_timeout_s=_seconds(section, "task_timeout_s", DEFAULTS.task_timeout_s, zero=True),
+        speculation=_switch(section, "speculation", "off"),
     )
     for low, high in [
         ("beat_s", "suspect_s"),
@@ -256,3 +261,11 @@ def _seconds(section: Mapping[str, str], key: str, default: float, *, zero: bool
         least = "from 0 up" if zero else "above 0"
         raise ConfigError(f"[oq_runtime] {key}={text}: give a number of seconds {least}")
     return float(text)
+
+
+def _switch(section: Mapping[str, str], key: str, default: str) -> bool:
+    text = section.get(key) or default
+    value = configparser.ConfigParser.BOOLEAN_STATES.get(text.lower())
+    if value is None:
+        raise ConfigError(f"[oq_runtime] {key}={text}: give on or off")
+    return value

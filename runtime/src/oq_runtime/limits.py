@@ -27,6 +27,8 @@ class Limits:
     max_attempts: int = 3
     #: seconds after which the worker of a task is killed; 0: never
     task_timeout_s: float = 0.0
+    #: whether a task that takes much longer than others gets a second attempt beside the first
+    speculation: bool = False
 
 
 DEFAULTS = Limits()

@@ -238,6 +238,15 @@ class Node:
         return self.draining or (full and self.busy > 0)
 
     @property
+    def ready(self) -> int:
+        """Workers that have started."""
+        return sum(w.state is not WorkerState.STARTING for w in self.workers.values())
+
+    def beat_age_s(self, now: float) -> float | None:
+        """Return the longest silence of a broker, None without a lease."""
+        return max((now - lease.heard_s for lease in self.leases.values()), default=None)
+
+    @property
     def memory_percent(self) -> float:
         """How much of the memory is in use."""
         return 100 * self.memory.used_bytes / self.memory.limit_bytes
@@ -378,7 +387,8 @@ class Node:
         self.ticked_s = now
         for lease in list(self.leases.values()):
             lease.served_s += seconds * self._running(lease)
-            if now - lease.heard_s > self.limits.lost_s:
+            # a beat early: at the latest lost_s after a cut its slots are to be free
+            if now - lease.heard_s > self.limits.lost_s - self.limits.beat_s:
                 self._end(lease.job, f"broker silent for {now - lease.heard_s:.0f} s", effects)
         if len(self.leases) > 1:
             self._share(effects)

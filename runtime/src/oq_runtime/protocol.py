@@ -4,7 +4,7 @@ A message is a header frame followed by any number of payload frames. The header
 of the structs below, tagged by ``kind``, with the protocol version in ``v``. Payload frames are
 opaque bytes (pickles that only the engine and the workers open); they are forwarded, never decoded.
 
-    engine  --Hello, Submit, Consumed, Cancel, StatusQuery-->  broker
+    engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status--            broker
     broker  --Hello, Lease, Task, Grant, Abort, Release, Beat-->  agent  (control)
     broker  <--Welcome, Refused, Leased, NoLease, Started, Ended, Placed, Died, Beat--  agent
@@ -12,7 +12,7 @@ opaque bytes (pickles that only the engine and the workers open); they are forwa
     broker  --BlobChunk, Beat-->  agent            (data)
     agent   --Run-->  worker             agent  <--Ready, Ended, NoRoom--  worker
 
-    oq-workers  --Command-->  agent      oq-workers <--AgentStatus--  agent
+    oq-workers  --Command, Ping-->  agent    oq-workers <--AgentStatus, Ping--  agent
 
 Between broker and agent each call of the broker opens an epoch. ``epoch`` and ``seq`` number the
 messages of either direction of either socket, so that one that was lost shows as a gap; then the
@@ -37,13 +37,19 @@ CHUNK_BYTES = 1024 * 1024
 HEADER_BYTES = 4 * 1024 * 1024
 
 
+#: the name becomes part of file names
+JobName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]*\Z", max_length=64)]
+#: a size, of at most a pebibyte
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+
+
 class Message(
     msgspec.Struct, frozen=True, tag_field="kind", forbid_unknown_fields=True, kw_only=True
 ):
     """Fields of every header: protocol version, the session's job name, epoch, sequence number."""
 
     v: int = PROTOCOL_VERSION
-    job: str = ""
+    job: JobName = ""
     epoch: int = 0
     seq: int = 0
 
@@ -59,9 +65,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
+    """``user``: who runs the job, for people; nothing is decided by it."""
+
     pid: int
     role: str
     facts: Facts = Facts()
+    user: str = ""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -81,7 +90,7 @@ class Blob(msgspec.Struct, frozen=True):
     """An argument too big for a message: BLAKE2b digest, size, its file if on the same host."""
 
     digest: bytes
-    nbytes: int
+    nbytes: Size
     path: str = ""
 
 
@@ -117,6 +126,12 @@ class Failed(Message, frozen=True, tag="failed"):
     task: int
     map: int
     error: str
+    text: str
+
+
+class Title(Message, frozen=True, tag="title"):
+    """What people call the job: ``calculation 42``."""
+
     text: str
 
 
@@ -195,7 +210,7 @@ class BlobChunk(Message, frozen=True, tag="blob"):
     """The bytes of a blob from ``offset`` on are the next frame."""
 
     digest: bytes
-    offset: Annotated[int, msgspec.Meta(ge=0)]
+    offset: Size
 
 
 class Chunk(Message, frozen=True, tag="chunk"):
@@ -203,7 +218,7 @@ class Chunk(Message, frozen=True, tag="chunk"):
 
     task: int
     attempt: int
-    offset: Annotated[int, msgspec.Meta(ge=0)]
+    offset: Size
 
 
 class Started(Message, frozen=True, tag="started"):
@@ -222,7 +237,7 @@ class Ended(Message, frozen=True, tag="ended"):
     task: int
     attempt: int
     parts: Annotated[int, msgspec.Meta(ge=1)]
-    nbytes: Annotated[int, msgspec.Meta(ge=0)]
+    nbytes: Size
     digest: bytes = b""
     path: str = ""
 
@@ -258,13 +273,14 @@ class Died(Message, frozen=True, tag="died"):
 class Beat(Message, frozen=True, tag="beat"):
     """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please.
 
-    ``free_bytes``: of the node's memory.
+    ``free_bytes``: of the node's memory. ``title``: of the job, see Title.
     """
 
     wanted: int = 0
     busy: int = 0
     closed: bool = False
     free_bytes: int = 0
+    title: str = ""
 
 
 class Command(Message, frozen=True, tag="command"):
@@ -273,8 +289,16 @@ class Command(Message, frozen=True, tag="command"):
     action: Literal["status", "start", "stop", "kill"]
 
 
+class Ping(Message, frozen=True, tag="ping"):
+    """Comes back with its payload, which shows how fast the way to a node is."""
+
+
 class AgentStatus(Message, frozen=True, tag="agentstatus"):
-    """One node: ``memory`` is the part in use, ``jobs`` the names of the leases."""
+    """One node.
+
+    ``memory`` is the part in use, ``jobs`` the leases, ``ready`` the workers that have imported the
+    engine, ``beat_age_s`` the age of the oldest of the brokers' last beats (None: no lease).
+    """
 
     host: str
     pid: int
@@ -284,6 +308,8 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
     memory: float
     engine: str
     state: str
+    ready: int = 0
+    beat_age_s: float | None = None
 
 
 class Ready(Message, frozen=True, tag="ready"):
@@ -308,9 +334,10 @@ class NoRoom(Message, frozen=True, tag="noroom"):
 
 
 AnyMessage = (
-    Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | StatusQuery
-    | Status | Lease | Leased | NoLease | Release | Task | Fetch | BlobChunk | Chunk | Started
-    | Ended | Placed | Grant | Abort | Died | Beat | Command | AgentStatus | Ready | Run | NoRoom
+    Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | Title
+    | StatusQuery | Status | Lease | Leased | NoLease | Release | Task | Fetch | BlobChunk | Chunk
+    | Started | Ended | Placed | Grant | Abort | Died | Beat | Command | Ping | AgentStatus | Ready
+    | Run | NoRoom
 )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ sender is told to abort.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
+import statistics
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -23,6 +24,13 @@ MAX_OOMS = 2
 MAX_NODE_LOSSES = 10
 #: bytes of results that may be staged in the broker; one larger attempt is let through alone
 WINDOW_BYTES = 1 << 30
+#: attempts per slot that a node may hold of functions whose tasks are short: the next one is there
+#: when the last one ends, which hides the way to the broker and back
+AHEAD = 2.0
+#: mean seconds from assignment to end below which the tasks of a function are short
+SHORT_S = 0.05
+#: ended tasks of a function from which its usual time is taken
+USUAL_TASKS = 1000
 #: history lines kept of a task
 HISTORY_LINES = 50
 
@@ -232,19 +240,58 @@ class GiveUp:
 Effect = Assign | GrantUpload | AbortAttempt | Commit | DropStaged | GiveUp
 
 
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """When a straggler gets a second attempt: nothing waits, and it has run ``factor`` times longer
+    than the tasks of its function usually do per weight, known once ``least_done`` of them (a part
+    of one) and of at least ``least_tasks`` have ended.
+    """
+
+    factor: float = 3.0
+    least_tasks: int = 10
+    least_done: float = 0.5
+
+
+STRAGGLERS = Speculation()
+
+
+@dataclass(slots=True)
+class Function:
+    """What is known of the tasks of one function; paces are seconds per weight."""
+
+    tasks: int = 0
+    ended: int = 0
+    paces: deque[float] = field(default_factory=lambda: deque(maxlen=USUAL_TASKS))
+
+
+@dataclass(slots=True)
+class Rival:
+    """A second attempt at a task, while neither of the two has ended."""
+
+    attempt: int
+    node: str
+    state: State
+    assigned_s: float
+
+
 @dataclass(slots=True)
 class Task:
+    """``attempt`` on ``node`` is in ``state``; its rival, if any, is ASSIGNED or RUNNING, too."""
+
     id: int
     group: int
     func: str
     weight: float
     state: State = State.QUEUED
     attempt: int = 0
+    attempts: int = 0
     node: str = ""
+    rival: Rival | None = None
     nbytes: int = 0
     deaths: int = 0
     ooms: int = 0
     node_losses: int = 0
+    assigned_s: float = 0.0
     avoid: str = ""
     history: tuple[str, ...] = ()  # while it is live: a job may have millions of tasks
 
@@ -252,6 +299,13 @@ class Task:
     def alone(self) -> bool:
         """Whether the next attempt, or the one under way, has a node for itself."""
         return self.ooms > 0
+
+    def swap(self) -> None:
+        """Make the rival the attempt whose state counts, and that one the rival."""
+        if rival := self.rival:
+            self.rival = Rival(self.attempt, self.node, self.state, self.assigned_s)
+            self.attempt, self.node = rival.attempt, rival.node
+            self.state, self.assigned_s = rival.state, rival.assigned_s
 
 
 @dataclass(slots=True)
@@ -278,8 +332,13 @@ class Node:
 
     @property
     def load(self) -> float:
-        """The part of its slots that is taken."""
-        return len(self.running) / self.slots if self.slots else 1.0
+        """The part of its slots that is taken; above 1 with attempts that wait for a slot."""
+        return len(self.running) / self.slots if self.slots else AHEAD
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may get an attempt, be it one that waits for a slot."""
+        return self.kept_for is None and self.load < AHEAD
 
 
 class Scheduler:
@@ -287,10 +346,19 @@ class Scheduler:
 
     :param limits: of silence and of attempts
     :param window_bytes: results staged at a time, see WINDOW_BYTES
+    :param speculation: when a straggler gets a second attempt, if ``limits`` allow it at all; safe,
+        because only whole attempts count
     """
 
-    def __init__(self, limits: Limits = DEFAULTS, *, window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(
+        self,
+        limits: Limits = DEFAULTS,
+        *,
+        window_bytes: int = WINDOW_BYTES,
+        speculation: Speculation = STRAGGLERS,
+    ) -> None:
         self.limits = limits
+        self.speculation = speculation
         self.window_bytes = window_bytes
         self.no_nodes_limit_s = limits.no_nodes_limit_s
         self.tasks: dict[int, Task] = {}
@@ -308,7 +376,9 @@ class Scheduler:
         self.retries: Counter[str] = Counter()  # per function, as is the next
         self.busy: Counter[str] = Counter()
         self.live_of: Counter[int] = Counter()  # per group
+        self.functions: dict[str, Function] = {}
         self.no_nodes_since_s: float | None = None
+        self.mean_s: dict[str, float] = {}  # per function, see SHORT_S
         self.lost: list[str] = []
 
     # ---- the one entry
@@ -347,13 +417,16 @@ class Scheduler:
                 self.submitted += 1
                 self.live.add(task)
                 self.live_of[group] += 1
+                self.functions.setdefault(func, Function()).tasks += 1
                 heapq.heappush(self.queue, (-weight, task))
             case Started(node, task, attempt):
-                if current := self._current(node, task, attempt, effects):
+                if current := self._current(node, task, attempt, "start", effects):
                     self._move(current, "start", f"started on {node}")
             case Ended(node, task, attempt, nbytes):
-                if current := self._current(node, task, attempt, effects):
+                if current := self._current(node, task, attempt, "end", effects):
                     self._move(current, "end", f"ended on {node}, {nbytes} bytes")
+                    self._drop_rival(current, effects)
+                    self._measure(current, now)
                     current.nbytes = nbytes
                     self.nodes[node].running.discard(task)
                     self.nodes[node].ended.add(task)
@@ -361,20 +434,20 @@ class Scheduler:
                     self._give_back(current)
                     self.waiting[task] = None
             case Uploaded(node, task, attempt, intact):
-                if current := self._current(node, task, attempt, effects):
+                if current := self._current(node, task, attempt, "commit", effects):
                     if current.state is not State.UPLOADING:
                         raise TransitionError(f"task {task} is {current.state.value}: no upload")
                     if intact:
                         self._move(current, "commit", f"committed from {node}")
                         self.nodes[node].ended.discard(task)
-                        self._end(current)
+                        self._end(current, effects)
                         self.committed += 1
                         effects.append(Commit(node, task, attempt))
                     else:
                         current.node_losses += 1  # charged like a loss: the task did no harm
                         self._retry(current, f"damaged on the way from {node}", effects)
             case Died(node, task, attempt, reason, oom):
-                if current := self._current(node, task, attempt, effects):
+                if current := self._current(node, task, attempt, "retry", effects):
                     if oom:
                         current.ooms += 1
                     else:
@@ -393,12 +466,21 @@ class Scheduler:
         self._give_up_without_nodes(now, effects)
         self._grant(effects)
         self._dispatch(now, effects)
+        if self.limits.speculation and isinstance(event, Tick):
+            self._speculate(now, effects)
         return effects
 
     # ---- parts
 
-    def _current(self, node: str, task: int, attempt: int, effects: list[Effect]) -> Task | None:
+    def _current(
+        self, node: str, task: int, attempt: int, transition: str, effects: list[Effect]
+    ) -> Task | None:
+        """The task, if this attempt at it counts; of two attempts this one becomes the first."""
         found = self.tasks.get(task)
+        if found and (rival := found.rival) and (rival.node, rival.attempt) == (node, attempt):
+            if transition not in TRANSITIONS[rival.state]:
+                raise TransitionError(f"task {task} is {rival.state.value}: no {transition}")
+            found.swap()
         if (
             found is None
             or found.attempt != attempt
@@ -418,8 +500,13 @@ class Scheduler:
             raise TransitionError(text) from None
         self.busy[task.func] += (state in BUSY) - (task.state in BUSY)
         task.state = state
+        self._note(task, note)
+        if state is State.COMMITTED:
+            task.history = ()
+
+    def _note(self, task: Task, note: str) -> None:
         line = f"attempt {task.attempt}: {note}"
-        task.history = () if state is State.COMMITTED else (*task.history, line)[-HISTORY_LINES:]
+        task.history = (*task.history, line)[-HISTORY_LINES:]
 
     def _free(self, task: Task, effects: list[Effect]) -> None:
         """Take the task from its node and drop what was staged of its attempt."""
@@ -437,7 +524,8 @@ class Scheduler:
     def _unstage(self, task: int) -> None:
         self.staged_bytes -= self.staged.pop(task, 0)
 
-    def _end(self, task: Task) -> None:
+    def _end(self, task: Task, effects: list[Effect]) -> None:
+        self._drop_rival(task, effects)
         self.live.discard(task.id)
         self.live_of[task.group] -= 1
 
@@ -449,7 +537,14 @@ class Scheduler:
             self._give_up(task, "WorkerDied", note, effects)
         elif task.node_losses >= MAX_NODE_LOSSES:
             self._give_up(task, "NodeLost", note, effects)
+        elif task.rival and not task.alone:
+            self._note(task, note)
+            self.retries[task.func] += 1
+            task.swap()  # it may still end well
+            task.rival = None
+            self.busy[task.func] -= 1
         else:
+            self._drop_rival(task, effects)
             self._move(task, "retry", note)
             self.retries[task.func] += 1
             task.node = ""
@@ -462,7 +557,7 @@ class Scheduler:
         self, task: Task, error: str, note: str, effects: list[Effect], move: str = "give up"
     ) -> None:
         self._move(task, move, note)
-        self._end(task)
+        self._end(task, effects)
         self.given_up += 1
         effects.append(GiveUp(task.id, error, task.history))
 
@@ -471,7 +566,7 @@ class Scheduler:
         if task.node:
             effects.append(AbortAttempt(task.node, task.id, task.attempt))
         self._move(task, "cancel", "cancelled")
-        self._end(task)
+        self._end(task, effects)
         self.cancelled += 1
 
     def _lose(self, name: str, reason: str, effects: list[Effect]) -> None:
@@ -481,6 +576,8 @@ class Scheduler:
         self.lost.append(f"{name}: {reason}")
         for task_id in sorted(node.running | node.ended):
             task = self.tasks[task_id]
+            if task.node != name:
+                task.swap()
             task.node_losses += 1
             self._retry(task, f"node {name} lost ({reason})", effects)
 
@@ -523,10 +620,11 @@ class Scheduler:
         while self.queue:
             task = self.tasks[self.queue[0][1]]
             if task.state is State.QUEUED:
-                node = self._take_node(now, task.avoid)
+                short = self.mean_s.get(task.func, SHORT_S) < SHORT_S
+                node = self._take_node(now, task.avoid, AHEAD if short else 1.0)
                 if node is None:
                     return
-                self._assign(task, node, effects)
+                self._assign(task, node, now, effects)
             heapq.heappop(self.queue)  # assigned, or cancelled or given up while it was queued
 
     def _dispatch_alone(self, now: float, effects: list[Effect]) -> None:
@@ -545,15 +643,27 @@ class Scheduler:
             node.kept_for = task_id
             if not node.running:
                 self.alone.remove(task_id)
-                self._assign(task, node, effects)
+                self._assign(task, node, now, effects)
 
-    def _assign(self, task: Task, node: Node, effects: list[Effect]) -> None:
-        task.attempt += 1
+    def _assign(self, task: Task, node: Node, now: float, effects: list[Effect]) -> None:
+        task.attempts += 1
+        task.attempt = task.attempts
+        task.assigned_s = now
         task.node = node.name
         self._move(task, "assign", f"assigned to {node.name}{', alone' if task.alone else ''}")
         node.running.add(task.id)
         self._offer(node)
         effects.append(Assign(node.name, task.id, task.attempt, task.alone))
+
+    def _measure(self, task: Task, now: float) -> None:
+        """Note how long the attempt took, as a moving mean of its function and for its median."""
+        took_s = now - task.assigned_s
+        function = self.functions[task.func]
+        function.ended += 1
+        if task.weight > 0:
+            function.paces.append(took_s / task.weight)
+        mean_s = self.mean_s.get(task.func, took_s)
+        self.mean_s[task.func] = 0.8 * mean_s + 0.2 * took_s
 
     def _give_back(self, task: Task) -> None:
         """Open to all the node that was kept for the task."""
@@ -567,13 +677,15 @@ class Scheduler:
         return not node.closed and now - node.seen_s <= self.limits.suspect_s
 
     def _offer(self, node: Node) -> None:
-        """Put a node with a free slot where _take_node finds it, under its load of now."""
-        if node.credit and node.load not in node.offers:
+        """Put a node that has room where _take_node finds it, under its load of now."""
+        if node.has_room and node.load not in node.offers:
             node.offers.add(node.load)
             heapq.heappush(self.free, (node.load, node.name))
 
-    def _take_node(self, now: float, avoid: str) -> Node | None:
+    def _take_node(self, now: float, avoid: str, most: float) -> Node | None:
         """Take the relatively emptiest node that may get a task; ``avoid`` only if it is alone.
+
+        Its load is below ``most``.
 
         A node that is closed or silent falls out here and is offered again with its next beat.
         """
@@ -584,8 +696,11 @@ class Scheduler:
             if node is None:
                 continue
             node.offers.discard(load)
-            if load != node.load or not node.credit or not self._takes_tasks(node, now):
+            if load != node.load or not node.has_room or not self._takes_tasks(node, now):
                 continue
+            if load >= most:
+                self._offer(node)
+                return avoided
             if name != avoid:
                 if avoided is not None:
                     self._offer(avoided)
@@ -593,13 +708,56 @@ class Scheduler:
             avoided = node
         return avoided
 
+    # ---- second attempts
+
+    def _speculate(self, now: float, effects: list[Effect]) -> None:
+        """Give each straggler a second attempt on another node, once in its life."""
+        when = self.speculation
+        if self.queue or self.alone or not self.free:
+            return
+        usual = {
+            name: statistics.median(f.paces)
+            for name, f in self.functions.items()
+            if f.tasks >= when.least_tasks and f.ended >= when.least_done * f.tasks and f.paces
+        }
+        for task_id in sorted(self.live) if usual else ():
+            task = self.tasks[task_id]
+            if task.state is not State.RUNNING or task.attempts > 1 or task.func not in usual:
+                continue
+            usual_s = usual[task.func] * task.weight
+            if task.weight <= 0 or now - task.assigned_s <= when.factor * usual_s:
+                continue
+            node = self._take_node(now, task.node, 1.0)
+            if node is None:
+                return
+            if node.name == task.node:
+                self._offer(node)
+                continue
+            task.attempts += 1
+            task.rival = Rival(task.attempts, node.name, State.ASSIGNED, now)
+            self._note(task, f"is slow; attempt {task.attempts} at it on {node.name}")
+            self.busy[task.func] += 1
+            node.running.add(task.id)
+            self._offer(node)
+            effects.append(Assign(node.name, task.id, task.attempts))
+
+    def _drop_rival(self, task: Task, effects: list[Effect]) -> None:
+        if rival := task.rival:
+            task.rival = None
+            self.busy[task.func] -= 1
+            node = self.nodes[rival.node]
+            node.running.discard(task.id)
+            self._offer(node)
+            effects.append(AbortAttempt(rival.node, task.id, rival.attempt))
+
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
         assert self.committed + self.given_up + self.cancelled + len(self.live) == self.submitted
         for node in self.nodes.values():
             assert 0 <= node.credit <= node.slots, node
             for task_id in node.running | node.ended:
-                assert self.tasks[task_id].node == node.name
+                task = self.tasks[task_id]
+                assert node.name in (task.node, task.rival and task.rival.node)
             if any(self.tasks[task_id].alone for task_id in node.running):
                 assert node.running == {node.kept_for}, node
             assert node.kept_for is None or node.kept_for in self.live, node
@@ -617,6 +775,10 @@ class Scheduler:
                 node = self.nodes[task.node]
                 runs = task.state in (State.ASSIGNED, State.RUNNING)
                 assert (task.id in node.running, task.id in node.ended) == (runs, not runs), task
+            if task.rival:
+                assert task.state in BUSY and task.rival.state in BUSY, task
+                assert task.node != task.rival.node and task.attempt != task.rival.attempt, task
+                assert task.id in self.nodes[task.rival.node].running, task
         staged = sorted(self.staged.values())
         assert sum(staged) == self.staged_bytes
         assert sum(staged) <= self.window_bytes or len(staged) == 1, staged

@@ -46,6 +46,7 @@ class Session:
 
     def __init__(self, directory: Path) -> None:
         self.pid = os.getpid()
+        self.name = directory.name
         self.context: zmq.Context[Any] = zmq.Context()
         self.socket = transport.dealer(self.context, f"ipc://{directory}/engine")
         self.poller = zmq.Poller()
@@ -235,14 +236,21 @@ class Session:
             raise errors.BrokerLost(BROKER_LOST)
         return rest
 
-    def status(self) -> list[tuple[str, int, int]]:
-        """Return ``[(host, busy slots, slots), ...]``."""
+    def call_it(self, title: str) -> None:
+        """Say what people call the job, for ``oq-workers status``."""
+        self.send(protocol.Title(text=title))
+
+    def nodes(self) -> list[protocol.Node]:
+        """Return what the broker knows of its nodes."""
         self.send(protocol.StatusQuery())
         while True:
             for message in self.receive():
                 if isinstance(message, protocol.Status):
-                    nodes = [node for node in message.nodes if node.state == "leased"]
-                    return [(node.host, node.busy, node.slots) for node in nodes]
+                    return message.nodes
+
+    def status(self) -> list[tuple[str, int, int]]:
+        """Return ``[(host, busy slots, slots), ...]``."""
+        return [(n.host, n.busy, n.slots) for n in self.nodes() if n.state == "leased"]
 
     def close_map(self, map_: int) -> None:
         """Forget a map whose results are not wanted any more."""

@@ -20,6 +20,8 @@ from oq_runtime import protocol
 
 #: messages queued per peer of a router or dealer; the byte window bounds what they hold
 HWM = 1000
+#: small messages that wait for one peer of a router on TCP before it counts as gone
+UNREAD = 50_000
 LINGER_MS = 0
 #: bytes up to which frames are copied when they are sent
 COPY_BYTES = 64 * 1024
@@ -42,7 +44,8 @@ def router(context: zmq.Context[Any], url: str, *, secure: Secure | None = None)
     """
     socket = _socket(context, zmq.ROUTER, url, secure)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.SNDHWM, 0)
+    # on TCP a peer that does not read must not fill the memory; others are of the same session
+    socket.setsockopt(zmq.SNDHWM, UNREAD if url.startswith("tcp:") else 0)
     socket.setsockopt(zmq.RCVHWM, HWM)
     try:
         socket.bind(url)
@@ -131,11 +134,12 @@ def send(socket: zmq.Socket[Any], message: protocol.Message, *frames: Any) -> No
 
 
 def send_to(socket: zmq.Socket[Any], peer: bytes, message: protocol.Message, *frames: Any) -> bool:
-    """Send a message to one peer of a ROUTER; False when that peer is gone."""
+    """Send a message to one peer of a ROUTER; False when that peer is gone, or does not read."""
+    data = [peer, protocol.encode(message), *frames]
     try:
-        socket.send_multipart([peer, protocol.encode(message), *frames], copy=small(frames))
+        socket.send_multipart(data, zmq.DONTWAIT, copy=small(frames))
     except zmq.ZMQError as exc:
-        if exc.errno == zmq.EHOSTUNREACH:
+        if exc.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
             return False
         raise
     return True

@@ -18,14 +18,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import psutil
 import zmq
 
+from oq_runtime import memory as node_memory
 from oq_runtime import payload, protocol, transport
-from oq_runtime.config import FAULT_VARIABLE
+from oq_runtime.config import ATTEMPT_VARIABLE, FAULT_VARIABLE
 from oq_runtime.spool import Spool
-
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class NoRoom(BaseException):
@@ -108,20 +106,10 @@ def _frames(items: list[Any], paths: list[str]) -> list[list[payload.Buffer]]:
     return found
 
 
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process; the engine asks for its own twice per task.
-
-    A third of the time of the engine's own, through psutil. Source: proc(5), statm.
-    """
-    if pid != os.getpid():
-        return int(psutil.Process(pid).memory_info().rss)
-    with open("/proc/self/statm", "rb", 0) as file:
-        return int(file.read().split()[1]) * PAGE_BYTES
-
-
 def main() -> None:
     faulthandler.enable()
     transport.die_with_parent()
+    node_memory.volunteer()
     url, agent_pid, *directories = sys.argv[1:]
     if os.getppid() != int(agent_pid):
         sys.exit("the agent has ended")
@@ -129,7 +117,7 @@ def main() -> None:
     memory, disk = map(Path, directories)
     from openquake.baselib import config, parallel, performance
 
-    performance.memory_rss = resident_bytes
+    performance.memory_rss = node_memory.resident
     parallel.init_workers()
     parallel.Socket = Stream
     if not config.distribution.get("compress"):  # whoever asks for it gets the engine's own
@@ -149,6 +137,7 @@ def main() -> None:
             memory_bytes=run.spool_bytes,
         )
         Stream.run, Stream.spool = run, spool
+        os.environ[ATTEMPT_VARIABLE] = str(run.attempt)
         Stream.faults.at("before_start", run)
         try:
             execute(parallel, run, call)

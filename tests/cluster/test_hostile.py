@@ -1,0 +1,125 @@
+"""What no member would send, to an agent and to a broker that serve a job: neither minds.
+
+The strangers have no key. The members have one, and may do whatever the owner of a job may do; they
+must not break the agent or the broker of others by what they send.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.cluster import CTRL_PORT, Cluster
+from tests.cluster.jobs import broker, check_stream, status, stream, under_way
+from tests.cluster.netns import MASTER, Process
+from tests.leftovers import wait_for
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+
+ATTACKER = str(Path(__file__).parent / "attacker.py")
+RECEIVER_PORT = 1912
+#: bytes by which an agent or a broker may grow
+GROWTH_BYTES = 200 << 20
+ATTACK_LIMIT_S = 240
+TASKS = 60
+
+
+class Target:
+    """A process with a port, and the most memory that it has had."""
+
+    def __init__(self, cluster: Cluster, host: str, port: int, pid: int) -> None:
+        self.address = cluster.net.address[host]
+        self.port = port
+        self.pid = pid
+        self.before_bytes = self.peak_bytes()
+
+    def peak_bytes(self) -> int:
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError(f"process {self.pid} has ended")
+
+    def check(self) -> None:
+        assert psutil.pid_exists(self.pid), "the process that was attacked has ended"
+        grown = self.peak_bytes() - self.before_bytes
+        assert grown < GROWTH_BYTES, f"grown by {grown >> 20} MiB"
+
+
+def targets(cluster: Cluster, run: Process) -> list[Target]:
+    """The agent with the most slots, and the broker of the job."""
+    agent = cluster.agents["node3"].pid
+    return [
+        Target(cluster, "node3", CTRL_PORT, agent),
+        Target(cluster, MASTER, RECEIVER_PORT, broker(run).pid),
+    ]
+
+
+def attack(cluster: Cluster, how: str, target: Target, count: int, **options: int) -> Process:
+    argv = [sys.executable, ATTACKER, how, target.address, str(target.port), str(count)]
+    log = cluster.log / "attacker.log"
+    env = cluster.env("node1")
+    return cluster.net.popen("node1", argv, env, log=log, stdout=subprocess.PIPE, **options)
+
+
+def sent(attacker: Process) -> int:
+    out, _ = attacker.communicate(timeout=ATTACK_LIMIT_S)
+    assert attacker.returncode == 0, attacker.log.read_text()
+    return int(json.loads(out.splitlines()[-1])["sent"])
+
+
+def check_undisturbed(cluster: Cluster, run: Process, attacked: list[Target]) -> None:
+    for target in attacked:
+        target.check()
+    assert all(row["state"] == "up" for row in status(cluster).values())
+    assert check_stream(run, TASKS)["retries"] == 0
+
+
+@pytest.mark.parametrize("how", ["strangers", "members"])
+def test_random_and_mutated_frames(cluster: Cluster, how: str) -> None:
+    run = under_way(cluster, stream(cluster, TASKS), "node3")
+    attacked = targets(cluster, run)
+    attackers = [attack(cluster, how, target, 25_000) for target in attacked]
+    assert all(sent(attacker) >= 25_000 for attacker in attackers)
+    check_undisturbed(cluster, run, attacked)
+
+
+def test_idle_connections(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster, TASKS), "node3")
+    attacked = targets(cluster, run)
+    attackers = [attack(cluster, "idle", t, 1000, stdin=subprocess.PIPE) for t in attacked]
+    for attacker in attackers:
+        assert attacker.stdout is not None
+        assert json.loads(attacker.stdout.readline()) == {"open": 1000}
+    try:
+        check_undisturbed(cluster, run, attacked)
+    finally:
+        for attacker in attackers:
+            attacker.communicate()
+
+
+def test_frame_of_a_gibibyte(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster, TASKS), "node3")
+    attacked = targets(cluster, run)
+    for target in attacked:
+        assert sent(attack(cluster, "huge", target, 1)) < 1 << 30
+    check_undisturbed(cluster, run, attacked)
+
+
+def test_questions_whose_answers_nobody_reads(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster, TASKS), "node3")
+    agent = targets(cluster, run)[:1]
+    sent(attack(cluster, "deaf", agent[0], 200_000))
+    check_undisturbed(cluster, run, agent)
+
+
+def test_job_that_leaves_out_frames(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster, TASKS), "node3")
+    agent = targets(cluster, run)[:1]
+    assert sent(attack(cluster, "half", agent[0], 10)) == 20
+    assert wait_for(lambda: len(status(cluster)["node3"]["jobs"]) == 1, 10)
+    check_undisturbed(cluster, run, agent)
