@@ -23,6 +23,7 @@ from tests.cluster.jobs import SHORT_BEATS, busy, calculate, drive, result, stat
 from tests.cluster.netns import MASTER, NetError
 from tests.leftovers import wait_for
 
+SLOW = pytest.mark.slow
 pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS), pytest.mark.slow]
 
 #: the import of the command itself, on a busy machine, beside the 2 s for a host
@@ -148,7 +149,10 @@ def test_wait(cluster: Cluster) -> None:
     assert json.loads(done.stdout)[cluster.net.address["node2"]]["state"] == "unreachable"
 
 
-@pytest.mark.parametrize("command", ["status", "stop", "start", "kill", "restart"])
+@pytest.mark.parametrize(
+    "command",
+    ["status", "stop", "start", *(pytest.param(c, marks=SLOW) for c in ("kill", "restart"))],
+)
 def test_silent_host_costs_little_time_and_fails(cluster: Cluster, command: str) -> None:
     cluster.net.drop("node2", "in")
     began_s = time.monotonic()
@@ -226,6 +230,7 @@ def test_debug(cluster: Cluster) -> None:
     assert "by SIGKILL" in "".join(agent_log(cluster, node) for node in cluster.slots)
 
 
+@SLOW
 def test_debug_as_a_table_shows_a_slow_way(cluster: Cluster) -> None:
     cluster.net.netem("node1", delay_ms=50)
     done = workers(cluster, "debug")
