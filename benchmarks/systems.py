@@ -32,8 +32,8 @@ from tests.leftovers import wait_for
 
 ROOT = Path(__file__).parents[1]
 PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
-#: importing the engine in eight workers at once takes a minute on a busy machine
-START_LIMIT_S = 180.0
+#: importing the engine in eight workers takes ten seconds, on a machine with other work minutes
+START_LIMIT_S = 600.0
 END_LIMIT_S = 15.0
 
 

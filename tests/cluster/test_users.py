@@ -23,7 +23,7 @@ from tests.cluster.jobs import (
 )
 from tests.cluster.netns import MASTER, Process
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 TINY = "classical/case_02/job.ini"
 
 

@@ -1,25 +1,30 @@
-"""``oq-workers`` and ``oq-agent``: what an administrator sees and does, also over ssh."""
+"""``oq-workers`` and ``oq-agent``: what an administrator sees and does, also over ssh; memory."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.cgroups import limited
 from tests.cluster.cluster import CTRL_PORT, Cluster
-from tests.cluster.jobs import SHORT_BEATS, check_stream, status, stream, under_way
+from tests.cluster.jobs import SHORT_BEATS, busy, calculate, drive, result, status, under_way
 from tests.cluster.netns import MASTER, NetError
 from tests.leftovers import wait_for
 
+SLOW = pytest.mark.slow
 pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS), pytest.mark.slow]
 
 #: the import of the command itself, on a busy machine, beside the 2 s for a host
@@ -38,6 +43,15 @@ libc = ctypes.CDLL(None, use_errno=True)
 assert libc.unshare(0x20000) == 0, ctypes.get_errno()
 assert libc.mount(None, b"/", None, 0x44000, None) == 0, ctypes.get_errno()
 assert libc.mount(b"none", {path!r}, b"tmpfs", 0, None) == 0, ctypes.get_errno()
+from oq_runtime.agent import daemon
+daemon()
+"""
+
+#: an agent in a cgroup
+CONFINED = """
+import os
+with open({path!r}, "w") as file:
+    file.write(str(os.getpid()))
 from oq_runtime.agent import daemon
 daemon()
 """
@@ -68,6 +82,25 @@ def table(text: str) -> list[list[str]]:
     return [[line[a:b].strip() for a, b in zip(starts, ends, strict=True)] for line in lines]
 
 
+@contextmanager
+def holding(cluster: Cluster, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A job with a task on every slot; when the block ends, so do they, and their sum is right.
+
+    Yields what becomes the output of the job.
+    """
+    go, number = tmp_path / "go", sum(cluster.slots.values())
+    run = drive(cluster, "until", [(x, str(go)) for x in range(number)])
+    found: dict[str, Any] = {}
+    try:
+        under_way = cluster.wait_for(lambda: busy(cluster) == number or run.poll() is not None, 120)
+        assert under_way and run.poll() is None, f"no tasks: {status(cluster)}"
+        yield found
+    finally:
+        go.touch()
+        found |= result(run)
+    assert found.get("value") == {"sum": sum(range(number))}, found
+
+
 def agent_log(cluster: Cluster, node: str) -> str:
     return (cluster.log / f"agent-{node}.log").read_text()
 
@@ -75,7 +108,7 @@ def agent_log(cluster: Cluster, node: str) -> str:
 # ---- status, start, stop, wait, restart, kill
 
 
-def test_status_of_a_working_cluster(cluster: Cluster) -> None:
+def test_status_of_a_working_cluster(cluster: Cluster, tmp_path: Path) -> None:
     idle = workers(cluster, "status")
     assert idle.returncode == 0, idle.stderr
     titles, *lines = table(idle.stdout)
@@ -84,13 +117,19 @@ def test_status_of_a_working_cluster(cluster: Cluster) -> None:
         [cluster.net.address[node], f"0/{slots}", "-"] for node, slots in cluster.slots.items()
     ]
     assert all(line[3].endswith("%") and line[5:] == ["up", "-"] for line in lines), lines
-    run = under_way(cluster, stream(cluster, 16), *cluster.slots)
-    _, *lines = table(workers(cluster, "status").stdout)
+    with holding(cluster, tmp_path):
+        _, *lines = table(workers(cluster, "status").stdout)
     for line, slots in zip(lines, cluster.slots.values(), strict=True):
-        assert line[1] in [f"{busy}/{slots}" for busy in range(1, slots + 1)], lines
-        assert line[2].startswith("oq-run-") and line[2].endswith(" of root"), lines
-        assert float(line[6].removesuffix(" s")) < SHORT_BEATS["suspect_s"], lines
-    check_stream(run, 16)
+        assert line[1] == f"{slots}/{slots}"
+        assert re.fullmatch(r"oq-run-\w+ of root", line[2])
+        assert 0 <= float(line[6].removesuffix(" s")) < SHORT_BEATS["lost_s"], lines
+
+
+def test_status_names_the_calculation(cluster: Cluster) -> None:
+    run = under_way(cluster, calculate(cluster), "node3")
+    jobs = status(cluster)["node3"]["jobs"]
+    number = result(run)["jobs"][0]["job"]
+    assert jobs == [f"calculation {number} of root"]
 
 
 def test_stop_drain_start_and_restart(cluster: Cluster) -> None:
@@ -104,10 +143,10 @@ def test_stop_drain_start_and_restart(cluster: Cluster) -> None:
     assert {row["state"] for row in rows(cluster, "kill").values()} == {"up"}
 
 
-def test_kill_runs_the_tasks_again(cluster: Cluster) -> None:
-    run = under_way(cluster, stream(cluster, 16), "node3")
-    rows(cluster, "kill")
-    assert check_stream(run, 16)["retries"] > 0
+def test_kill_runs_the_tasks_again(cluster: Cluster, tmp_path: Path) -> None:
+    with holding(cluster, tmp_path) as job:
+        rows(cluster, "kill")
+    assert job["retries"] == sum(cluster.slots.values())
 
 
 def test_wait(cluster: Cluster) -> None:
@@ -120,7 +159,10 @@ def test_wait(cluster: Cluster) -> None:
     assert json.loads(done.stdout)[cluster.net.address["node2"]]["state"] == "unreachable"
 
 
-@pytest.mark.parametrize("command", ["status", "stop", "start", "kill", "restart"])
+@pytest.mark.parametrize(
+    "command",
+    ["status", "stop", "start", *(pytest.param(c, marks=SLOW) for c in ("kill", "restart"))],
+)
 def test_silent_host_costs_little_time_and_fails(cluster: Cluster, command: str) -> None:
     cluster.net.drop("node2", "in")
     began_s = time.monotonic()
@@ -198,6 +240,7 @@ def test_debug(cluster: Cluster) -> None:
     assert "by SIGKILL" in "".join(agent_log(cluster, node) for node in cluster.slots)
 
 
+@SLOW
 def test_debug_as_a_table_shows_a_slow_way(cluster: Cluster) -> None:
     cluster.net.netem("node1", delay_ms=50)
     done = workers(cluster, "debug")
@@ -328,7 +371,8 @@ def test_start_and_kill_over_ssh(cluster: Cluster, sshd: Path) -> None:
     assert (sshd / "told").read_text() == "start\n", (sshd / "sshd.log").read_text()
     assert workers(cluster, "wait").returncode == 0, (sshd / "agent.log").read_text()
     assert rows(cluster, "start")["node2"]["state"] == "up", "it is there, nobody needs ssh"
-    check_stream(under_way(cluster, stream(cluster, 16), "node2"), 16)
+    with holding(cluster, sshd):
+        assert status(cluster)["node2"]["busy"] == cluster.slots["node2"]
 
     [agent] = [p for p in cluster.net.processes("node2") if _is_agent(p)]
     (sshd / "pids").write_text(str(agent))
@@ -362,13 +406,18 @@ def _is_agent(pid: int) -> bool:
 # ---- the daemon
 
 
-def test_log_has_a_line_per_event(cluster: Cluster) -> None:
+def test_log_has_a_line_per_event(cluster: Cluster, tmp_path: Path) -> None:
     before = len(agent_log(cluster, "node3"))
-    check_stream(under_way(cluster, stream(cluster, 12), "node3"), 12)
+    with holding(cluster, tmp_path):
+        victim = psutil.Process(cluster.agents["node3"].pid).children()[0]
+        victim.kill()
+        assert wait_for(lambda: "SIGKILL" in agent_log(cluster, "node3")[before:])
     assert wait_for(lambda: "ended" in agent_log(cluster, "node3")[before:])
-    granted, ended = agent_log(cluster, "node3")[before:].splitlines()
+    granted, died, ended = agent_log(cluster, "node3")[before:].splitlines()
     name = granted.split()[2]
     assert granted == f"lease of {name} of root granted: 5 slots"
+    task = rf"task \d of {name}, attempt 1: worker process {victim.pid} killed by SIGKILL"
+    assert re.fullmatch(task, died), died
     assert ended == f"lease of {name} of root ended: released"
 
 
@@ -385,17 +434,19 @@ def test_strangers_make_one_line(cluster: Cluster, tmp_path: Path) -> None:
     assert "refused a connection: wrong authkey" in line
 
 
-def test_sigterm_lets_tasks_end(cluster: Cluster) -> None:
-    run = under_way(cluster, stream(cluster, 16), *cluster.slots)
+def test_sigterm_lets_tasks_end(cluster: Cluster, tmp_path: Path) -> None:
     agent = cluster.agents["node3"]
-    agent.send_signal(signal.SIGTERM)
-    assert agent.wait(60) == 0
-    assert check_stream(run, 16)["retries"] == 0
+    with holding(cluster, tmp_path) as job:
+        agent.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: status(cluster)["node3"]["state"] == "draining", 20)
+        assert agent.poll() is None
+    assert agent.wait(20) == 0
+    assert job["retries"] == 0
     log = agent_log(cluster, "node3")
     assert "draining: no new tasks" in log and log.endswith("ended\n")
 
 
-def test_files_of_a_killed_predecessor_are_removed(cluster: Cluster) -> None:
+def test_files_of_a_killed_predecessor_are_removed(cluster: Cluster, tmp_path: Path) -> None:
     node = "node1"
     runtime, disk = (cluster.tmpdir(node) / name for name in ("runtime", "disk"))
     cluster.stop_agent(node)
@@ -403,17 +454,36 @@ def test_files_of_a_killed_predecessor_are_removed(cluster: Cluster) -> None:
         place.mkdir()
     env = {"RUNTIME_DIRECTORY": str(runtime), "CACHE_DIRECTORY": str(disk)}
     agent = cluster.start_agent(node, **env)
-    run = under_way(cluster, stream(cluster, 8), node)
-    [logs], [spool] = runtime.iterdir(), disk.iterdir()
-    (spool / "oq-run-gone-1-1").write_text("results that nobody wants any more")
-    assert wait_for(lambda: list(logs.glob("worker-*.log")))
-    agent.kill()
-    agent.wait()
-    assert list(logs.glob("worker-*.log")), "there is nothing to remove"
-    cluster.start_agent(node, **env)
-    assert [path.name for path in logs.iterdir() if path.name.startswith("worker-1.")] == []
-    assert list(spool.iterdir()) == []
-    check_stream(run, 8)
+    with holding(cluster, tmp_path):
+        [logs], [spool] = runtime.iterdir(), disk.iterdir()
+        (spool / "oq-run-gone-1-1").write_text("results that nobody wants any more")
+        (logs / "worker-99.log").write_text("its last words")
+        agent.kill()
+        agent.wait()
+        cluster.start_agent(node, **env)
+        assert list(spool.iterdir()) == []
+        assert not (logs / "worker-99.log").exists()
     cluster.stop_agent(node)
     assert list(runtime.iterdir()) == list(disk.iterdir()) == []
     cluster.start_agent(node)
+
+
+# ---- memory
+
+
+def test_task_out_of_memory_moves_to_the_node_with_most(cluster: Cluster) -> None:
+    before = len(agent_log(cluster, "node1"))
+    with limited(700 << 20) as cgroup:
+        cluster.stop_agent("node1")
+        code = CONFINED.format(path=str(cgroup / "cgroup.procs"))
+        cluster.start_agent("node1", program=("-c", code))
+        # one on each slot: 600 MB each, which only the machine has
+        tasks = range(sum(cluster.slots.values()))
+        found = result(drive(cluster, "hold", [(x, 600, 100, 0) for x in tasks]))
+        cluster.stop_agent("node1")
+    assert found.get("value") == {"sum": sum(tasks)}, found
+    assert found["retries"] == 1
+    [line] = [text for text in agent_log(cluster, "node1")[before:].splitlines() if "task " in text]
+    assert re.search(r"attempt 1: killed to free memory: its worker had 0\.[4-7]\d GiB", line), line
+    assert "of 0.68 GiB were in use, the limit is 90%" in line
+    cluster.start_agent("node1")

@@ -83,12 +83,12 @@ def test_the_runtime_reads_it(tmp_path: Path) -> None:
         openquake_receiver_ports="11912-11913",
         openquake_ctrl_port=11909,
         openquake_shared_dir="/oq_shared",
-        openquake_runtime={"window_mb": 64, "lost_s": 45.5, "task_timeout_s": 7200},
+        openquake_runtime={"window_mb": 64, "lost_s": 45.5, "speculation": True},
     )
     assert found["oq_runtime"]["code"] == "import oq_runtime.activate"
     config = Config.from_sections(found)
     assert config.window_bytes == 64 << 20
-    assert (config.limits.lost_s, config.limits.task_timeout_s) == (45.5, 7200)
+    assert (config.limits.lost_s, config.limits.speculation) == (45.5, True)
     cluster = config.cluster
     assert cluster is not None
     assert cluster.hosts == {"192.0.2.2": -1, "192.0.2.3": 16}

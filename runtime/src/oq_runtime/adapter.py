@@ -391,12 +391,15 @@ def install_workerpool(workerpool: Any) -> None:
         def __init__(self, job: Any = -1, *_: Any, **__: Any) -> None:
             from openquake.baselib import config
 
+            self.job = job if isinstance(job, int) else -1
             cluster = None if isinstance(job, int) else Config.from_sections(config).cluster
             self.pool = pool.Pool(cluster) if cluster else None
 
         def status(self) -> list[tuple[str, int, int]]:
             if self.pool:
                 return pool.triples(self.pool.ask("status"))
+            if self.job > 0:
+                Session.current().call_it(f"calculation {self.job}")
             return Session.current().status()
 
         def wait(self, seconds: int = 120) -> list[tuple[str, int, int]]:

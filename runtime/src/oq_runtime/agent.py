@@ -122,7 +122,7 @@ class JobIO:
 
     def __init__(self, control: transport.Link, user: str) -> None:
         self.control = control
-        self.user = user
+        self.user, self.title = user, ""
         self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
         self.local = False  # the broker is on this host and takes files as they are
@@ -133,6 +133,10 @@ class JobIO:
         self.results: dict[Key, protocol.Ended] = {}  # in files, until they are sent
         self.uploads: deque[tuple[Key, Iterator[tuple[int, memoryview]]]] = deque()
         self.chunk: tuple[protocol.Chunk, memoryview] | None = None
+
+    def about(self, name: str) -> str:
+        """Say which job this is, and whose."""
+        return f"{self.title or name} of {self.user}"
 
     def close(self) -> None:
         for incoming in self.incoming.values():
@@ -380,8 +384,8 @@ class Agent:
                 self._handle(core.AbortAsked(name, task, attempt))
             case protocol.Release():
                 self._forget(name, "released")
-            case protocol.Beat():
-                pass
+            case protocol.Beat(title=title):
+                job.title = title
             case _:
                 what = f"refused {type(message).__name__} on the control socket"
                 self.journal.repeat("message", what)
@@ -404,7 +408,7 @@ class Agent:
             pid=os.getpid(),
             slots=self.core.slots,
             busy=self.core.busy,
-            jobs=sorted(f"{job} of {self.jobs[job].user}" for job in self.core.leases),
+            jobs=[self.jobs[name].about(name) for name in sorted(self.core.leases)],
             memory=self.core.memory_percent / 100,
             engine=self.own_facts.engine,
             state=("draining" if self.core.busy else "stopped") if self.core.draining else "up",

@@ -161,7 +161,7 @@ class Broker:
         self.journal = Journal()
         self.keys = keys
         self.own_facts = own_facts
-        self.user = getpass.getuser()
+        self.user, self.title = getpass.getuser(), ""
         self.core = core.Scheduler(limits, window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
@@ -324,7 +324,7 @@ class Broker:
         self.told_wanted = len(self.core.live)
         for peer in self.peers.values():
             if peer.state == "leased":
-                self._send(peer, protocol.Beat(wanted=self.told_wanted))
+                self._send(peer, protocol.Beat(wanted=self.told_wanted, title=self.title))
 
     def _send(self, peer: Peer, message: protocol.Message, *frames: Any) -> None:
         """Send to an agent; one that cannot take it is lost, for it would never know of it."""
@@ -387,6 +387,8 @@ class Broker:
                     self._handle(core.Consumed(self.numbers.pop((peer, task), -1)))
             case protocol.Cancel(map=map_):
                 self._cancel(peer, map_)
+            case protocol.Title(text=text):
+                self.title = text
             case protocol.StatusQuery():
                 transport.send_to(self.engine, peer, self._status())
 

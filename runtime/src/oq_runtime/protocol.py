@@ -4,7 +4,7 @@ A message is a header frame followed by any number of payload frames. The header
 of the structs below, tagged by ``kind``, with the protocol version in ``v``. Payload frames are
 opaque bytes (pickles that only the engine and the workers open); they are forwarded, never decoded.
 
-    engine  --Hello, Submit, Consumed, Cancel, StatusQuery-->  broker
+    engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status--            broker
     broker  --Hello, Lease, Task, Grant, Abort, Release, Beat-->  agent  (control)
     broker  <--Welcome, Refused, Leased, NoLease, Started, Ended, Placed, Died, Beat--  agent
@@ -126,6 +126,12 @@ class Failed(Message, frozen=True, tag="failed"):
     task: int
     map: int
     error: str
+    text: str
+
+
+class Title(Message, frozen=True, tag="title"):
+    """What people call the job: ``calculation 42``."""
+
     text: str
 
 
@@ -267,13 +273,14 @@ class Died(Message, frozen=True, tag="died"):
 class Beat(Message, frozen=True, tag="beat"):
     """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please.
 
-    ``free_bytes``: of the node's memory.
+    ``free_bytes``: of the node's memory. ``title``: of the job, see Title.
     """
 
     wanted: int = 0
     busy: int = 0
     closed: bool = False
     free_bytes: int = 0
+    title: str = ""
 
 
 class Command(Message, frozen=True, tag="command"):
@@ -327,10 +334,10 @@ class NoRoom(Message, frozen=True, tag="noroom"):
 
 
 AnyMessage = (
-    Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | StatusQuery
-    | Status | Lease | Leased | NoLease | Release | Task | Fetch | BlobChunk | Chunk | Started
-    | Ended | Placed | Grant | Abort | Died | Beat | Command | Ping | AgentStatus | Ready | Run
-    | NoRoom
+    Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | Title
+    | StatusQuery | Status | Lease | Leased | NoLease | Release | Task | Fetch | BlobChunk | Chunk
+    | Started | Ended | Placed | Grant | Abort | Died | Beat | Command | Ping | AgentStatus | Ready
+    | Run | NoRoom
 )  # fmt: skip
 
 

@@ -236,6 +236,10 @@ class Session:
             raise errors.BrokerLost(BROKER_LOST)
         return rest
 
+    def call_it(self, title: str) -> None:
+        """Say what people call the job, for ``oq-workers status``."""
+        self.send(protocol.Title(text=title))
+
     def nodes(self) -> list[protocol.Node]:
         """Return what the broker knows of its nodes."""
         self.send(protocol.StatusQuery())
