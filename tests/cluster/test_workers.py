@@ -1,4 +1,4 @@
-"""``oq-workers`` and ``oq-agent``: what an administrator sees and does, also over ssh."""
+"""``oq-workers`` and ``oq-agent``: what an administrator sees and does, also over ssh; memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.cgroups import limited
 from tests.cluster.cluster import CTRL_PORT, Cluster
 from tests.cluster.jobs import SHORT_BEATS, busy, calculate, drive, result, status, under_way
 from tests.cluster.netns import MASTER, NetError
 from tests.leftovers import wait_for
 
+SLOW = pytest.mark.slow
 pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS), pytest.mark.slow]
 
 #: the import of the command itself, on a busy machine, beside the 2 s for a host
@@ -41,6 +43,15 @@ libc = ctypes.CDLL(None, use_errno=True)
 assert libc.unshare(0x20000) == 0, ctypes.get_errno()
 assert libc.mount(None, b"/", None, 0x44000, None) == 0, ctypes.get_errno()
 assert libc.mount(b"none", {path!r}, b"tmpfs", 0, None) == 0, ctypes.get_errno()
+from oq_runtime.agent import daemon
+daemon()
+"""
+
+#: an agent in a cgroup
+CONFINED = """
+import os
+with open({path!r}, "w") as file:
+    file.write(str(os.getpid()))
 from oq_runtime.agent import daemon
 daemon()
 """
@@ -148,7 +159,10 @@ def test_wait(cluster: Cluster) -> None:
     assert json.loads(done.stdout)[cluster.net.address["node2"]]["state"] == "unreachable"
 
 
-@pytest.mark.parametrize("command", ["status", "stop", "start", "kill", "restart"])
+@pytest.mark.parametrize(
+    "command",
+    ["status", "stop", "start", *(pytest.param(c, marks=SLOW) for c in ("kill", "restart"))],
+)
 def test_silent_host_costs_little_time_and_fails(cluster: Cluster, command: str) -> None:
     cluster.net.drop("node2", "in")
     began_s = time.monotonic()
@@ -226,6 +240,7 @@ def test_debug(cluster: Cluster) -> None:
     assert "by SIGKILL" in "".join(agent_log(cluster, node) for node in cluster.slots)
 
 
+@SLOW
 def test_debug_as_a_table_shows_a_slow_way(cluster: Cluster) -> None:
     cluster.net.netem("node1", delay_ms=50)
     done = workers(cluster, "debug")
@@ -451,3 +466,24 @@ def test_files_of_a_killed_predecessor_are_removed(cluster: Cluster, tmp_path: P
     cluster.stop_agent(node)
     assert list(runtime.iterdir()) == list(disk.iterdir()) == []
     cluster.start_agent(node)
+
+
+# ---- memory
+
+
+def test_task_out_of_memory_moves_to_the_node_with_most(cluster: Cluster) -> None:
+    before = len(agent_log(cluster, "node1"))
+    with limited(700 << 20) as cgroup:
+        cluster.stop_agent("node1")
+        code = CONFINED.format(path=str(cgroup / "cgroup.procs"))
+        cluster.start_agent("node1", program=("-c", code))
+        # one on each slot: 600 MB each, which only the machine has
+        tasks = range(sum(cluster.slots.values()))
+        found = result(drive(cluster, "hold", [(x, 600, 100, 0) for x in tasks]))
+        cluster.stop_agent("node1")
+    assert found.get("value") == {"sum": sum(tasks)}, found
+    assert found["retries"] == 1
+    [line] = [text for text in agent_log(cluster, "node1")[before:].splitlines() if "task " in text]
+    assert re.search(r"attempt 1: killed to free memory: its worker had 0\.[4-7]\d GiB", line), line
+    assert "of 0.68 GiB were in use, the limit is 90%" in line
+    cluster.start_agent("node1")
