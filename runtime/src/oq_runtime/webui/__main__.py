@@ -1,9 +1,12 @@
-"""Serve the WebUI until a signal ends it; exit code 2 for a wrong setting."""
+"""Serve the WebUI until a signal ends it; exit code 2 for a wrong setting.
+
+The site starts each job as a process of its own (the engine's ``spawn``), which outlives the server
+and does not hold its port.
+"""
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 from typing import Any
@@ -37,9 +40,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8, help="requests at a time")
     args = parser.parse_args()
     os.environ["DJANGO_SETTINGS_MODULE"] = "oq_runtime.webui.settings"
-    # The site starts a job as a process of multiprocessing. Forked, it would keep the port after
-    # the server has ended, and the server could not be started again beside it.
-    multiprocessing.set_start_method("spawn")
     setproctitle("oq-webui")
     import waitress
 
