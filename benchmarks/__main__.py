@@ -7,6 +7,7 @@ else happens on the machine hits all of them alike.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def main() -> None:
         sys.exit(f"{PEERS_PYTHON} is missing; run make .venv-bench")
     rounds = args.rounds or (2 if args.quick else 5)
     console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed
     with Lab(BUILD / "bench-log") as lab:
         bench = Bench(lab, experiments, systems, args.quick, console)
         for number in range(1, rounds + 1):

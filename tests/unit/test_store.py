@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -96,3 +97,17 @@ def test_what_nobody_needs_is_kept_while_it_is_little(
     assert not Path(blob[0].path).exists()
     again = kept.add(frames(arrays[0]), arrays[0])
     assert again.digest == blob[0].digest and Path(again.path).exists()
+
+
+def test_a_reception_takes_the_next_chunk_and_no_other(places: tuple[Path, Path]) -> None:
+    kept = Store(*places, memory_bytes=100)
+    reception = store.Reception(kept.create("a", 6), 6, hashlib.blake2b())
+    assert reception.take(0, memoryview(b"abc"))
+    assert not reception.take(0, memoryview(b"abc")), "it came before"
+    assert not reception.take(4, memoryview(b"ef")), "one is missing"
+    assert not reception.take(3, memoryview(b"defg")), "more than there is room for"
+    assert not reception.whole
+    assert reception.take(3, memoryview(b"def")) and reception.whole
+    reception.close()
+    assert kept.path("a").read_bytes() == b"abcdef"
+    assert reception.hash.digest() == hashlib.blake2b(b"abcdef").digest()

@@ -211,7 +211,7 @@ class Receiver:
         Nothing of the engine runs between the tasks submitted here, so no argument can change.
         """
         queue, unchanged = starmap.task_queue, Unchanged()
-        if starmap.tasks and len(starmap.tasks) > LIVE_TASKS // 2:
+        if len(starmap.tasks) > LIVE_TASKS // 2:
             return
         taken = 0
         for func, args in queue:

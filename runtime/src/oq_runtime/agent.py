@@ -40,6 +40,7 @@ from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, Versio
 from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
 from oq_runtime.memory import oom_kills, resident, usage
+from oq_runtime.store import Reception
 
 #: seconds between two looks at the memory
 LOOK_SECS = 0.5
@@ -91,26 +92,13 @@ class Process:
         return f"worker process {self.popen.pid} {text}"
 
 
-class Incoming:
+class Incoming(Reception):
     """A blob on its way from a broker, and the attempts that wait for it."""
 
     def __init__(self, blob: protocol.Blob, descriptor: int) -> None:
+        super().__init__(descriptor, blob.nbytes, hashlib.blake2b(digest_size=32))
         self.blob = blob
-        self.descriptor = descriptor
-        self.hash = hashlib.blake2b(digest_size=32)
-        self.received = 0
         self.waiting: list[Key] = []
-
-    def take(self, offset: int, chunk: memoryview) -> bool:
-        """Write the next chunk; False when it is not the next one."""
-        if offset != self.received or offset + len(chunk) > self.blob.nbytes:
-            return False
-        self.hash.update(chunk)
-        while chunk:
-            written = os.pwrite(self.descriptor, chunk, self.received)
-            self.received += written
-            chunk = chunk[written:]
-        return True
 
 
 class JobIO:
@@ -140,7 +128,7 @@ class JobIO:
 
     def close(self) -> None:
         for incoming in self.incoming.values():
-            os.close(incoming.descriptor)
+            incoming.close()
         if self.data is not None:
             self.data.socket.close(linger=0)
 
@@ -512,7 +500,7 @@ class Agent:
         incoming = job.incoming.get(message.digest)
         if incoming is None or not frames[1:] or not incoming.take(message.offset, frames[1]):
             self._give_back(name, "a big argument came in pieces that do not fit")
-        elif incoming.received == incoming.blob.nbytes:
+        elif incoming.whole:
             self._complete(name, job, incoming)
 
     def _complete(self, name: str, job: JobIO, incoming: Incoming) -> None:
@@ -520,7 +508,7 @@ class Agent:
         if incoming.hash.digest() != digest:
             self._give_back(name, "a big argument was damaged on the way")
             return
-        os.close(job.incoming.pop(digest).descriptor)
+        job.incoming.pop(digest).close()
         waiting = [key for key in incoming.waiting if key in job.calls]
         stored = f"{name}-{digest.hex()}"
         self.blobs[stored] = len(waiting)

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from oq_runtime.errors import (
 )
 from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
-from oq_runtime.store import Store
+from oq_runtime.store import Reception, Store
 
 #: seconds between two calls of an agent that does not answer, at first; then up to a beat
 CALL_SECS = 0.05
@@ -112,23 +112,7 @@ class Staging:
 
     ended: protocol.Ended
     body: bytes | None
-    descriptor: int = -1
-    received: int = 0
-    hash: Any = field(default_factory=xxhash.xxh3_128)
-
-    def take(self, offset: int, chunk: memoryview) -> bool:
-        """Write the next chunk; False when it is not the next one."""
-        if offset != self.received or offset + len(chunk) > self.ended.nbytes:
-            return False
-        while chunk:
-            written = os.pwrite(self.descriptor, chunk, self.received)
-            self.hash.update(chunk[:written])
-            self.received += written
-            chunk = chunk[written:]
-        return True
-
-    def intact(self) -> bool:
-        return bool(self.hash.digest() == self.ended.digest)
+    reception: Reception | None = None
 
 
 class Broker:
@@ -487,10 +471,10 @@ class Broker:
                 self._send_blob(peer, peer.data, digest)
             case protocol.Chunk(task=task, attempt=attempt, offset=offset):
                 staging = self.staging.get((task, attempt))
-                if staging is not None and staging.descriptor >= 0:
-                    in_order = staging.take(offset, frames[0])
-                    if not in_order or staging.received == staging.ended.nbytes:
-                        intact = in_order and staging.intact()
+                if staging is not None and (reception := staging.reception):
+                    in_order = reception.take(offset, frames[0])
+                    if not in_order or reception.whole:
+                        intact = in_order and reception.hash.digest() == staging.ended.digest
                         self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
     def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
@@ -532,30 +516,33 @@ class Broker:
         """Get the body of an attempt, for which there is room in the window."""
         staging = self.staging[task, attempt]
         if staging.body is not None:
-            staging.hash.update(staging.body)
-            self._handle(core.Uploaded(peer.name, task, attempt, staging.intact()))
+            intact = xxhash.xxh3_128(staging.body).digest() == staging.ended.digest
+            self._handle(core.Uploaded(peer.name, task, attempt, intact))
             return
         if not staging.ended.path:
+            nbytes = staging.ended.nbytes
             try:
-                staging.descriptor = self.store.create(f"{task}-{attempt}", staging.ended.nbytes)
+                descriptor = self.store.create(f"{task}-{attempt}", nbytes)
             except OSError as exc:
-                self.journal.say(f"no room for {staging.ended.nbytes} bytes of results: {exc}")
+                self.journal.say(f"no room for {nbytes} bytes of results: {exc}")
                 self._handle(core.Uploaded(peer.name, task, attempt, False))
                 return
+            staging.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
         self._send(peer, protocol.Grant(task=task, attempt=attempt))
 
     def _drop(self, task: int, attempt: int) -> None:
-        if staging := self.staging.pop((task, attempt), None):
-            self._close(staging)
+        if self.staging.get((task, attempt)):
+            self._unstage(task, attempt)
             self.store.remove(f"{task}-{attempt}")
 
-    def _close(self, staging: Staging) -> None:
-        if staging.descriptor >= 0:
-            os.close(staging.descriptor)
+    def _unstage(self, task: int, attempt: int) -> Staging:
+        staging = self.staging.pop((task, attempt))
+        if staging.reception is not None:
+            staging.reception.close()
+        return staging
 
     def _deliver(self, task: int, attempt: int) -> None:
-        staging = self.staging.pop((task, attempt))
-        self._close(staging)
+        staging = self._unstage(task, attempt)
         submission = self._forget(task)
         phase = self.phases[submission.func]
         phase.done += 1

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from oq_runtime.payload import Buffer
 
@@ -38,6 +39,37 @@ def write(descriptor: int, buffers: Sequence[Buffer]) -> None:
             written -= len(waiting.pop(0))
         if written:
             waiting[0] = waiting[0][written:]
+
+
+class Reception:
+    """A body that arrives in chunks, in order, and is written and hashed on its way.
+
+    :param descriptor: of a file that has room for it; closed here
+    :param nbytes: how much is to come
+    :param hash: an object of ``hashlib`` or ``xxhash``, as yet of nothing
+    """
+
+    def __init__(self, descriptor: int, nbytes: int, hash: Any) -> None:
+        self.descriptor = descriptor
+        self.nbytes = nbytes
+        self.hash = hash
+        self.received = 0
+
+    def take(self, offset: int, chunk: memoryview) -> bool:
+        """Write the next chunk; False when it is not the next one."""
+        if offset != self.received or offset + len(chunk) > self.nbytes:
+            return False
+        self.hash.update(chunk)
+        write(self.descriptor, [chunk])
+        self.received += len(chunk)
+        return True
+
+    @property
+    def whole(self) -> bool:
+        return self.received == self.nbytes
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 class Store:
