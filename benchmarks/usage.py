@@ -24,7 +24,7 @@ ROLES = {
     "oq_runtime.agent": "agent",
     "openquake.baselib.workerpool": "agent",  # the engine's own kind of it
 }
-PARENTS = ("agent", "engine")
+PARENTS = ("agent", "engine", "worker")
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Used:
 class Usage:
     """Looks at the processes on the hosts until it is closed.
 
-    Roles: ``engine``, ``broker``, ``agent`` and ``worker``, which is any child of the others.
+    Roles: ``engine``, ``broker``, ``agent`` and ``worker``, which is anything below the others.
     """
 
     def __init__(self, net: Net, ours: tuple[str, ...]) -> None:

@@ -61,9 +61,10 @@ def webui(master: Cluster) -> Cluster:
 def cluster(request: pytest.FixtureRequest, master: Cluster) -> Cluster:
     """The cluster with all agents: started once, and again those that died.
 
-    The mark ``settings(name=value, ...)`` sets [oq_runtime] of openquake.cfg.
+    The mark ``settings(name=value, ...)`` sets [oq_runtime] of openquake.cfg. Calculators, which
+    take seconds to import, are there for tests of ``undisturbed`` ones.
     """
-    settings: dict[str, object] = {}
+    settings: dict[str, object] = {} if "undisturbed" in request.fixturenames else {"preload": ""}
     for mark in reversed(list(request.node.iter_markers("settings"))):  # the nearest is the last
         settings |= mark.kwargs
     master.configure(**settings)

@@ -77,14 +77,30 @@ def engine_home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def light_home(
+    engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The same for tasks that need no calculator, which takes seconds to import."""
+    cfg = tmp_path_factory.mktemp("light") / "openquake.cfg"
+    cfg.write_text(Path(engine_home["OQ_CONFIG_FILE"]).read_text() + "preload =\n")
+    return engine_home | {"OQ_CONFIG_FILE": str(cfg)}
+
+
 @pytest.fixture
 def tmpdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("t")  # short: sockets have paths of at most 107 bytes
 
 
 @pytest.fixture
-def env(engine_home: dict[str, str], tmpdir: Path) -> dict[str, str]:
-    return engine_home | {"TMPDIR": str(tmpdir)}
+def env(
+    request: pytest.FixtureRequest,
+    engine_home: dict[str, str],
+    light_home: dict[str, str],
+    tmpdir: Path,
+) -> dict[str, str]:
+    home = light_home if request.node.get_closest_marker("light") else engine_home
+    return home | {"TMPDIR": str(tmpdir)}
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from .test_starmap import run
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.light]
 
 BODY = """
 try: go(tasks.{function}, [{arguments} for i in range(4)])

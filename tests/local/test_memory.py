@@ -18,7 +18,7 @@ from tests.cgroups import inside, limited
 from .test_limits import configured
 from .test_starmap import run, script
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.light]
 
 LIMIT_MIB = 900
 #: so slow that the agent, which looks twice a second, sees a limit being passed

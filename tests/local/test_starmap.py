@@ -18,7 +18,7 @@ import pytest
 
 from .conftest import leftovers_of, session_processes, sessions, wait_for
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.light]
 
 HEAD = """
 import json, operator, os, sys, time
@@ -94,7 +94,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def outcomes(
-    engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    light_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
     """All harmless and failing cases, one after the other in one session."""
     tmpdir = tmp_path_factory.mktemp("t")
@@ -104,7 +104,7 @@ def outcomes(
         for name, code in CASES.items()
     )
     body += "parallel.Starmap.shutdown()\n"
-    code, rows, err = run(engine_home | {"TMPDIR": str(tmpdir)}, tmpdir, body)
+    code, rows, err = run(light_home | {"TMPDIR": str(tmpdir)}, tmpdir, body)
     assert code == 0, err
     yield {row["case"]: row.get("value", row.get("error")) for row in rows}
     assert wait_for(lambda: not sessions(tmpdir) and not session_processes(tmpdir))
@@ -222,6 +222,41 @@ def test_death_of_a_random_worker(env: dict[str, str], tmpdir: Path) -> None:
     session_processes(tmpdir, "worker-")[0].kill()
     out, err = process.communicate(timeout=90)
     assert json.loads(out.splitlines()[0]) == {"value": 190}, (out, err)
+
+
+def test_death_of_the_fork_server(env: dict[str, str], tmpdir: Path) -> None:
+    process = running(env, tmpdir, SLOW.replace("range(200)", "range(20)"))
+    [target] = session_processes(tmpdir, "forkserver")
+    workers = session_processes(tmpdir, "worker-")
+    target.kill()
+    assert wait_for(lambda: not any(worker.is_running() for worker in workers), 5)
+    out, err = process.communicate(timeout=90)
+    assert json.loads(out.splitlines()[0]) == {"value": 190}, (out, err)
+
+
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        ("import no_such_module", {"value": 6}),
+        ("raise SystemExit('broken')", {"type": "WorkerDied"}),
+    ],
+)
+def test_module_to_preload(env: dict[str, str], tmpdir: Path, body: str, expected: Any) -> None:
+    (tmpdir / "extra.py").write_text(body)
+    cfg = tmpdir / "openquake.cfg"
+    cfg.write_text(Path(env["OQ_CONFIG_FILE"]).read_text().replace("preload =", "preload = extra"))
+    code, [row], err = run(
+        env,
+        tmpdir,
+        "try: say(value=go(tasks.square, [(1,), (1,), (2,)])['sum'])\n"
+        "except Exception as exc: say(type=type(exc).__name__, text=str(exc))",
+        OQ_CONFIG_FILE=str(cfg),
+        PYTHONPATH=f"{env['PYTHONPATH']}:{tmpdir}",
+    )
+    assert code == 0, err
+    text = row.pop("text", None)
+    assert row == expected
+    assert not text or re.search(r"worker could not start: .*exit code 1 \(broken\)", text), text
 
 
 def test_two_sessions_side_by_side(env: dict[str, str], tmpdir: Path) -> None:

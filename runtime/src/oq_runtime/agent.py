@@ -19,7 +19,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from oq_runtime import config, facts, launch, payload, protocol, security, store
 from oq_runtime import node as core
 from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
 from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
+from oq_runtime.forkserver import Ended, ForkServer
 from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
 from oq_runtime.memory import oom_kills, resident, usage
@@ -52,6 +52,7 @@ SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
 DATA_HWM = 16
 #: last bytes of a dead worker's stderr in which the reason is looked for
 STDERR_TAIL_BYTES = 64 << 10
+FORKSERVER_LOG = "forkserver.log"
 #: of systemd.exec(5): for sockets and logs, and for what may need a disk
 DIRECTORIES = ("RUNTIME_DIRECTORY", "CACHE_DIRECTORY")
 
@@ -59,37 +60,29 @@ Key = tuple[int, int]
 
 
 class Process:
-    """A worker process and where its messages come from."""
+    """A worker process and where its messages come from.
 
-    def __init__(self, popen: subprocess.Popen[bytes], log: Path) -> None:
-        self.popen = popen
+    :param log: what it prints
+    """
+
+    def __init__(self, log: Path) -> None:
         self.log = log
-        self.pidfd = os.pidfd_open(popen.pid)
+        self.pid = 0  # until it is ready
         self.peer: bytes | None = None
         self.spool = "none"  # the name of the file with the results of its last task
-        self.peak_bytes = 0
 
-    def kill(self) -> None:
-        # not Popen.kill(), which reaps a process that has just ended
-        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def reap(self) -> str:
-        """Reap the process and say how it ended, with the last words of its stderr."""
-        _, status, used = os.wait4(self.popen.pid, 0)
-        self.peak_bytes = used.ru_maxrss * 1024  # KiB, see getrusage(2)
-        code = self.popen.returncode = os.waitstatus_to_exitcode(status)
-        os.close(self.pidfd)
+    def last_words(self, ended: Ended) -> str:
+        """Say how it ended, with what its log says of that, and remove the log."""
+        code = ended.code
         text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        with contextlib.suppress(OSError), self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - STDERR_TAIL_BYTES))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-            if code > 0 and lines:
-                text += f" ({lines[-1]})"
-            elif fatal := [line for line in lines if line.startswith("Fatal Python error")]:
-                frames = [line.strip() for line in lines if line.startswith("  File ")]
-                text += f" ({'; '.join([*fatal[:1], *frames[:1]])})"  # see faulthandler
+        lines = _tail(self.log)
+        if code > 0 and lines:
+            text += f" ({lines[-1]})"
+        elif fatal := [line for line in lines if line.startswith("Fatal Python error")]:
+            frames = [line.strip() for line in lines if line.startswith("  File ")]
+            text += f" ({'; '.join([*fatal[:1], *frames[:1]])})"  # see faulthandler
         self.log.unlink(missing_ok=True)
-        return f"worker process {self.popen.pid} {text}"
+        return f"worker process {ended.pid} {text}"
 
 
 class Incoming(Reception):
@@ -179,6 +172,7 @@ class Agent:
             self.owner = transport.pidfd(owner)
             self.running = self.owner is not None
         self.drain_asked = self.ending = False
+        self.forkserver: ForkServer | None = None  # while there are leases or workers
         self.processes: dict[int, Process] = {}
         self.by_peer: dict[bytes, int] = {}
         self.jobs: dict[str, JobIO] = {}
@@ -199,10 +193,8 @@ class Agent:
             while self.running:
                 self._step()
         finally:
-            for process in self.processes.values():
-                process.kill()
-            for process in self.processes.values():
-                process.reap()
+            if self.forkserver is not None:
+                self.forkserver.close(self._pids())
             if self.monitor is not None:
                 self.monitor.close()
             if self.gate is not None:
@@ -247,11 +239,8 @@ class Agent:
                 self.next_beat_s = 0.0  # a broker that died is found by sending to it
         while frames := transport.receive(self.workers):
             self._from_worker(frames)
-        for worker, process in list(self.processes.items()):
-            if process.pidfd in ready:
-                while frames := transport.receive(self.workers):  # its last words come first
-                    self._from_worker(frames)
-                self._reap(worker)
+        if self.forkserver is not None:
+            self._from_forkserver(self.forkserver)
         while frames := transport.receive(self.control):
             self._from_broker(frames)
         for name, job in list(self.jobs.items()):
@@ -281,7 +270,7 @@ class Agent:
         self.oom_kills_before = max(self.oom_kills_before, self.oom_kills)
         self.oom_kills = oom_kills()
         used = usage()
-        workers = {w: resident(p.popen.pid) for w, p in self.processes.items()}
+        workers = {w: resident(p.pid) for w, p in self.processes.items()}
         self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
         self._handle(core.Tick())
         systemd.notify("WATCHDOG=1")
@@ -523,11 +512,10 @@ class Agent:
         peer = frames[0]
         message = protocol.decode(frames[1])
         if isinstance(message, protocol.Ready):
-            for worker, process in list(self.processes.items()):  # readiness may start another
-                if process.popen.pid == message.pid:
-                    process.peer = peer
-                    self.by_peer[peer] = worker
-                    self._handle(core.WorkerReady(worker, resident(message.pid)))
+            if process := self.processes.get(message.worker):
+                process.peer, process.pid = peer, message.pid
+                self.by_peer[peer] = message.worker
+                self._handle(core.WorkerReady(message.worker, resident(message.pid)))
             return
         found = self.core.workers.get(self.by_peer.get(peer, -1))
         job = self.jobs.get(message.job)
@@ -553,26 +541,56 @@ class Agent:
             case protocol.NoRoom(reason=reason):
                 self._drop(message.job, job, key)
                 self._no_room(message.job, key, reason)
-        held = resident(self.processes[found.id].popen.pid)
+        held = resident(self.processes[found.id].pid)
         self._handle(core.WorkerEnded(found.id, held))
 
-    def _reap(self, worker: int) -> None:
-        process = self.processes.pop(worker)
-        self.poller.unregister(process.pidfd)
-        reason = process.reap()
-        killed = process.popen.returncode == -signal.SIGKILL
-        oom = killed and oom_kills() > self.oom_kills_before
+    def _from_forkserver(self, forkserver: ForkServer) -> None:
+        forkserver.flush()
+        try:
+            while ended := forkserver.hear():
+                while frames := transport.receive(self.workers):  # its last words come first
+                    self._from_worker(frames)
+                self._reap(ended)
+        except EOFError:
+            self._forkserver_gone(forkserver)
+            return
+        if not self.processes and not self.core.leases:
+            self._close_forkserver(forkserver)
+
+    def _close_forkserver(self, forkserver: ForkServer) -> int:
+        self.poller.unregister(forkserver.fileno())
+        self.forkserver = None
+        return forkserver.close(self._pids())
+
+    def _pids(self) -> list[int]:
+        return [process.pid for process in self.processes.values() if process.pid]
+
+    def _forkserver_gone(self, forkserver: ForkServer) -> None:
+        """It has died, or could not import the engine; the kernel ends its workers with it."""
+        code = self._close_forkserver(forkserver)
+        words = _tail(self.directory / FORKSERVER_LOG)[-1:]
+        self.journal.say(f"the fork server ended with {code}: {' '.join(words)}")
+        for worker, process in list(self.processes.items()):
+            if code > 0 and words and process.pid == 0:
+                with self._writable(process.log) as log:
+                    log.write(words[0].encode())
+            self._reap(Ended(worker, process.pid or forkserver.process.pid, code))
+
+    def _reap(self, ended: Ended) -> None:
+        process = self.processes.pop(ended.worker)
+        reason = process.last_words(ended)
+        oom = ended.code == -signal.SIGKILL and oom_kills() > self.oom_kills_before
         self.oom_kills_before += oom  # each kill explains one death
         if process.peer is not None:
             del self.by_peer[process.peer]
-        known = self.core.workers.get(worker)  # one that was killed on purpose is not
+        known = self.core.workers.get(ended.worker)  # one that was killed on purpose is not
         if known is not None and known.state is core.WorkerState.IDLE:
             self.journal.say(f"{reason}, while it had no task")
-        self.starting.pop(worker, None)
+        self.starting.pop(ended.worker, None)
         for place in (self.store.memory, self.store.disk):
             if process.spool not in self.store:
                 (place / process.spool).unlink(missing_ok=True)
-        self._handle(core.WorkerGone(worker, reason, oom, process.peak_bytes))
+        self._handle(core.WorkerGone(ended.worker, reason, oom, ended.peak_bytes))
 
     # ---- effects out
 
@@ -586,8 +604,8 @@ class Agent:
                 case core.RunOn(worker, job, task, attempt):
                     self._run(worker, job, (task, attempt))
                 case core.Kill(worker):
-                    if process := self.processes.get(worker):
-                        process.kill()
+                    if self.forkserver is not None:
+                        self.forkserver.kill(worker)
                 case core.ReportDeath(job, task, attempt, reason, started, oom):
                     self.journal.say(f"task {task} of {job}, attempt {attempt}: {reason}")
                     died = protocol.Died(
@@ -676,29 +694,22 @@ class Agent:
         self.poller.modify(job.data.socket, zmq.POLLIN)
 
     def _spawn(self, worker: int) -> None:
+        if self.forkserver is None:
+            self.forkserver = self._start_forkserver()
         log_path = self.directory / f"worker-{worker}.log"
+        self.processes[worker] = Process(log_path)
+        self.forkserver.fork(worker, self._writable(log_path))
+
+    def _start_forkserver(self) -> ForkServer:
         env = dict(os.environ)
         env.setdefault("OMP_NUM_THREADS", "1")
         env[WORKER_VARIABLE] = "1"
         env[NODE_VARIABLE] = self.control_url
-        with self._writable(log_path) as stream:
-            popen = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "oq_runtime.worker",
-                    self.workers_url,
-                    str(os.getpid()),
-                    str(self.store.memory),
-                    str(self.store.disk),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                env=env,
-            )
-        self.processes[worker] = Process(popen, log_path)
-        self.poller.register(self.processes[worker].pidfd, zmq.POLLIN)
+        places = (self.workers_url, str(self.store.memory), str(self.store.disk))
+        with self._writable(self.directory / FORKSERVER_LOG) as log:
+            forkserver = ForkServer(log, places, env)
+        self.poller.register(forkserver.fileno(), zmq.POLLIN)
+        return forkserver
 
     def _writable(self, path: Path) -> IO[bytes]:
         """Open a log file; with the disk full, better a worker without a log than none."""
@@ -707,6 +718,14 @@ class Agent:
         except OSError as exc:
             self.journal.repeat("log", f"{path}: {exc.strerror}")
             return Path(os.devnull).open("wb")
+
+
+def _tail(path: Path) -> list[str]:
+    """Return the last lines of a log, of which the last says most."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - STDERR_TAIL_BYTES))
+        return file.read().decode(errors="replace").strip().splitlines()
+    return []
 
 
 def _name(job: str, key: Key) -> str:

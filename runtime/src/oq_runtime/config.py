@@ -19,6 +19,8 @@ memory_soft_percent     80       memory in use on a node, in per cent, above whi
 memory_hard_percent     90       the same, above which the newest task is killed
 max_attempts            3        attempts of a task that may end with the death of its worker
 task_timeout_s          0        seconds after which the worker of a task is killed; 0: never
+preload                 *        modules that a node imports once for all workers, separated by
+                                 commas; * ``openquake.calculators.base``
 speculation             off      on: a task that takes much longer than those of its function did
                                  gets a second attempt on another node, when nothing else waits
 ======================  =======  ==================================================================
@@ -50,6 +52,7 @@ WORKER_VARIABLE = "OQ_RUNTIME_WORKER"
 NODE_VARIABLE, ATTEMPT_VARIABLE = "OQ_RUNTIME_NODE", "OQ_RUNTIME_ATTEMPT"
 #: ``POINT:TASK:ATTEMPTS``: for tests, a worker kills itself at this point of this task
 FAULT_VARIABLE = "OQ_RUNTIME_FAULT"
+PRELOAD = "openquake.calculators.base"
 
 Sections = Mapping[str, Mapping[str, str]]
 
@@ -142,6 +145,12 @@ def read() -> dict[str, dict[str, str]]:
     except configparser.Error as exc:
         raise ConfigError(f"openquake.cfg: {exc}".replace("\n", " ")) from exc
     return {section: dict(parser.items(section)) for section in parser.sections()}
+
+
+def read_preload() -> list[str]:
+    """Return the names of the modules that workers are to have before their first task."""
+    text = read().get("oq_runtime", {}).get("preload", PRELOAD)
+    return [name for name in map(str.strip, text.split(",")) if name]
 
 
 def parse_host_cores(text: str) -> dict[str, int]:

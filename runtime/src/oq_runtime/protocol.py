@@ -313,6 +313,7 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
 
 
 class Ready(Message, frozen=True, tag="ready"):
+    worker: int
     pid: int
 
 

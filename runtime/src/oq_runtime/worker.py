@@ -1,4 +1,4 @@
-"""A worker process: imports the engine, runs one task at a time, spools what it yields.
+"""A worker process: runs one task at a time in the engine, spools what it yields.
 
     agent --Run(call)--> worker: engine's safely_call -> spool --Ended--> agent
 
@@ -9,11 +9,9 @@ are mapped privately, so that what one task writes is seen by no other.
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import pickle
 import signal
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -106,26 +104,32 @@ def _frames(items: list[Any], paths: list[str]) -> list[list[payload.Buffer]]:
     return found
 
 
-def main() -> None:
-    faulthandler.enable()
-    transport.die_with_parent()
-    node_memory.volunteer()
-    url, agent_pid, *directories = sys.argv[1:]
-    if os.getppid() != int(agent_pid):
-        sys.exit("the agent has ended")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    memory, disk = map(Path, directories)
+def prepare() -> None:
+    """Import the engine and put ours in the place of its socket, its pickles and its meter."""
     from openquake.baselib import config, parallel, performance
 
     performance.memory_rss = node_memory.resident
-    parallel.init_workers()
     parallel.Socket = Stream
     if not config.distribution.get("compress"):  # whoever asks for it gets the engine's own
         parallel.Pickled = payload.Pickled
+
+
+def work(number: int, url: str, *directories: str) -> None:
+    """Run the tasks that come, for ever.
+
+    :param number: of this worker, by which the agent knows it
+    :param url: of the agent's socket
+    :param directories: for results in shared memory and on the disk
+    """
+    from openquake.baselib import parallel
+
+    node_memory.volunteer()
+    parallel.init_workers()
+    memory, disk = map(Path, directories)
     context: zmq.Context[Any] = zmq.Context()
     agent = transport.dealer(context, url)
     Stream.faults = Faults()
-    transport.send(agent, protocol.Ready(pid=os.getpid()))
+    transport.send(agent, protocol.Ready(worker=number, pid=os.getpid()))
     while True:
         header, call = agent.recv_multipart()
         run = protocol.decode(header)
@@ -158,7 +162,3 @@ def main() -> None:
             path=path,
         )
         transport.send(agent, ended, body)
-
-
-if __name__ == "__main__":
-    main()
