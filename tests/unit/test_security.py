@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import zmq
 from oq_runtime import security
 from oq_runtime.errors import ConfigError, SecurityError
 from oq_runtime.security import Gate, HandshakeMonitor, Keys, read_secret
+from tests.leftovers import wait_for
 
 SECRET = "correct-horse-battery"
 KEYS = Keys.derive(SECRET.encode())
@@ -163,3 +165,19 @@ def test_file_that_cannot_be_used(tmp_path: Path, content: bytes | None) -> None
     with pytest.raises(ConfigError) as caught:
         read_secret(f"file:{path}")
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.usefixtures("gate")
+def test_a_peer_that_hangs_up_has_no_wrong_key(context: zmq.Context[Any]) -> None:
+    server = context.socket(zmq.ROUTER)
+    security.secure_server(server, KEYS)
+    monitor = HandshakeMonitor(server)
+    try:
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        socket.create_connection(("127.0.0.1", port)).close()
+        assert wait_for(lambda: monitor.socket.poll(0), LIMIT_S)
+        [(kind, reason)] = [event for event in monitor.events() if event[0] != "disconnected"]
+    finally:
+        monitor.close()
+        server.close(linger=0)
+    assert kind == "refused" and "ended during the handshake" in reason

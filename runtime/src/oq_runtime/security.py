@@ -168,6 +168,7 @@ class HandshakeMonitor:
 
     def __init__(self, socket: zmq.Socket[Any]) -> None:
         self.watched = socket
+        self.server = bool(socket.getsockopt(zmq.CURVE_SERVER))
         self.socket = socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -192,6 +193,9 @@ class HandshakeMonitor:
                     found.append(("accepted", endpoint))
                 case zmq.EVENT_DISCONNECTED:
                     found.append(("disconnected", endpoint))
+                # a client sees no more of a server that refuses its key
+                case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self.server:
+                    found.append(("refused", f"it ended during the handshake ({endpoint})"))
                 case _:
                     found.append(("refused", f"{WRONG_KEY} ({endpoint})"))
         return found
