@@ -80,7 +80,9 @@ class Simulation:
         mu = math.log(scenario.median_s)
         draw = self.rng.lognormvariate
         self.lengths = array("d", (draw(mu, scenario.sigma) for _ in range(scenario.tasks)))
-        self.core = core.Scheduler(Limits(speculation=scenario.speculation))
+        # as many attempts as it takes: the deaths are the simulation's, not the tasks'
+        limits = Limits(speculation=scenario.speculation, max_attempts=100)
+        self.core = core.Scheduler(limits)
         self.aborted: set[tuple[int, int]] = set()
         self.heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.scheduled = 0

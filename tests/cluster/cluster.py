@@ -350,7 +350,13 @@ class Cluster:
 
     def _service_pids(self) -> set[int]:
         services = [*self.agents.values(), self.dbserver, self.webui]
-        return {process.pid for process in services if process} | self._webui_children
+        pids = {process.pid for process in services if process} | self._webui_children
+        # Python's own helper of the server, from the first job that it starts until its end
+        if self.webui:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                below = psutil.Process(self.webui.pid).children(recursive=True)
+                pids |= {p.pid for p in below if "resource_tracker" in " ".join(p.cmdline())}
+        return pids
 
     def _session_files(self, host: str) -> list[Path]:
         """Session directories and sockets in the TMPDIR of a host."""

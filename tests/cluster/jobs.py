@@ -139,7 +139,9 @@ def under_way(cluster: Cluster, run: Process, *nodes: str, least: int = 1) -> Pr
 
 
 def workers(cluster: Cluster, node: str) -> list[psutil.Process]:
-    return psutil.Process(cluster.agents[node].pid).children()
+    """The worker processes of a node, which are children of its fork server."""
+    servers = psutil.Process(cluster.agents[node].pid).children()
+    return [worker for server in servers for worker in server.children()]
 
 
 def broker(run: Process) -> psutil.Process:
@@ -157,17 +159,24 @@ def broker(run: Process) -> psutil.Process:
     return found[0]
 
 
-def broker_status(run: Process) -> protocol.Status:
-    """What the broker of a job says of its nodes."""
+def broker_status(run: Process) -> protocol.Status | None:
+    """What the broker of a job says of its nodes; None when the job ends meanwhile."""
     words = broker(run).cmdline()
     reader = StatusReader(Path(words[words.index("--directory") + 1]))
     try:
         reader.poll()
         found: list[protocol.Status] = []
-        wait_for(lambda: (status := reader.poll()) and found.append(status) is None, 60)
+        wait_for(
+            lambda: (
+                run.poll() is not None
+                or ((status := reader.poll()) and found.append(status) is None)
+            ),
+            60,
+        )
     finally:
         reader.close()
-    return found[0]
+    assert found or run.poll() is not None, "the broker does not answer"
+    return found[0] if found else None
 
 
 def number(run: Process) -> int:

@@ -25,11 +25,13 @@ from tests.cluster.netns import MASTER, Process
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 TINY = "classical/case_02/job.ini"
+#: a calculation that does not end before it is aborted
+MANY_YEARS = "ses_per_logic_tree_path=100000"
 
 
 @pytest.mark.settings(serialize_jobs=2)
 def test_two_users_of_whom_one_aborts(cluster: Cluster, undisturbed: Path) -> None:
-    anna = calculate(cluster, LOGNAME="anna")
+    anna = calculate(cluster, "-p", MANY_YEARS, LOGNAME="anna")
     boris = calculate(cluster, LOGNAME="boris")
     for run in (anna, boris):
         cluster.wait_for(lambda run=run: run.poll() is not None or busy_of(run), 200)
@@ -44,7 +46,8 @@ def test_two_users_of_whom_one_aborts(cluster: Cluster, undisturbed: Path) -> No
 
 def busy_of(run: Process) -> int:
     """The slots that the broker of the job has tasks on."""
-    return sum(node.busy for node in broker_status(run).nodes)
+    status = broker_status(run)
+    return sum(node.busy for node in status.nodes) if status else 0
 
 
 def test_two_users_get_half_of_the_slots_each(cluster: Cluster) -> None:

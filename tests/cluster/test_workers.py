@@ -15,12 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.cgroups import limited
 from tests.cluster.cluster import CTRL_PORT, Cluster
-from tests.cluster.jobs import SHORT_BEATS, busy, calculate, drive, result, status, under_way
+from tests.cluster.jobs import (
+    SHORT_BEATS,
+    busy,
+    calculate,
+    drive,
+    result,
+    status,
+    under_way,
+)
+from tests.cluster.jobs import workers as processes
 from tests.cluster.netns import MASTER, NetError
 from tests.leftovers import wait_for
 
@@ -409,7 +417,7 @@ def _is_agent(pid: int) -> bool:
 def test_log_has_a_line_per_event(cluster: Cluster, tmp_path: Path) -> None:
     before = len(agent_log(cluster, "node3"))
     with holding(cluster, tmp_path):
-        victim = psutil.Process(cluster.agents["node3"].pid).children()[0]
+        victim = processes(cluster, "node3")[0]
         victim.kill()
         assert wait_for(lambda: "SIGKILL" in agent_log(cluster, "node3")[before:])
     assert wait_for(lambda: "ended" in agent_log(cluster, "node3")[before:])

@@ -18,6 +18,7 @@ from oq_runtime.scheduler import (
     AHEAD,
     MAX_NODE_LOSSES,
     MAX_OOMS,
+    NEARLY,
     SHORT_S,
     TRANSITIONS,
     AbortAttempt,
@@ -97,6 +98,7 @@ class Cluster(RuleBasedStateMachine):
         self.deaths: dict[int, int] = {}
         self.ooms: dict[int, int] = {}
         self.losses: dict[int, int] = {}
+        self.no_room: dict[int, list[str]] = {}  # nodes without room for the data of a task
         self.staged: dict[int, int] = {}
         self.unconsumed: set[int] = set()
         self.sent: list[Event] = []  # all messages of attempts, to be delivered again
@@ -112,6 +114,10 @@ class Cluster(RuleBasedStateMachine):
             and task not in self.commits
             and (node, task, number) in self.attempts
         )
+
+    def has_elsewhere(self, task: int) -> bool:
+        """Whether there is a node that may have room for the data of the task."""
+        return any(n for name, n in self.slots.items() if name not in self.no_room.get(task, []))
 
     def lose(self, node: str) -> None:
         del self.slots[node], self.seen[node]
@@ -141,6 +147,11 @@ class Cluster(RuleBasedStateMachine):
             case NodeGone(node, _):
                 if node in self.slots:
                     self.lose(node)
+            case Died(node, task, number, no_room=True) if self.current(node, task, number):
+                full = self.no_room.setdefault(task, [])
+                full.append(node)
+                over = len(full) >= MAX_DEATHS and not self.has_elsewhere(task)
+                self.forget(task, node, number)
             case Died(node, task, number, _, oom) if self.current(node, task, number):
                 charged, most = (self.ooms, MAX_OOMS) if oom else (self.deaths, MAX_DEATHS)
                 charged[task] = charged.get(task, 0) + 1
@@ -173,6 +184,8 @@ class Cluster(RuleBasedStateMachine):
                 if task in self.last:
                     self.check_second_attempt(task, node, cause)
                 assert node in self.slots, "assigned to a lost node"
+                if not alone and node in self.no_room.get(task, []):
+                    assert not self.has_elsewhere(task), "assigned where it has no room"
                 assert self.now - self.seen[node] <= SUSPECT_AFTER_S, "assigned to a suspect node"
                 short = self.scheduler.mean_s.get("f", SHORT_S) < SHORT_S
                 most = AHEAD * self.slots[node] if short else self.slots[node]
@@ -204,7 +217,8 @@ class Cluster(RuleBasedStateMachine):
                 spent = {
                     "NoWorkers": not any(self.slots.values()),
                     "OutOfMemory": self.ooms.get(task, 0) == MAX_OOMS,
-                    "WorkerDied": self.deaths.get(task, 0) == MAX_DEATHS,
+                    "WorkerDied": self.deaths.get(task, 0) == MAX_DEATHS
+                    or len(self.no_room.get(task, [])) >= MAX_DEATHS,
                     "NodeLost": self.losses.get(task, 0) == MAX_NODE_LOSSES,
                 }
                 assert spent[error], error
@@ -349,10 +363,10 @@ class Cluster(RuleBasedStateMachine):
             self.message(Uploaded(attempt.node, attempt.task, attempt.number, intact))
             self.attempts.pop((attempt.node, attempt.task, attempt.number), None)
 
-    @rule(data=st.data(), oom=st.booleans())
-    def die(self, data: st.DataObject, oom: bool) -> None:
+    @rule(data=st.data(), how=st.sampled_from([{}, {"oom": True}, {"no_room": True}]))
+    def die(self, data: st.DataObject, how: dict[str, bool]) -> None:
         if attempt := self.pick(data, "assigned", "running", "waiting", "uploading"):
-            self.message(Died(attempt.node, attempt.task, attempt.number, "signal 9", oom))
+            self.message(Died(attempt.node, attempt.task, attempt.number, "signal 9", **how))
             self.attempts.pop((attempt.node, attempt.task, attempt.number), None)
 
     @precondition(lambda self: self.ooms)
@@ -444,7 +458,8 @@ class Cluster(RuleBasedStateMachine):
     def credit_is_within_the_slots(self) -> None:
         for name, node in self.scheduler.nodes.items():
             assert node.slots == self.slots[name]
-            free = max(0, self.slots[name] - self.busy(name))
+            free = max(0, node.width - self.busy(name))
+            assert node.width == node.slots or any(name in full for full in self.no_room.values())
             assert node.credit == (free if node.kept_for is None else 0)
             assert 0 <= node.credit <= node.slots
 
@@ -456,7 +471,9 @@ class Cluster(RuleBasedStateMachine):
             assert (task.deaths, task.ooms, task.node_losses) == (deaths, ooms, losses)
             assert deaths <= MAX_DEATHS and ooms <= MAX_OOMS and losses <= MAX_NODE_LOSSES
             assert task.attempt <= task.attempts
-            assert task.attempts <= 1 + deaths + ooms + losses + self.limits.speculation
+            full = self.no_room.get(task.id, [])
+            assert list(task.no_room) == full
+            assert task.attempts <= 1 + deaths + ooms + losses + len(full) + self.limits.speculation
 
     @invariant()
     def staged_bytes_stay_within_the_window_and_one_attempt(self) -> None:
@@ -470,11 +487,20 @@ class Cluster(RuleBasedStateMachine):
         queued = {t.id for t in self.scheduler.tasks.values() if t.state is State.QUEUED}
         waiting = queued & set(self.ooms)  # for a node of their own
         kept = {n: self.scheduler.nodes[n].kept_for for n in fresh}
-        if any(self.slots[n] > self.busy(n) for n in fresh if kept[n] is None):
-            assert queued == waiting
+        width = {n: self.scheduler.nodes[n].width for n in fresh}
+        free = {n for n in fresh if kept[n] is None and width[n] > self.busy(n)}
+        for task in queued - waiting:
+            barred = set(self.no_room.get(task, []))
+            if self.deaths.get(task, 0) == MAX_DEATHS - 1:
+                barred.add(self.scheduler.tasks[task].avoid)
+            if not any(slots for name, slots in self.slots.items() if name not in barred):
+                barred = set()
+            assert free <= barred, "a free slot beside a queued task"
         if waiting:
             usable = [n for n in fresh if self.slots[n] > 0]
-            assert all(kept[n] is not None for n in usable) or waiting <= set(kept.values())
+            memory = {n: self.scheduler.nodes[n].free_bytes for n in usable}
+            good = [n for n in usable if memory[n] >= NEARLY * max(memory.values())]
+            assert all(kept[n] is not None for n in good) or waiting <= set(kept.values())
             assert all(self.busy(n) for n in usable if kept[n] in waiting), "empty, and kept"
 
     # ---- the end
@@ -893,7 +919,7 @@ def test_alone_keeps_its_node_when_another_gets_more_memory() -> None:
     assert core.nodes["a"].kept_for == 1
 
 
-@pytest.mark.parametrize("event", [NodeSeen("b", closed=True), NodeResized("b", 0), Tick()])
+@pytest.mark.parametrize("event", [NodeSeen("b", True, 0), NodeResized("b", 0), Tick()])
 def test_alone_takes_another_node_when_its_own_is_of_no_use(event: Event) -> None:
     core = nodes_with_memory(10, 20)
     for task in (1, 2, 3, 4):
@@ -902,6 +928,95 @@ def test_alone_takes_another_node_when_its_own_is_of_no_use(event: Event) -> Non
     core.handle(NodeSeen("a"), SUSPECT_AFTER_S + 1)  # of "b" nothing is heard before the Tick
     core.handle(event, SUSPECT_AFTER_S + (1 if isinstance(event, Tick) else 0))
     assert core.nodes["a"].kept_for == 1 and core.nodes["b"].kept_for is None
+
+
+def test_alone_waits_for_the_node_that_is_full_with_what_runs_there() -> None:
+    core = nodes_with_memory(10, 20)
+    for task in (1, 2, 3, 4):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    assert {t: core.tasks[t].node for t in (2, 4)} == {2: "b", 4: "b"}
+    core.handle(NodeSeen("b", True, 20), 0.0)
+    core.handle(Died("b", 2, 1, "killed", oom=True), 0.0)
+    core.handle(Ended("b", 4, 1, 1), 0.0)
+    assert core.nodes["b"].kept_for == 2 and core.tasks[2].node == ""
+    assert core.handle(NodeSeen("b", False, 20), 1.0) == [Assign("b", 2, 2, alone=True)]
+
+
+def test_last_attempt_waits_for_another_node() -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("a", 1), 0.0)
+    core.handle(NodeJoined("b", 1), 0.0)
+    for task in (1, 2):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    node, other = (core.tasks[task].node for task in (1, 2))
+    assert assigned(core.handle(Died(node, 1, 1, "signal 9"), 0.0)) == [(node, 1, 2)]
+    assert assigned(core.handle(Died(node, 1, 2, "signal 9"), 0.0)) == []
+    assert assigned(core.handle(Submitted(3, 0, "f"), 0.0)) == [(node, 3, 1)]
+    assert assigned(core.handle(Ended(other, 2, 1, 1), 0.0)) == [(other, 1, 3)]
+
+
+def test_alone_waits_for_the_one_node_with_memory() -> None:
+    core = nodes_with_memory(10, 100)
+    for task in (1, 2):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    for task in (1, 2):
+        core.handle(Died(core.tasks[task].node, task, 1, "killed", oom=True), 0.0)
+    first, second = (core.tasks[task].node for task in (1, 2))
+    assert (first, second) == ("b", ""), "on a it would fail again"
+    core.handle(Started("b", 1, 2), 0.0)
+    assert core.handle(Ended("b", 1, 2, 1), 0.0)[-1] == Assign("b", 2, 2, alone=True)
+
+
+# ---- no room
+
+
+def test_no_room_moves_the_task_and_narrows_the_node() -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("a", 3), 0.0)
+    for task in (1, 2, 3):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    core.handle(NodeJoined("b", 1), 0.0)
+    core.handle(Submitted(4, 0, "f"), 0.0)
+    assert core.tasks[4].node == "b"
+    # where it has no room it is not tried again, though there is a slot, as long as "b" is there
+    assert core.handle(Died("a", 1, 1, "disk full", no_room=True), 0.0) == []
+    assert core.nodes["a"].credit == 0, "the two that run there are as many as have room"
+    effects = core.handle(Ended("b", 4, 1, 1), 0.0)
+    assert assigned(effects) == [("b", 1, 2)]
+    # what ends well lets one more be tried
+    core.handle(Ended("a", 2, 1, 1), 0.0)
+    core.handle(Uploaded("a", 2, 1, True), 0.0)
+    assert core.nodes["a"].credit == 2
+    # others go there while the first of the queue may not
+    core.handle(Submitted(5, 0, "f", weight=9), 0.0)
+    core.handle(Died("a", 5, 1, "disk full", no_room=True), 0.0)
+    assert assigned(core.handle(Submitted(6, 0, "f"), 0.0)) == [("a", 6, 1)]
+    assert core.tasks[5].node != "a"
+
+
+def test_no_room_anywhere_ends_the_job_after_all_attempts() -> None:
+    core = Scheduler()
+    for name in "ab":
+        core.handle(NodeJoined(name, 1), 0.0)
+    core.handle(Submitted(1, 0, "f"), 0.0)
+    places, effects = [], []
+    for number in (1, 2, 3):
+        places.append(core.tasks[1].node)
+        effects = core.handle(Died(places[-1], 1, number, "disk full", no_room=True), 0.0)
+    assert set(places[:2]) == {"a", "b"}
+    assert only(effects, GiveUp).error == "WorkerDied"
+
+
+def test_no_room_on_any_number_of_nodes_is_no_end_while_there_is_another() -> None:
+    core = Scheduler()
+    for name in "abcde":
+        core.handle(NodeJoined(name, 1), 0.0)
+    core.handle(Submitted(1, 0, "f"), 0.0)
+    seen = []
+    for number in (1, 2, 3, 4):
+        seen.append(core.tasks[1].node)
+        core.handle(Died(seen[-1], 1, number, "disk full", no_room=True), 0.0)
+    assert len({*seen, core.tasks[1].node}) == 5
 
 
 def test_node_is_given_back_when_the_task_is_cancelled() -> None:

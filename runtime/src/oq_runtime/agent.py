@@ -67,7 +67,7 @@ class Process:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.pid = 0  # until it is ready
+        self.pid = self.start_bytes = 0  # until it is ready
         self.peer: bytes | None = None
         self.spool = "none"  # the name of the file with the results of its last task
 
@@ -177,6 +177,7 @@ class Agent:
         self.by_peer: dict[bytes, int] = {}
         self.jobs: dict[str, JobIO] = {}
         self.next_beat_s = self.next_look_s = 0.0
+        self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
         self.oom_kills = self.oom_kills_before = oom_kills()
         self.starting: dict[int, tuple[str, Key, float]] = {}  # worker -> attempt, and since when
@@ -271,6 +272,8 @@ class Agent:
         self.oom_kills = oom_kills()
         used = usage()
         workers = {w: resident(p.pid) for w, p in self.processes.items()}
+        grown = sum(max(0, held - self.processes[w].start_bytes) for w, held in workers.items())
+        self.alone_bytes = min(used.free_bytes + grown, used.limit_bytes)
         self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
         self._handle(core.Tick())
         systemd.notify("WATCHDOG=1")
@@ -280,11 +283,10 @@ class Agent:
         self.journal.flush()
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
-        used = self.core.memory
         beat = protocol.Beat(
             busy=self.core.busy,
             closed=self.core.closed,
-            free_bytes=max(0, used.limit_bytes - used.used_bytes),
+            free_bytes=0 if self.core.draining else self.alone_bytes,
         )
         for name, job in list(self.jobs.items()):
             if name in self.core.leases:
@@ -471,7 +473,7 @@ class Agent:
 
     def _no_room(self, name: str, key: Key, reason: str) -> None:
         task, attempt = key
-        died = protocol.Died(task=task, attempt=attempt, reason=reason, started=False)
+        died = protocol.Died(task=task, attempt=attempt, reason=reason, started=False, no_room=True)
         self._to_broker(name, died)
 
     def _from_data(self, name: str, job: JobIO, frames: list[memoryview]) -> None:
@@ -514,8 +516,9 @@ class Agent:
         if isinstance(message, protocol.Ready):
             if process := self.processes.get(message.worker):
                 process.peer, process.pid = peer, message.pid
+                process.start_bytes = resident(message.pid)
                 self.by_peer[peer] = message.worker
-                self._handle(core.WorkerReady(message.worker, resident(message.pid)))
+                self._handle(core.WorkerReady(message.worker, process.start_bytes))
             return
         found = self.core.workers.get(self.by_peer.get(peer, -1))
         job = self.jobs.get(message.job)

@@ -77,6 +77,7 @@ class Peer:
         self.state = "calling"
         self.reason = "no answer yet"
         self.host = name
+        self.slots = 0  # all of the node's
         self.link = transport.Link(self.socket, "", 0)
         self.data: transport.Link | None = None
         self.next_call_s = 0.0
@@ -417,7 +418,7 @@ class Broker:
             return
         match message:
             case protocol.Welcome(host=host, slots=slots):
-                peer.host = host or peer.name
+                peer.host, peer.slots = host or peer.name, slots
                 if different := facts.difference(self.own_facts, message.facts):
                     self._lose(peer, f"refused: {different}", "refused")
                 elif slots == 0:
@@ -449,8 +450,9 @@ class Broker:
                     self._handle(core.Uploaded(name, task, attempt, True))
                 else:
                     Path(path).unlink(missing_ok=True)
-            case protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom):
-                self._handle(core.Died(name, task, attempt, f"{reason}, host {peer.host}", oom))
+            case protocol.Died(task=task, attempt=attempt, oom=oom, no_room=no_room):
+                reason = f"{message.reason}, host {peer.host}"
+                self._handle(core.Died(name, task, attempt, reason, oom, no_room))
 
     def _from_data(self, sender: bytes, message: Any, frames: list[Any]) -> None:
         assert self.data is not None
@@ -587,6 +589,8 @@ class Broker:
         for peer in self.peers.values():
             found = self.core.nodes.get(peer.name)
             slots, busy = (found.slots, len(found.running)) if found else (0, 0)
+            if found and not self.core.live:
+                slots = peer.slots  # its share is small because it wants nothing now
             nodes.append(
                 protocol.Node(
                     host=peer.host, slots=slots, busy=busy, state=peer.state, reason=peer.reason

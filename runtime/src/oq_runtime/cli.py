@@ -32,10 +32,13 @@ from oq_runtime import config, launch
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.progress import Display, StatusReader
+from oq_runtime.protocol import Status
 
 EXIT_FAILED, EXIT_INPUT, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 2, 3, 130
 #: seconds that an interrupted engine process has to end by itself
 STOP_SECS = 3.0
+#: seconds after which a node that is missing, or a wait, is worth a line
+TELL_SECS = 3.0
 #: seconds for the DbServer to answer
 DBSERVER_SECS = 2
 #: what the engine does for a job that fails, for one whose engine process cannot any more
@@ -170,6 +173,8 @@ class Run:
         self.finished: list[dict[str, Any]] = []
         self.retries = 0
         self.error = ""
+        self.true_since_s: dict[str, float] = {}  # of what there is to be told, and what has been
+        self.told: set[str] = set()
         self.database: str | None = None
         self.interrupted_s: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -259,9 +264,22 @@ class Run:
                 if found := status.poll():
                     self.retries = sum(phase.retries for phase in found.phases)
                     self.slots = max(self.slots, sum(node.slots for node in found.nodes))
+                    self._tell(found)
                     display.show(found)
                 if self.interrupted_s and time.monotonic() - self.interrupted_s > STOP_SECS:
                     process.kill()
+
+    def _tell(self, status: Status) -> None:
+        """Say what the job waits for, and which nodes it has to do without, once each."""
+        now = time.monotonic()
+        lines = [f"waiting: {status.note}"] if status.note else []
+        lines += [f"without {node.host}: {node.reason}" for node in status.nodes if node.reason]
+        self.true_since_s = {line: self.true_since_s.get(line, now) for line in lines}
+        for line, since_s in self.true_since_s.items():
+            if line not in self.told and now - since_s >= TELL_SECS:
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                self.told.add(line)
+        self.told &= set(lines)
 
     def _take(self, row: dict[str, Any]) -> None:
         match row["kind"]:

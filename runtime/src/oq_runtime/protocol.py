@@ -261,19 +261,21 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 class Died(Message, frozen=True, tag="died"):
-    """The worker of an attempt has ended; ``oom``: killed for lack of memory."""
+    """An attempt has failed; ``oom``: killed for lack of memory, ``no_room``: of disk."""
 
     task: int
     attempt: int
     reason: str
     started: bool
     oom: bool = False
+    no_room: bool = False
 
 
 class Beat(Message, frozen=True, tag="beat"):
     """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please.
 
-    ``free_bytes``: of the node's memory. ``title``: of the job, see Title.
+    ``free_bytes``: of memory for a task that is alone on the node, 0 when it drains.
+    ``title``: of the job, see Title.
     """
 
     wanted: int = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import statistics
 from collections import Counter, OrderedDict, deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -20,6 +21,8 @@ from oq_runtime.limits import DEFAULTS, Limits
 
 #: attempts of a task that may run out of memory: one beside others, one alone on its node
 MAX_OOMS = 2
+#: part of the most memory that any node has to give with which a node is as good for a task alone
+NEARLY = 0.9
 #: attempts that may be lost with their nodes, or damaged on the way, before the task is given up
 MAX_NODE_LOSSES = 10
 #: bytes of results that may be staged in the broker; one larger attempt is let through alone
@@ -160,13 +163,14 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The worker of the attempt has ended; ``oom``: for lack of memory."""
+    """The attempt has failed; ``oom``: for lack of memory, ``no_room``: of disk for its data."""
 
     node: str
     task: int
     attempt: int
     reason: str
     oom: bool = False
+    no_room: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +297,7 @@ class Task:
     node_losses: int = 0
     assigned_s: float = 0.0
     avoid: str = ""
+    no_room: tuple[str, ...] = ()  # the node of each attempt that had no room for its data
     history: tuple[str, ...] = ()  # while it is live: a job may have millions of tasks
 
     @property
@@ -312,7 +317,9 @@ class Task:
 class Node:
     """``running`` tasks have a slot each; of ``ended`` ones only the results are still here.
 
-    ``kept_for``: the task that has this node for itself, or waits until it is empty.
+    ``free_bytes`` of memory has a task that is alone here. ``kept_for``: the task that has this
+    node for itself, or waits until it is empty. ``most``: tasks at a time for whose data there has
+    been room lately; with each that ends well one more is tried.
     """
 
     name: str
@@ -321,6 +328,7 @@ class Node:
     closed: bool = False
     free_bytes: int = 0
     kept_for: int | None = None
+    most: int | None = None
     running: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     offers: set[float] = field(default_factory=set)  # loads with which it is in Scheduler.free
@@ -328,12 +336,17 @@ class Node:
     @property
     def credit(self) -> int:
         """Slots that are free; never negative, also when the share has shrunk below what runs."""
-        return 0 if self.kept_for is not None else max(0, self.slots - len(self.running))
+        return 0 if self.kept_for is not None else max(0, self.width - len(self.running))
+
+    @property
+    def width(self) -> int:
+        """Tasks that may run at a time."""
+        return self.slots if self.most is None else min(self.slots, self.most)
 
     @property
     def load(self) -> float:
         """The part of its slots that is taken; above 1 with attempts that wait for a slot."""
-        return len(self.running) / self.slots if self.slots else AHEAD
+        return len(self.running) / self.width if self.width else AHEAD
 
     @property
     def has_room(self) -> bool:
@@ -440,16 +453,20 @@ class Scheduler:
                     if intact:
                         self._move(current, "commit", f"committed from {node}")
                         self.nodes[node].ended.discard(task)
+                        self._widen(self.nodes[node])
                         self._end(current, effects)
                         self.committed += 1
                         effects.append(Commit(node, task, attempt))
                     else:
                         current.node_losses += 1  # charged like a loss: the task did no harm
                         self._retry(current, f"damaged on the way from {node}", effects)
-            case Died(node, task, attempt, reason, oom):
+            case Died(node, task, attempt, reason, oom, no_room):
                 if current := self._current(node, task, attempt, "retry", effects):
                     if oom:
                         current.ooms += 1
+                    elif no_room:
+                        current.no_room += (node,)
+                        self.nodes[node].most = max(1, len(self.nodes[node].running) - 1)
                     else:
                         current.deaths += 1
                         current.avoid = node
@@ -533,7 +550,9 @@ class Scheduler:
         self._free(task, effects)
         if task.ooms >= MAX_OOMS:
             self._give_up(task, "OutOfMemory", note, effects, "fail oom")
-        elif task.deaths >= self.limits.max_attempts:
+        elif task.deaths >= self.limits.max_attempts or (
+            len(task.no_room) >= self.limits.max_attempts and not self._has_other(task.no_room)
+        ):
             self._give_up(task, "WorkerDied", note, effects)
         elif task.node_losses >= MAX_NODE_LOSSES:
             self._give_up(task, "NodeLost", note, effects)
@@ -617,31 +636,44 @@ class Scheduler:
     def _dispatch(self, now: float, effects: list[Effect]) -> None:
         if self.alone:
             self._dispatch_alone(now, effects)
+        picky: list[tuple[float, int]] = []  # those that may not go to the nodes that are free
         while self.queue:
             task = self.tasks[self.queue[0][1]]
             if task.state is State.QUEUED:
-                short = self.mean_s.get(task.func, SHORT_S) < SHORT_S
-                node = self._take_node(now, task.avoid, AHEAD if short else 1.0)
-                if node is None:
-                    return
-                self._assign(task, node, now, effects)
+                most = AHEAD if self.mean_s.get(task.func, SHORT_S) < SHORT_S else 1.0
+                barred = self._barred(task)
+                node = self._take_node(now, task.avoid, barred, most)
+                if node is not None:
+                    self._assign(task, node, now, effects)
+                elif barred:
+                    picky.append(self.queue[0])
+                else:
+                    break
             heapq.heappop(self.queue)  # assigned, or cancelled or given up while it was queued
+        for item in picky:
+            heapq.heappush(self.queue, item)
 
     def _dispatch_alone(self, now: float, effects: list[Effect]) -> None:
         """Keep the node with most free memory for each task that needs one; start it when empty."""
         self.alone = [t for t in self.alone if self.tasks[t].state is State.QUEUED]
-        usable = [n for n in self.nodes.values() if n.slots and self._takes_tasks(n, now)]
+        # a node that is full with what runs there opens again, one that drains has nothing to give
+        usable = [
+            n
+            for n in self.nodes.values()
+            if n.slots and not self._silent(n, now) and (n.free_bytes or not n.closed)
+        ]
         for task_id in list(self.alone):
             task = self.tasks[task_id]
             kept = [n for n in usable if n.kept_for == task_id]
             if not kept:
-                self._give_back(task)  # a node that closed or fell silent meanwhile
-                kept = [n for n in usable if n.kept_for is None]
+                self._give_back(task)  # a node that drains or fell silent meanwhile
+                least = NEARLY * max((n.free_bytes for n in usable), default=0)
+                kept = [n for n in usable if n.kept_for is None and n.free_bytes >= least]
             if not kept:
                 continue
             node = min(kept, key=lambda n: (-n.free_bytes, n.name))
             node.kept_for = task_id
-            if not node.running:
+            if not node.running and not node.closed:
                 self.alone.remove(task_id)
                 self._assign(task, node, now, effects)
 
@@ -674,7 +706,29 @@ class Scheduler:
                     self._offer(node)
 
     def _takes_tasks(self, node: Node, now: float) -> bool:
-        return not node.closed and now - node.seen_s <= self.limits.suspect_s
+        return not node.closed and not self._silent(node, now)
+
+    def _silent(self, node: Node, now: float) -> bool:
+        return now - node.seen_s > self.limits.suspect_s
+
+    def _barred(self, task: Task) -> Collection[str]:
+        """The nodes that may not get the task as long as there are others.
+
+        Those that had no room for its data; for its last attempt, that of the last death.
+        """
+        nodes = set(task.no_room)
+        if task.deaths and task.deaths == self.limits.max_attempts - 1:
+            nodes.add(task.avoid)
+        return nodes if nodes and self._has_other(nodes) else ()
+
+    def _has_other(self, nodes: Collection[str]) -> bool:
+        return any(n.slots and n.name not in nodes for n in self.nodes.values())
+
+    def _widen(self, node: Node) -> None:
+        """Try one more task at a time on a node that was short of room."""
+        if node.most is not None:
+            node.most = node.most + 1 if node.most + 1 < node.slots else None
+            self._offer(node)
 
     def _offer(self, node: Node) -> None:
         """Put a node that has room where _take_node finds it, under its load of now."""
@@ -682,15 +736,17 @@ class Scheduler:
             node.offers.add(node.load)
             heapq.heappush(self.free, (node.load, node.name))
 
-    def _take_node(self, now: float, avoid: str, most: float) -> Node | None:
-        """Take the relatively emptiest node that may get a task; ``avoid`` only if it is alone.
+    def _take_node(
+        self, now: float, avoid: str, barred: Collection[str], most: float
+    ) -> Node | None:
+        """Take the relatively emptiest node that may get a task, with a load below ``most``.
 
-        Its load is below ``most``.
+        ``avoid`` only if no other is free, and none of those that are ``barred``.
 
         A node that is closed or silent falls out here and is offered again with its next beat.
         """
-        avoided = None
-        while self.free:
+        found, passed = None, []
+        while self.free and found is None:
             load, name = heapq.heappop(self.free)
             node = self.nodes.get(name)
             if node is None:
@@ -700,13 +756,17 @@ class Scheduler:
                 continue
             if load >= most:
                 self._offer(node)
-                return avoided
-            if name != avoid:
-                if avoided is not None:
-                    self._offer(avoided)
-                return node
-            avoided = node
-        return avoided
+                break
+            if name == avoid or name in barred:
+                passed.append(node)
+            else:
+                found = node
+        if found is None:
+            found = next((node for node in passed if node.name not in barred), None)
+        for node in passed:
+            if node is not found:
+                self._offer(node)
+        return found
 
     # ---- second attempts
 
@@ -727,7 +787,7 @@ class Scheduler:
             usual_s = usual[task.func] * task.weight
             if task.weight <= 0 or now - task.assigned_s <= when.factor * usual_s:
                 continue
-            node = self._take_node(now, task.node, 1.0)
+            node = self._take_node(now, task.node, (), 1.0)
             if node is None:
                 return
             if node.name == task.node:
