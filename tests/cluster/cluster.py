@@ -355,7 +355,7 @@ class Cluster:
         if self.webui:
             with contextlib.suppress(psutil.NoSuchProcess):
                 below = psutil.Process(self.webui.pid).children(recursive=True)
-                pids |= {p.pid for p in below if "resource_tracker" in " ".join(p.cmdline())}
+                pids |= {p.pid for p in below if "resource_tracker" in _command_line(p.pid)}
         return pids
 
     def _session_files(self, host: str) -> list[Path]:

@@ -106,7 +106,6 @@ def inputs(cluster: Cluster) -> list[Path]:
     return sorted(p for p in job_file(cluster).parent.iterdir() if p.suffix != ".md")
 
 
-@pytest.mark.slow
 def test_api(webui: Cluster, cluster: Cluster, undisturbed: Path) -> None:
     job = post(cluster, "/v1/calc/run", {"job_ini": "job.ini"}, *inputs(cluster))
     follow(cluster, job, undisturbed)
@@ -127,7 +126,6 @@ class Forms(html.parser.HTMLParser):
             self.found[-1][2].append(given.get("name") or "")
 
 
-@pytest.mark.slow
 def test_upload_in_the_browser(
     webui: Cluster, cluster: Cluster, undisturbed: Path, tmp_path: Path
 ) -> None:

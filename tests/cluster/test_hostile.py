@@ -19,7 +19,7 @@ from tests.cluster.jobs import broker, check_stream, status, stream, under_way
 from tests.cluster.netns import MASTER, Process
 from tests.leftovers import wait_for
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300)]
 
 ATTACKER = str(Path(__file__).parent / "attacker.py")
 RECEIVER_PORT = 1912

@@ -14,7 +14,7 @@ from tests.cgroups import inside, limited
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import SHORT_BEATS, drive, result
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS)]
 
 #: results larger than the 64 MiB of an attempt that may lie in shared memory
 VALUES, NBYTES = 9_000_000, 72_000_000

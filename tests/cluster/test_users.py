@@ -23,7 +23,7 @@ from tests.cluster.jobs import (
 )
 from tests.cluster.netns import MASTER, Process
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300)]
 TINY = "classical/case_02/job.ini"
 #: a calculation that does not end before it is aborted
 MANY_YEARS = "ses_per_logic_tree_path=100000"

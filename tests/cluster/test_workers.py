@@ -33,7 +33,7 @@ from tests.cluster.netns import MASTER, NetError
 from tests.leftovers import wait_for
 
 SLOW = pytest.mark.slow
-pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS)]
 
 #: the import of the command itself, on a busy machine, beside the 2 s for a host
 STARTUP_S = 8.0
