@@ -136,7 +136,7 @@ def test_job_of_a_master_that_stays_cut_off_ends(cluster: Cluster) -> None:
 def test_job_of_a_master_that_comes_back_goes_on(cluster: Cluster, undisturbed: Path) -> None:
     run = under_way(cluster, calculate(cluster))
     cluster.net.link_down(MASTER)
-    check_free(cluster, SHORT_BEATS["lost_s"], host="node1")
+    check_free(cluster, SHORT_BEATS["lost_s"] + ASKING_S, host="node1")
     cluster.net.link_up(MASTER)
     check_calculation(run, undisturbed)
 
