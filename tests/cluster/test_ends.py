@@ -32,6 +32,8 @@ from tests.cluster.netns import MASTER, Process
 pytestmark = pytest.mark.timeout(300)
 #: seconds until the slots are free, and where nobody can tell the nodes
 FREE_S, CUT_OFF_S = 5.0, 30.0
+#: what the command takes that asks for the slots, beside limits shorter than the default ones
+ASKING_S = 1.5
 
 
 def free(cluster: Cluster, host: str = MASTER) -> bool:
