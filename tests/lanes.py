@@ -1,10 +1,11 @@
-"""Run the test lanes one after the other and print a table of times and results.
+"""Run the test lanes and print a table of times and results.
 
-Used by ``make test``, which makes the virtual environments first. All lanes run even if an
-earlier one fails. A lane is left out, with the reason, if its folder is missing, if it takes long
-and nobody has asked for it, or if its program ends with exit code 77: it cannot run on this
-machine, its last line on stderr says why. A lane whose interpreter is missing fails. The exit code
-is 1 if any lane failed, or if none ran.
+Used by ``make test``, which makes the virtual environments first. All lanes run even if an earlier
+one fails. Those that have to do with time run one after the other; the rest follows, as many at a
+time as there are cores, and what each prints comes at its end. A lane is left out, with the reason,
+if its folder is missing, if it takes long and nobody has asked for it, or if its program ends with
+exit code 77: it cannot run on this machine, its last line says why. A lane whose interpreter is
+missing fails. The exit code is 1 if any lane failed, or if none ran.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +30,12 @@ class Lane:
     commands: tuple[tuple[str, ...], ...]  # arguments after "python -m", or a program's path first
     venv: str = VENV
     asked_by: str = ""  # variable of the environment without which the lane is left out
+    beside: bool = False  # it may run at the same time as others
 
 
 PROVISIONING = (("pytest", "tests/provisioning"),)
+CONTRACT = (("pytest", "tests/contract"),)
+CONFORMANCE = (("tests.conformance", "--fixed"),)
 MOLECULE = (("molecule/run", "test"),)
 LANES = (
     Lane("lint", "tests", (("ruff", "check", "."), ("ruff", "format", "--check", "."))),
@@ -38,60 +43,80 @@ LANES = (
     Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
     Lane("local", "tests/local", (("pytest", "tests/local"),)),
     Lane("cluster", "tests/cluster", (("pytest", "-rs", "-m", "not slow", "tests/cluster"),)),
-    Lane("contract", "tests/contract", (("pytest", "tests/contract"),)),
-    Lane("contract-3.25", "tests/contract", (("pytest", "tests/contract"),), ".venv-3.25"),
-    Lane("contract-3.23", "tests/contract", (("pytest", "tests/contract"),), ".venv-3.23"),
-    Lane("provisioning", "tests/provisioning", PROVISIONING, ".venv-provision"),
     Lane("molecule", "molecule/run", MOLECULE, ".venv-provision", asked_by="MOLECULE"),
-    Lane("conformance", "tests/conformance/__main__.py", (("tests.conformance", "--fixed"),)),
+    Lane("provisioning", "tests/provisioning", PROVISIONING, ".venv-provision", beside=True),
+    Lane("contract-3.25", "tests/contract", CONTRACT, ".venv-3.25", beside=True),
+    Lane("contract-3.23", "tests/contract", CONTRACT, ".venv-3.23", beside=True),
+    Lane("contract", "tests/contract", CONTRACT, beside=True),
+    Lane("conformance", "tests/conformance/__main__.py", CONFORMANCE, beside=True),
 )
 
 
-def run(lane: Lane) -> tuple[str, str]:
-    """Run one lane; return its result (passed, failed or left out) and the reason."""
+@dataclass(frozen=True)
+class Outcome:
+    lane: Lane
+    result: str  # passed, failed or left out
+    reason: str = ""
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        seconds = "-" if self.seconds is None else f"{self.seconds:.1f} s"
+        return f"{self.lane.name:<15}{seconds:>10}  {self.result:<10}{self.reason}".rstrip()
+
+
+def run(lane: Lane) -> Outcome:
+    """Run one lane, or say why not."""
+    if not (ROOT / lane.needs).exists():
+        return Outcome(lane, "left out", f"{lane.needs} is missing")
+    if lane.asked_by and not os.environ.get(lane.asked_by):
+        return Outcome(
+            lane, "left out", f"takes a quarter of an hour; run it with {lane.asked_by}=1"
+        )
     python = ROOT / lane.venv / "bin" / "python"
     if not python.exists():
-        return "failed", f"no interpreter in {lane.venv}; run `make {lane.venv}`"
+        return Outcome(lane, "failed", f"no interpreter in {lane.venv}; run `make {lane.venv}`")
+    started_s = time.monotonic()
     reason = ""
     for command in lane.commands:
-        print(f"\n=== {lane.name}: {' '.join(command)}", flush=True)
+        title = f"\n=== {lane.name}: {' '.join(command)}"
         program = command if "/" in command[0] else (str(python), "-m", *command)
-        code, last = call(program)
+        code, last = call(program, title, aside=lane.beside)
         if code == CANNOT_RUN:
-            return "left out", last
+            return Outcome(lane, "left out", last)
         if code:
             reason = reason or f"{' '.join(command)}: exit code {code}"
-    return ("failed" if reason else "passed"), reason
+    seconds = time.monotonic() - started_s
+    return Outcome(lane, "failed" if reason else "passed", reason, seconds)
 
 
-def call(program: tuple[str, ...]) -> tuple[int, str]:
-    """Run a program, its output going where ours goes; return exit code and last line on stderr."""
-    last = ""
-    with subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
-            last = line.strip() or last
-    return process.returncode, last
+def call(program: tuple[str, ...], title: str, *, aside: bool) -> tuple[int, str]:
+    """Run a program; return its exit code and the last line of its output.
+
+    :param title: what is printed before its output
+    :param aside: print its output at its end, in one piece
+    """
+    lines = [title]
+    if not aside:
+        print(title, flush=True)
+    with subprocess.Popen(
+        program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if not aside:
+                print(line, end="", flush=True)
+    if aside:
+        print("\n".join(lines), flush=True)
+    return process.returncode, next((line for line in reversed(lines) if line.strip()), "")
 
 
 def main() -> int:
-    rows: list[tuple[str, str, str, str]] = []
-    for lane in LANES:
-        if not (ROOT / lane.needs).exists():
-            rows.append((lane.name, "-", "left out", f"{lane.needs} is missing"))
-            continue
-        if lane.asked_by and not os.environ.get(lane.asked_by):
-            reason = f"takes a quarter of an hour; run it with {lane.asked_by}=1"
-            rows.append((lane.name, "-", "left out", reason))
-            continue
-        started = time.monotonic()
-        result, reason = run(lane)
-        rows.append((lane.name, f"{time.monotonic() - started:.1f} s", result, reason))
-    print(f"\n{'lane':<15}{'time':>10}  {'result':<10}")
-    for name, seconds, result, reason in rows:
-        print(f"{name:<15}{seconds:>10}  {result:<10}{reason}".rstrip())
-    results = [row[2] for row in rows]
+    outcomes = [run(lane) for lane in LANES if not lane.beside]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        outcomes += pool.map(run, [lane for lane in LANES if lane.beside])
+    print(f"\n{'lane':<15}{'time':>10}  {'result':<10}", *outcomes, sep="\n")
+    results = [outcome.result for outcome in outcomes]
     passed, failed = results.count("passed"), results.count("failed")
     print(f"{passed} passed, {failed} failed", flush=True)
     return 1 if failed or not passed else 0

@@ -55,6 +55,7 @@ def test_worker_dies_at(cluster: Cluster, point: str) -> None:
     assert check_stream(stream(cluster))["retries"] == 1, "the worker has not died"
 
 
+@pytest.mark.slow
 @short_beats
 def test_workers_die_at_random(cluster: Cluster, undisturbed: Path) -> None:
     run = under_way(cluster, calculate(cluster), "node2", "node3")

@@ -25,14 +25,16 @@ from tests.cluster.netns import MASTER, Process
 
 pytestmark = [pytest.mark.timeout(300)]
 TINY = "classical/case_02/job.ini"
-#: a calculation that does not end before it is aborted
+#: a calculation that goes on while another is aborted, and one that does not end before
+SOME_YEARS = "ses_per_logic_tree_path=20000"
 MANY_YEARS = "ses_per_logic_tree_path=100000"
 
 
 @pytest.mark.settings(serialize_jobs=2)
-def test_two_users_of_whom_one_aborts(cluster: Cluster, undisturbed: Path) -> None:
+def test_two_users_of_whom_one_aborts(cluster: Cluster) -> None:
+    undisturbed = datastore(result(calculate(cluster, "--cores=2", "-p", SOME_YEARS)))
     anna = calculate(cluster, "-p", MANY_YEARS, LOGNAME="anna")
-    boris = calculate(cluster, LOGNAME="boris")
+    boris = calculate(cluster, "-p", SOME_YEARS, LOGNAME="boris")
     for run in (anna, boris):
         cluster.wait_for(lambda run=run: run.poll() is not None or busy_of(run), 200)
         assert run.poll() is None, result(run)
