@@ -479,6 +479,8 @@ def test_files_of_a_killed_predecessor_are_removed(cluster: Cluster, tmp_path: P
 
 
 # ---- memory
+
+
 @pytest.mark.slow
 def test_task_out_of_memory_moves_to_the_node_with_most(cluster: Cluster) -> None:
     before = len(agent_log(cluster, "node1"))
