@@ -92,7 +92,8 @@ demo: $(STAMP)
 	OQ_DATADIR="$(OQ_DATADIR)" $(VENV)/bin/oq-run $(DEMO_JOB)
 
 # The contract lane also runs under the two older engine series.
-test: $(ALL_STAMPS) .venv-provision/.stamp
+test:
+	@$(MAKE) --no-print-directory --jobs=4 $(ALL_STAMPS) .venv-provision/.stamp
 	@.venv/bin/python tests/lanes.py
 
 lint: $(STAMP)

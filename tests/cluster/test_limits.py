@@ -64,7 +64,7 @@ def small_memory(cluster: Cluster, **mebibytes: int) -> Iterator[None]:
 @pytest.mark.slow
 def test_task_that_no_node_can_hold(cluster: Cluster) -> None:
     with small_memory(cluster, node1=500, node2=700, node3=1800):
-        tasks = [(x, 9000 if x == 3 else 0, MB_PER_S, 0) for x in range(6)]
+        tasks = [(x, 9000 if x == 3 else 0, 0, MB_PER_S, 0) for x in range(6)]
         found = result(drive(cluster, "hold", tasks))
     assert found["error"] == "OutOfMemory", found
     text = found["text"]
@@ -80,7 +80,7 @@ def test_task_that_no_node_can_hold(cluster: Cluster) -> None:
 @pytest.mark.slow
 def test_tasks_that_need_a_node_of_their_own(cluster: Cluster) -> None:
     with small_memory(cluster, node1=500, node2=700, node3=1800):
-        tasks = [(x, 800 if x < 2 else 0, MB_PER_S, 1) for x in range(6)]
+        tasks = [(x, 800 if x < 2 else 0, 0, MB_PER_S, 1) for x in range(6)]
         found = result(drive(cluster, "hold", tasks))
     assert found.get("value", {}).get("sum") == 15, found
     assert found["retries"] >= 1, "they fitted side by side"

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -221,12 +222,38 @@ def test_oq_workers_in_the_format_of_the_engine(cluster: Cluster) -> None:
 
 def test_node_of_another_protocol_version_is_named(cluster: Cluster) -> None:
     cluster.stop_agent("node1")
+    before = agent_log(cluster, "node1")  # other tests have spoken other versions
     cluster.start_agent("node1", program=[DIFFERING, "protocol=2"])
     done = workers(cluster, "status", "--json")
     row = json.loads(done.stdout)[cluster.net.address["node1"]]
     assert done.returncode == 1 and row["reason"] == "peer speaks protocol 2, this is 1"
-    lines = [line for line in agent_log(cluster, "node1").splitlines() if "speaks" in line]
+    said = agent_log(cluster, "node1").removeprefix(before)
+    lines = [line for line in said.splitlines() if "speaks" in line]
     assert lines and all("peer speaks protocol 1, this is 2" in line for line in lines)
+
+
+# ---- the service manager
+
+
+def test_service_manager_hears_how_the_agent_is(cluster: Cluster) -> None:
+    cluster.stop_agent("node1")
+    path = cluster.home / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(20)
+        agent = cluster.start_agent("node1", NOTIFY_SOCKET=str(path))
+        assert manager.recv(64) == b"READY=1"
+        assert [manager.recv(64) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+        agent.send_signal(signal.SIGSTOP)
+        manager.settimeout(4 * SHORT_BEATS["beat_s"])
+        with pytest.raises(TimeoutError):  # systemd then ends it: WatchdogSec= of its unit
+            while manager.recv(64) == b"WATCHDOG=1":
+                pass
+        agent.send_signal(signal.SIGCONT)
+        cluster.stop_agent("node1")
+        while (word := manager.recv(64)) != b"STOPPING=1":
+            assert word == b"WATCHDOG=1"
+    path.unlink()
 
 
 # ---- debug
@@ -490,7 +517,7 @@ def test_task_out_of_memory_moves_to_the_node_with_most(cluster: Cluster) -> Non
         cluster.start_agent("node1", program=("-c", code))
         # one on each slot: 600 MB each, which only the machine has
         tasks = range(sum(cluster.slots.values()))
-        found = result(drive(cluster, "hold", [(x, 600, 100, 0) for x in tasks]))
+        found = result(drive(cluster, "hold", [(x, 600, 0, 100, 0) for x in tasks]))
         cluster.stop_agent("node1")
     assert found.get("value") == {"sum": sum(tasks)}, found
     assert found["retries"] == 1

@@ -96,10 +96,10 @@ def _refuse():
     raise RuntimeError("this argument cannot be unpickled")
 
 
-def hold(x, mbytes, mbytes_per_s, seconds, monitor):
-    """Take memory in steps of 10 MB, then hold it for some seconds."""
-    taken = []
-    for _ in range(mbytes // 10):
+def hold(x, mbytes, at_once, mbytes_per_s, seconds, monitor):
+    """Take memory, some MB at once and the rest in steps of 10; then hold it for some seconds."""
+    taken = [b"x" * (min(at_once, mbytes) * 1_000_000)]
+    for _ in range((mbytes - at_once) // 10):
         taken.append(b"x" * 10_000_000)
         time.sleep(10 / mbytes_per_s)
     time.sleep(seconds)

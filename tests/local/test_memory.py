@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.timeout(180), pytest.mark.light]
 LIMIT_MIB = 900
 #: so slow that the agent, which looks twice a second, sees a limit being passed
 MB_PER_S = 60
+#: taken before that, well below the limits
+MB_AT_ONCE = 400
 
 
 BODY = """
@@ -64,7 +66,8 @@ def test_task_that_no_node_can_hold(
     env: dict[str, str], tmpdir: Path, tmp_path: Path, percent: int, killer: str
 ) -> None:
     env = configured(env, tmp_path, f"memory_hard_percent = {percent}\n")
-    call = f"go(tasks.hold, [(i, 3000 if i == 1 else 0, {MB_PER_S}, 0) for i in range(4)])"
+    tasks = [(i, 3000 if i == 1 else 0, MB_AT_ONCE, MB_PER_S, 0) for i in range(4)]
+    call = f"go(tasks.hold, {tasks})"
     row = run_limited(env, tmpdir, call)
     assert row["type"] == "OutOfMemory", row
     last = row["text"].splitlines()[-1]
@@ -77,9 +80,8 @@ def test_task_that_no_node_can_hold(
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_two_tasks_that_fit_only_one_after_the_other(env: dict[str, str], tmpdir: Path) -> None:
-    row = run_limited(
-        env, tmpdir, f"go(tasks.hold, [(i, 350, {MB_PER_S}, 2) for i in (1, 2)])['sum']"
-    )
+    tasks = [(i, 350, MB_AT_ONCE // 2, MB_PER_S, 2) for i in (1, 2)]
+    row = run_limited(env, tmpdir, f"go(tasks.hold, {tasks})['sum']")
     assert row == {"value": 3, "retries": 1}
 
 

@@ -24,7 +24,7 @@ from tests.leftovers import wait_for
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hazard_classical"
 PASSWORD = "a long enough password"
-pytestmark = pytest.mark.timeout(600)  # each imports the engine five times
+pytestmark = pytest.mark.timeout(600)
 START_S, JOB_S = 120.0, 300.0
 
 
@@ -65,6 +65,9 @@ class Site:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = home / "webui.log"
         self.process: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> None:
+        """Make the database and the account."""
         self.python("-c", "from openquake.commonlib import logs; logs.dbcmd('upgrade_db')")
         self.python("-m", "openquake.server.manage", "migrate")
         self.python("-m", "oq_runtime.webui.account", "admin", stdin=PASSWORD)
@@ -140,9 +143,11 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     enable_mode_with_login()
-    return tmp_path_factory.mktemp("w")
+    home = tmp_path_factory.mktemp("w")
+    Site(engine_home, home).prepare()
+    return home
 
 
 @pytest.fixture
