@@ -9,15 +9,18 @@ from pathlib import Path
 
 SHM = Path("/dev/shm")
 LIMIT_S = 5.0
+PAUSE_S = 0.05
 
 
-def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
+def wait_for(
+    condition: Callable[[], object], limit_s: float = LIMIT_S, pause_s: float = PAUSE_S
+) -> bool:
     """Wait until ``condition()`` is true; False when that takes longer than ``limit_s``."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(pause_s)
     return True
 
 

@@ -33,6 +33,8 @@ JOB_LIMIT_S = 240.0
 #: partial results of each task of a stream
 PARTS = 5
 TAIL_CHARS = 3000
+#: between two questions to the nodes, each a process that needs the cores of the job
+STATUS_PAUSE_S = 0.3
 
 #: [oq_runtime] for tests that need not wait for the defaults of 2, 10, 30, 30 and 60 s
 SHORT_BEATS = {"beat_s": 0.5, "suspect_s": 1.5, "lost_s": 4, "no_nodes_limit_s": 6}
@@ -132,7 +134,7 @@ def under_way(cluster: Cluster, run: Process, *nodes: str, least: int = 1) -> Pr
             return sum(row.get("busy", 0) for row in rows.values()) >= least
         return all(rows[node].get("busy", 0) >= least for node in nodes)
 
-    found = cluster.wait_for(lambda: run.poll() is not None or reached(), 120)
+    found = wait_for(lambda: run.poll() is not None or reached(), 120, STATUS_PAUSE_S)
     ended = run.poll() is not None
     assert found and not ended, result(run) if ended else f"no tasks: {status(cluster)}"
     return run

@@ -89,7 +89,9 @@ def test_oq_run_is_killed(cluster: Cluster) -> None:
     check_free(cluster)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", ["SIGINT", "SIGHUP", pytest.param("SIGTERM", marks=pytest.mark.slow)]
+)
 def test_interrupt(cluster: Cluster, name: str) -> None:
     run = under_way(cluster, calculate(cluster))
     run.send_signal(signal.Signals[name])
@@ -121,6 +123,7 @@ def cut_off(cluster: Cluster, limit_s: float) -> Process:
     return run
 
 
+@pytest.mark.slow
 def test_master_is_cut_off(cluster: Cluster) -> None:
     run = cut_off(cluster, CUT_OFF_S)
     run.kill()
@@ -134,6 +137,7 @@ def test_job_of_a_master_that_stays_cut_off_ends(cluster: Cluster) -> None:
     assert "no node left for 6 s" in found["text"], found
 
 
+@pytest.mark.slow
 @pytest.mark.settings(**SHORT_BEATS)
 def test_job_of_a_master_that_comes_back_goes_on(cluster: Cluster, undisturbed: Path) -> None:
     run = under_way(cluster, calculate(cluster))

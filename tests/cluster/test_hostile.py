@@ -110,6 +110,7 @@ def test_frame_of_a_gibibyte(cluster: Cluster) -> None:
     check_undisturbed(cluster, run, attacked)
 
 
+@pytest.mark.slow
 def test_questions_whose_answers_nobody_reads(cluster: Cluster) -> None:
     run = under_way(cluster, stream(cluster, TASKS), "node3")
     agent = targets(cluster, run)[:1]
@@ -117,6 +118,7 @@ def test_questions_whose_answers_nobody_reads(cluster: Cluster) -> None:
     check_undisturbed(cluster, run, agent)
 
 
+@pytest.mark.slow
 def test_job_that_leaves_out_frames(cluster: Cluster) -> None:
     run = under_way(cluster, stream(cluster, TASKS), "node3")
     agent = targets(cluster, run)[:1]

@@ -23,6 +23,7 @@ from tests.cluster.netns import MASTER
 pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS)]
 
 
+@pytest.mark.slow
 def test_every_node_takes_part(cluster: Cluster, undisturbed: Path) -> None:
     run = calculate(cluster)
     under_way(cluster, run, *cluster.slots)

@@ -12,7 +12,6 @@ from tests.cluster.cluster import RECEIVER_PORTS, Cluster
 from tests.cluster.jobs import (
     broker_status,
     calculate,
-    check_calculation,
     check_stream,
     corpus,
     datastore,
@@ -25,16 +24,15 @@ from tests.cluster.netns import MASTER, Process
 
 pytestmark = [pytest.mark.timeout(300)]
 TINY = "classical/case_02/job.ini"
-#: a calculation that goes on while another is aborted, and one that does not end before
-SOME_YEARS = "ses_per_logic_tree_path=20000"
+#: a calculation that is still there when it is aborted, and tasks that go on meanwhile
 MANY_YEARS = "ses_per_logic_tree_path=100000"
+TASKS = 100
 
 
 @pytest.mark.settings(serialize_jobs=2)
 def test_two_users_of_whom_one_aborts(cluster: Cluster) -> None:
-    undisturbed = datastore(result(calculate(cluster, "--cores=2", "-p", SOME_YEARS)))
     anna = calculate(cluster, "-p", MANY_YEARS, LOGNAME="anna")
-    boris = calculate(cluster, "-p", SOME_YEARS, LOGNAME="boris")
+    boris = stream(cluster, TASKS, LOGNAME="boris")
     for run in (anna, boris):
         cluster.wait_for(lambda run=run: run.poll() is not None or busy_of(run), 200)
         assert run.poll() is None, result(run)
@@ -42,7 +40,7 @@ def test_two_users_of_whom_one_aborts(cluster: Cluster) -> None:
     done = cluster.net.run(MASTER, argv, cluster.env(MASTER, LOGNAME="anna"), limit_s=60)
     assert "aborted" in done.stdout, done
     assert boris.poll() is None, "the other job ended before the abort"
-    assert check_calculation(boris, undisturbed)["retries"] == 0
+    assert check_stream(boris, TASKS)["retries"] == 0
     assert result(anna)["exit"] == 130
 
 

@@ -303,6 +303,7 @@ def test_debug_names_what_is_wrong_with_the_remedy(cluster: Cluster, tmp_path: P
     assert json.loads(done.stdout)["death_survived"], "the rest of the cluster works"
 
 
+@pytest.mark.slow
 def test_debug_of_datastores_outside_of_the_shared_directory(
     cluster: Cluster, tmp_path: Path
 ) -> None:
