@@ -131,7 +131,7 @@ def test_master_is_cut_off(cluster: Cluster) -> None:
 
 @pytest.mark.settings(**SHORT_BEATS)
 def test_job_of_a_master_that_stays_cut_off_ends(cluster: Cluster) -> None:
-    run = cut_off(cluster, SHORT_BEATS["lost_s"])
+    run = cut_off(cluster, SHORT_BEATS["lost_s"] + ASKING_S)
     found = result(run, 60)
     assert found["error"] == "NoWorkers", found
     assert "no node left for 6 s" in found["text"], found

@@ -30,7 +30,6 @@ DIFFERING = (
     "full_lt/gsim_lt@filename",
     "full_lt/source_model_lt@filename",
     "source_model_read_times.fname",
-    "/@checksum32",  # of the names of the input files, too
 )
 POST = """
 import json, sys, requests

@@ -28,6 +28,8 @@ IGNORED = {
     r"task_sent": "bytes sent per task; the pickles hold paths and job ids",
     r"starmap_info": "statistics of the task durations",
     r"/@date": "start of the job",
+    r"/@checksum32": "of the job file and all parameters, the job id of the parent among them; the"
+    " parameters are compared one by one (oqparam)",
     r"/@gmf_bytes": "memory of the tasks' data frames; two runs of the process pool differ in it",
     r"source_info\.calc_time": "seconds spent per source",
     r"source_model_read_times\.rtime": "seconds spent reading",
