@@ -80,6 +80,7 @@ class Drill:
         self.cluster = cluster
         self.net = cluster.net
         self.settings = settings
+        self.shm_before = shm()
         self.reference_s: dict[str, float] = {}
         self.datastore: Path | None = None
         self.rng = random.Random()
@@ -167,10 +168,12 @@ class Drill:
             with contextlib.suppress(ProcessLookupError):
                 agent.send_signal(signal.SIGCONT)
         self.cluster.start_agents()
-        before = {name for name in shm() if name.startswith("oq-agent-")}
-        if not self.cluster.wait_for(lambda: not self.cluster.leftovers(before), LEFTOVERS_LIMIT_S):
-            self.run.left = self.cluster.leftovers(before)
+        if not self.cluster.wait_for(lambda: not self.left(), LEFTOVERS_LIMIT_S):
+            self.run.left = self.left()
             self.cluster.remove_leftovers()
+
+    def left(self) -> list[str]:
+        return self.cluster.leftovers(self.shm_before)
 
     def judge(self, report: dict[str, Any]) -> str:
         self.run.retries = report.get("retries", 0)
