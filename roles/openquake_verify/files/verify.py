@@ -30,15 +30,23 @@ class Wrong(Exception):
 
 
 def run(*command: str) -> str:
-    """Return the standard output of a command; raises Wrong with the last line of its errors."""
+    """Return the standard output of a command; raises Wrong with what it says went wrong."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECS)
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise Wrong(f"{' '.join(command)}: {exc}") from exc
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise Wrong(f"{' '.join(command)}: exit code {done.returncode}: {lines[-1]}")
+        raise Wrong(f"{' '.join(command)}: exit code {done.returncode}: {reason(done)}")
     return done.stdout
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The error that a command with ``--json`` tells, or the last line of its errors."""
+    try:
+        return str(json.loads(done.stdout)["error"])
+    except (ValueError, LookupError, TypeError):
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        return lines[-1]
 
 
 def as_openquake(*command: str) -> str:
