@@ -49,7 +49,7 @@ SAMPLES = [
     protocol.Ended(task=1, attempt=1, parts=1, nbytes=1, digest=b"d" * 16),
     protocol.Grant(job="x", task=1, attempt=1),
     protocol.Abort(job="x", task=1, attempt=1),
-    protocol.Died(task=1, attempt=1, reason="r", started=True),
+    protocol.Died(task=1, attempt=1, reason="r"),
     protocol.Beat(job="x", wanted=3),
 ]
 ENCODED = [protocol.encode(message) for message in SAMPLES]

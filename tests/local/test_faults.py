@@ -20,6 +20,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from oq_runtime import launch
+from oq_runtime.cli import stop_session
+from oq_runtime.limits import DEFAULTS
+from oq_runtime.store import SHARED_MEMORY
 from tests.leftovers import LIMIT_S, wait_for
 
 from .conftest import sessions
@@ -136,6 +140,29 @@ def test_kill_of_oq_run(env: dict[str, str], calculating: Calculating) -> None:
     assert code == 0, (phase, "the next job", out, err)
     assert json.loads(out)["jobs"][0]["state"] == "complete", (phase, out)
     assert state(env, calculating.number) == ("failed", 0), phase
+
+
+@pytest.mark.light
+def test_power_cut(env: dict[str, str], tmpdir: Path) -> None:
+    # all processes of a session at once: nobody is left to tidy up but the next session
+    def session() -> Path:
+        command = [sys.executable, "-m", "oq_runtime.launch", str(os.getpid()), "1", "1000000"]
+        command.append(launch.limits_text(DEFAULTS))
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return Path(json.loads(result.stdout)["directory"])
+
+    cut, living = session(), session()
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in launch.pids(cut):
+            os.kill(pid, signum)
+    assert wait_for(lambda: not any(psutil.pid_exists(pid) for pid in launch.pids(cut)))
+    assert cut.exists() and (SHARED_MEMORY / cut.name).exists(), "there is nothing to tidy up"
+    newest = session()
+    assert sessions(tmpdir) == sorted([living, newest])
+    assert not (SHARED_MEMORY / cut.name).exists()
+    for directory in (living, newest):
+        stop_session(directory)
 
 
 # ---- oq abort

@@ -160,7 +160,7 @@ def test_memory_ladder() -> None:
         "killed to free memory: its worker had 7.00 GiB, 9.10 GiB of 10.00 GiB were in use, "
         "the limit is 90%"
     )
-    assert killed[2] == ReportDeath("j", 2, 1, reason, started=True, oom=True)
+    assert killed[2] == ReportDeath("j", 2, 1, reason, oom=True)
     assert node.handle(memory(0.95), 5.0) == [], "one kill at a time"
     assert node.handle(memory(0.95), 6.0)[0] == Kill(1)
     assert not node.closed, "an empty node takes a task, or the job would wait for ever"
@@ -175,14 +175,15 @@ def test_kill_by_the_kernel_has_the_figures() -> None:
         "signal 9 by the kernel for lack of memory: its worker had 8.00 GiB, 8.00 GiB of "
         "10.00 GiB were in use"
     )
-    assert effects[1] == ReportDeath("j", 1, 1, reason, started=True, oom=True)
+    assert effects[1] == ReportDeath("j", 1, 1, reason, oom=True)
 
 
 def test_kill_by_the_kernel_in_the_start() -> None:
     node = leased(1, ready=False)
     node.handle(TaskGiven("j", 1, 1), 0.0)
     effects = node.handle(WorkerGone(1, "signal 9", oom=True), 0.0)
-    assert isinstance(effects[1], ReportDeath) and effects[1].oom and not effects[1].started
+    assert isinstance(effects[1], ReportDeath) and effects[1].oom
+    assert effects[1].reason.startswith("worker could not start: ")
 
 
 def test_alone_waits_for_an_empty_node_and_keeps_it() -> None:
@@ -265,7 +266,7 @@ def test_worker_that_dies_busy_is_reported_and_replaced() -> None:
     node.handle(TaskGiven("j", 2, 1), 0.0)
     assert node.handle(WorkerGone(1, "signal 9"), 0.0) == [
         DropAttempt("j", 1, 1),
-        ReportDeath("j", 1, 1, "signal 9", True),
+        ReportDeath("j", 1, 1, "signal 9"),
         Spawn(2, "j"),
     ]
     assert node.handle(WorkerReady(2), 0.0) == [RunOn(2, "j", 2, 1)]
@@ -288,13 +289,13 @@ def test_worker_that_dies_starting_charges_a_waiting_task() -> None:
     node.handle(TaskGiven("j", 2, 1), 0.0)
     assert node.handle(WorkerGone(1, "exit 1"), 0.0) == [
         DropAttempt("j", 1, 1),
-        ReportDeath("j", 1, 1, "worker could not start: exit 1", False),
+        ReportDeath("j", 1, 1, "worker could not start: exit 1"),
         Spawn(2, "j"),
     ]
     # each death in the start takes one task, so that it ends
     assert node.handle(WorkerGone(2, "exit 1"), 0.0) == [
         DropAttempt("j", 2, 1),
-        ReportDeath("j", 2, 1, "worker could not start: exit 1", False),
+        ReportDeath("j", 2, 1, "worker could not start: exit 1"),
     ]
     assert node.workers == {}
 

@@ -67,15 +67,18 @@ class Process:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.pid = self.start_bytes = 0  # until it is ready
+        self.pid = 0  # until it is ready
         self.peer: bytes | None = None
         self.spool = "none"  # the name of the file with the results of its last task
 
-    def last_words(self, ended: Ended) -> str:
-        """Say how it ended, with what its log says of that, and remove the log."""
+    def last_words(self, ended: Ended, why: str = "") -> str:
+        """Say how it ended, with what its log says of that, and remove the log.
+
+        :param why: what its parent said when it could not start it
+        """
         code = ended.code
         text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        lines = _tail(self.log)
+        lines = [why] if why else _tail(self.log)
         if code > 0 and lines:
             text += f" ({lines[-1]})"
         elif fatal := [line for line in lines if line.startswith("Fatal Python error")]:
@@ -272,8 +275,7 @@ class Agent:
         self.oom_kills = oom_kills()
         used = usage()
         workers = {w: resident(p.pid) for w, p in self.processes.items()}
-        grown = sum(max(0, held - self.processes[w].start_bytes) for w, held in workers.items())
-        self.alone_bytes = min(used.free_bytes + grown, used.limit_bytes)
+        self.alone_bytes = min(used.free_bytes + self.core.grown(workers), used.limit_bytes)
         self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
         self._handle(core.Tick())
         systemd.notify("WATCHDOG=1")
@@ -473,7 +475,7 @@ class Agent:
 
     def _no_room(self, name: str, key: Key, reason: str) -> None:
         task, attempt = key
-        died = protocol.Died(task=task, attempt=attempt, reason=reason, started=False, no_room=True)
+        died = protocol.Died(task=task, attempt=attempt, reason=reason, no_room=True)
         self._to_broker(name, died)
 
     def _from_data(self, name: str, job: JobIO, frames: list[memoryview]) -> None:
@@ -516,9 +518,8 @@ class Agent:
         if isinstance(message, protocol.Ready):
             if process := self.processes.get(message.worker):
                 process.peer, process.pid = peer, message.pid
-                process.start_bytes = resident(message.pid)
                 self.by_peer[peer] = message.worker
-                self._handle(core.WorkerReady(message.worker, process.start_bytes))
+                self._handle(core.WorkerReady(message.worker, resident(message.pid)))
             return
         found = self.core.workers.get(self.by_peer.get(peer, -1))
         job = self.jobs.get(message.job)
@@ -571,17 +572,15 @@ class Agent:
     def _forkserver_gone(self, forkserver: ForkServer) -> None:
         """It has died, or could not import the engine; the kernel ends its workers with it."""
         code = self._close_forkserver(forkserver)
-        words = _tail(self.directory / FORKSERVER_LOG)[-1:]
-        self.journal.say(f"the fork server ended with {code}: {' '.join(words)}")
+        words = "".join(_tail(self.directory / FORKSERVER_LOG)[-1:])
+        self.journal.say(f"the fork server ended with {code}: {words}")
         for worker, process in list(self.processes.items()):
-            if code > 0 and words and process.pid == 0:
-                with self._writable(process.log) as log:
-                    log.write(words[0].encode())
-            self._reap(Ended(worker, process.pid or forkserver.process.pid, code))
+            ended = Ended(worker, process.pid or forkserver.process.pid, code)
+            self._reap(ended, "" if process.pid else words)
 
-    def _reap(self, ended: Ended) -> None:
+    def _reap(self, ended: Ended, why: str = "") -> None:
         process = self.processes.pop(ended.worker)
-        reason = process.last_words(ended)
+        reason = process.last_words(ended, why)
         oom = ended.code == -signal.SIGKILL and oom_kills() > self.oom_kills_before
         self.oom_kills_before += oom  # each kill explains one death
         if process.peer is not None:
@@ -609,11 +608,9 @@ class Agent:
                 case core.Kill(worker):
                     if self.forkserver is not None:
                         self.forkserver.kill(worker)
-                case core.ReportDeath(job, task, attempt, reason, started, oom):
+                case core.ReportDeath(job, task, attempt, reason, oom):
                     self.journal.say(f"task {task} of {job}, attempt {attempt}: {reason}")
-                    died = protocol.Died(
-                        task=task, attempt=attempt, reason=reason, started=started, oom=oom
-                    )
+                    died = protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom)
                     self._to_broker(job, died)
                 case core.DropAttempt(job, task, attempt):
                     if found := self.jobs.get(job):

@@ -359,9 +359,7 @@ def mend(database: str, jobs: list[int]) -> None:
 
 def stop_session(directory: Path) -> None:
     """End the broker and the agent of a session and remove its directory."""
-    pids = []
-    with contextlib.suppress(OSError, ValueError):
-        pids = json.loads((directory / "pids").read_text())
+    pids = launch.pids(directory)
     descriptors = []
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

@@ -7,6 +7,7 @@ They are started by a short-lived process of this module and so are adopted by i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from oq_runtime.limits import Limits
 
 #: seconds for the broker to be there
 START_SECS = 20.0
+#: of the names of session directories
+PREFIX = "oq-run-"
 #: bytes of a socket's path, see unix(7)
 SOCKET_PATH_BYTES = 107
 
@@ -69,6 +72,34 @@ def remove(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def pids(directory: Path) -> list[int]:
+    """Return the processes of a session, broker and agent; none if it is only being started."""
+    with contextlib.suppress(OSError, ValueError):
+        return list(json.loads((directory / "pids").read_text()))
+    return []
+
+
+def sweep(temporary: Path) -> None:
+    """Remove what sessions of this host have left in a directory when all their processes died.
+
+    One process that is left would have removed it; a power cut or a SIGKILL to all leaves none.
+
+    :param temporary: where sessions have their directories
+    """
+    for memory in store.SHARED_MEMORY.glob(f"{PREFIX}*"):
+        directory = temporary / memory.name
+        known = pids(directory)
+        if known and not any(_belongs(pid, directory) for pid in known):
+            remove(directory)
+
+
+def _belongs(pid: int, directory: Path) -> bool:
+    """Say whether a process is one of the session, and not another that got its number."""
+    with contextlib.suppress(OSError):
+        return os.fsencode(directory) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("owner", type=int)
@@ -77,8 +108,9 @@ def main() -> None:
     parser.add_argument("limits")
     args = parser.parse_args()
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    sweep(temporary)
     try:  # mkdtemp alone would fall back to another directory without a word
-        directory = Path(tempfile.mkdtemp(prefix="oq-run-", dir=temporary))
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary))
     except OSError as exc:
         sys.exit(f"TMPDIR {temporary}: {exc.strerror}; set another TMPDIR")
     try:

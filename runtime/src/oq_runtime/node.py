@@ -189,7 +189,6 @@ class ReportDeath:
     task: int
     attempt: int
     reason: str
-    started: bool
     oom: bool = False
 
 
@@ -250,6 +249,14 @@ class Node:
     def memory_percent(self) -> float:
         """How much of the memory is in use."""
         return 100 * self.memory.used_bytes / self.memory.limit_bytes
+
+    def grown(self, workers: Mapping[int, int]) -> int:
+        """Return the bytes that workers hold beyond those of their start.
+
+        :param workers: worker -> bytes that it holds
+        """
+        starts = {worker.id: worker.start_bytes for worker in self.workers.values()}
+        return sum(max(0, held - starts.get(w, 0)) for w, held in workers.items())
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, monotonic); return what is to be done."""
@@ -418,7 +425,7 @@ class Node:
     ) -> None:
         self._kill(worker, effects)
         effects.append(DropAttempt(worker.job, worker.task, worker.attempt))
-        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, True, oom))
+        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, oom))
 
     def _gone(self, gone: WorkerGone, effects: list[Effect]) -> None:
         worker = self.workers.pop(gone.worker, None)
@@ -431,14 +438,14 @@ class Node:
         if worker.state is WorkerState.BUSY:
             task, attempt = worker.task, worker.attempt
             effects.append(DropAttempt(lease.job, task, attempt))
-            effects.append(ReportDeath(lease.job, task, attempt, reason, True, gone.oom))
+            effects.append(ReportDeath(lease.job, task, attempt, reason, gone.oom))
         elif worker.state is WorkerState.STARTING and lease.pending:
             # workers that cannot start must not be spawned for ever: charge a waiting task
             task, attempt = lease.pending.popleft()
             lease.alone.discard((task, attempt))
             effects.append(DropAttempt(lease.job, task, attempt))
             text = f"worker could not start: {reason}"
-            effects.append(ReportDeath(lease.job, task, attempt, text, False, gone.oom))
+            effects.append(ReportDeath(lease.job, task, attempt, text, gone.oom))
         if worker.state is not WorkerState.STARTING and len(self._of(lease.job)) < lease.slots:
             self._spawn(lease, effects)
 

@@ -266,7 +266,6 @@ class Died(Message, frozen=True, tag="died"):
     task: int
     attempt: int
     reason: str
-    started: bool
     oom: bool = False
     no_room: bool = False
 

@@ -640,9 +640,9 @@ class Scheduler:
         while self.queue:
             task = self.tasks[self.queue[0][1]]
             if task.state is State.QUEUED:
-                most = AHEAD if self.mean_s.get(task.func, SHORT_S) < SHORT_S else 1.0
+                below = AHEAD if self.mean_s.get(task.func, SHORT_S) < SHORT_S else 1.0
                 barred = self._barred(task)
-                node = self._take_node(now, task.avoid, barred, most)
+                node = self._take_node(now, task.avoid, barred, below)
                 if node is not None:
                     self._assign(task, node, now, effects)
                 elif barred:
@@ -737,9 +737,9 @@ class Scheduler:
             heapq.heappush(self.free, (node.load, node.name))
 
     def _take_node(
-        self, now: float, avoid: str, barred: Collection[str], most: float
+        self, now: float, avoid: str, barred: Collection[str], below: float
     ) -> Node | None:
-        """Take the relatively emptiest node that may get a task, with a load below ``most``.
+        """Take the relatively emptiest node that may get a task, with a load below ``below``.
 
         ``avoid`` only if no other is free, and none of those that are ``barred``.
 
@@ -754,7 +754,7 @@ class Scheduler:
             node.offers.discard(load)
             if load != node.load or not node.has_room or not self._takes_tasks(node, now):
                 continue
-            if load >= most:
+            if load >= below:
                 self._offer(node)
                 break
             if name == avoid or name in barred:
