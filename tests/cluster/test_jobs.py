@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.cluster.jobs import (
     check_calculation,
     check_stream,
     drive,
+    job_file,
     result,
     stream,
     under_way,
@@ -46,6 +48,19 @@ def test_big_argument_and_results(cluster: Cluster) -> None:
     million, numbers = 1_000_000, tasks * (tasks - 1) // 2
     expected = {"sum": tasks * million + numbers, "array": million * (tasks + numbers)}
     assert found.get("value") == expected, found
+
+
+def test_job_whose_files_the_workers_do_not_see(cluster: Cluster) -> None:
+    job = job_file(cluster)
+    script = f'mount -t tmpfs tmpfs {job.parent} && exec "$@"'
+    for node in cluster.slots:
+        cluster.stop_agent(node)
+        cluster.start_agent(node, prefix=("unshare", "--mount", "sh", "-c", script, "sh"))
+    found = result(cluster.oq_run(job, "--json"))
+    assert found["exit"] == 1, found
+    expected = rf"{job.parent}/\S+ is on this machine, but a worker says: No such file .*"
+    shared_dir = re.escape(str(cluster.home / "shared"))
+    assert re.search(rf"{expected}keep the files .* in shared_dir \({shared_dir}\)", found["error"])
 
 
 def test_status_names_the_host_that_does_not_answer(cluster: Cluster) -> None:

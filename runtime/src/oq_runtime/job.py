@@ -32,6 +32,7 @@ from oq_runtime import transport
 from oq_runtime.errors import UnsupportedEngine
 
 FULL = os.strerror(errno.ENOSPC)
+NOT_THERE = f"{os.strerror(errno.ENOENT)}|{os.strerror(errno.EACCES)}"
 #: jobs of a host (its name is the parameter) that say of themselves that they are under way
 RUNNING_HERE = (
     "SELECT id, pid FROM job WHERE host=?x AND pid > 0 "
@@ -60,6 +61,17 @@ def first_line(exc: BaseException) -> str:
     lines = [line.strip() for line in str(exc).strip().splitlines() if line.strip()]
     name = type(exc).__name__
     return f"{name}: {lines[-1]}" if lines else name
+
+
+def unseen(exc: BaseException, shared_dir: str) -> str:
+    """Say which file a worker did not find or could not read although it is here, if that is so."""
+    found = re.search(rf"({NOT_THERE}): '([^'\n]+)'", str(exc))
+    if found is None or not os.access(found.group(2), os.R_OK):
+        return ""
+    return (
+        f"{found.group(2)} is on this machine, but a worker says: {found.group(1)}; "
+        f"keep the files of the job in shared_dir ({shared_dir or 'not set in openquake.cfg'})"
+    )
 
 
 class Ignored(logging.Handler):
@@ -207,7 +219,8 @@ def run(spec: dict[str, Any], report: Any) -> int:
         return 130
     except Exception as exc:
         traceback.print_exc(file=sys.stderr)
-        report({"kind": "failed", "job": jobs[-1].calc_id, "error": first_line(exc)})
+        error = unseen(exc, config.directory.shared_dir) or first_line(exc)
+        report({"kind": "failed", "job": jobs[-1].calc_id, "error": error})
         return 1
     for job in jobs:
         figures = summary(logs, job.calc_id, time.monotonic() - started)
