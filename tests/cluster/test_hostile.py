@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.cluster.cluster import CTRL_PORT, Cluster
-from tests.cluster.jobs import broker, check_stream, status, stream, under_way
+from tests.cluster.jobs import broker, drive, result, status, under_way
 from tests.cluster.netns import MASTER, Process
 from tests.leftovers import wait_for
 
@@ -26,7 +26,20 @@ RECEIVER_PORT = 1912
 #: bytes by which an agent or a broker may grow
 GROWTH_BYTES = 200 << 20
 ATTACK_LIMIT_S = 240
-TASKS = 60
+#: of the job that is served meanwhile; on 8 slots they would take longer than an attack may
+TASKS, TASK_S = 4000, 0.5
+
+
+@pytest.fixture
+def over(tmp_path: Path) -> Path:
+    """A file with which the job need not wait for anything more."""
+    return tmp_path / "over"
+
+
+def serve(cluster: Cluster, over: Path) -> Process:
+    """Start the job; returns when the node with the most slots has tasks of it."""
+    tasks = [(x, TASK_S, str(over)) for x in range(TASKS)]
+    return under_way(cluster, drive(cluster, "unless", tasks), "node3")
 
 
 class Target:
@@ -72,56 +85,60 @@ def sent(attacker: Process) -> int:
     return int(json.loads(out.splitlines()[-1])["sent"])
 
 
-def check_undisturbed(cluster: Cluster, run: Process, attacked: list[Target]) -> None:
+def check_undisturbed(cluster: Cluster, run: Process, attacked: list[Target], over: Path) -> None:
+    assert run.poll() is None, "the job has not lasted as long as the attack"
     for target in attacked:
         target.check()
     assert all(row["state"] == "up" for row in status(cluster).values())
-    assert check_stream(run, TASKS)["retries"] == 0
+    over.touch()
+    found = result(run)
+    assert found.get("value", {}).get("sum") == sum(range(TASKS)), found
+    assert found["retries"] == 0, found
 
 
 @pytest.mark.parametrize("how", ["strangers", "members"])
-def test_random_and_mutated_frames(cluster: Cluster, how: str) -> None:
-    run = under_way(cluster, stream(cluster, TASKS), "node3")
+def test_random_and_mutated_frames(cluster: Cluster, over: Path, how: str) -> None:
+    run = serve(cluster, over)
     attacked = targets(cluster, run)
     attackers = [attack(cluster, how, target, 25_000) for target in attacked]
     assert all(sent(attacker) >= 25_000 for attacker in attackers)
-    check_undisturbed(cluster, run, attacked)
+    check_undisturbed(cluster, run, attacked, over)
 
 
-def test_idle_connections(cluster: Cluster) -> None:
-    run = under_way(cluster, stream(cluster, TASKS), "node3")
+def test_idle_connections(cluster: Cluster, over: Path) -> None:
+    run = serve(cluster, over)
     attacked = targets(cluster, run)
     attackers = [attack(cluster, "idle", t, 1000, stdin=subprocess.PIPE) for t in attacked]
     for attacker in attackers:
         assert attacker.stdout is not None
         assert json.loads(attacker.stdout.readline()) == {"open": 1000}
     try:
-        check_undisturbed(cluster, run, attacked)
+        check_undisturbed(cluster, run, attacked, over)
     finally:
         for attacker in attackers:
             attacker.communicate()
 
 
-def test_frame_of_a_gibibyte(cluster: Cluster) -> None:
-    run = under_way(cluster, stream(cluster, TASKS), "node3")
+def test_frame_of_a_gibibyte(cluster: Cluster, over: Path) -> None:
+    run = serve(cluster, over)
     attacked = targets(cluster, run)
     for target in attacked:
         assert sent(attack(cluster, "huge", target, 1)) < 1 << 30
-    check_undisturbed(cluster, run, attacked)
+    check_undisturbed(cluster, run, attacked, over)
 
 
 @pytest.mark.slow
-def test_questions_whose_answers_nobody_reads(cluster: Cluster) -> None:
-    run = under_way(cluster, stream(cluster, TASKS), "node3")
+def test_questions_whose_answers_nobody_reads(cluster: Cluster, over: Path) -> None:
+    run = serve(cluster, over)
     agent = targets(cluster, run)[:1]
     sent(attack(cluster, "deaf", agent[0], 200_000))
-    check_undisturbed(cluster, run, agent)
+    check_undisturbed(cluster, run, agent, over)
 
 
 @pytest.mark.slow
-def test_job_that_leaves_out_frames(cluster: Cluster) -> None:
-    run = under_way(cluster, stream(cluster, TASKS), "node3")
+def test_job_that_leaves_out_frames(cluster: Cluster, over: Path) -> None:
+    run = serve(cluster, over)
     agent = targets(cluster, run)[:1]
     assert sent(attack(cluster, "half", agent[0], 10)) == 20
     assert wait_for(lambda: len(status(cluster)["node3"]["jobs"]) == 1, 10)
-    check_undisturbed(cluster, run, agent)
+    check_undisturbed(cluster, run, agent, over)

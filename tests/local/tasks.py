@@ -74,6 +74,14 @@ def until(x, path, monitor):
     return {"sum": x}
 
 
+def unless(x, seconds, path, monitor):
+    """Take some seconds, unless there is a file."""
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s and not os.path.exists(path):
+        time.sleep(0.05)
+    return {"sum": x}
+
+
 def hang(x, monitor):
     while x == 3:
         time.sleep(1)
