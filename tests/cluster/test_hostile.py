@@ -27,7 +27,7 @@ RECEIVER_PORT = 1912
 GROWTH_BYTES = 200 << 20
 ATTACK_LIMIT_S = 240
 #: of the job that is served meanwhile; on 8 slots they would take longer than an attack may
-TASKS, TASK_S = 4000, 0.5
+TASKS, TASK_S = 1000, 2.0
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import (
+    EXAMPLE,
     SHORT_BEATS,
     calculate,
     check_calculation,
     check_stream,
     drive,
-    job_file,
     result,
     stream,
     under_way,
@@ -50,8 +51,9 @@ def test_big_argument_and_results(cluster: Cluster) -> None:
     assert found.get("value") == expected, found
 
 
-def test_job_whose_files_the_workers_do_not_see(cluster: Cluster) -> None:
-    job = job_file(cluster)
+def test_job_whose_files_the_workers_do_not_see(cluster: Cluster, tmp_path: Path) -> None:
+    # of several source models, which are read in tasks
+    job = shutil.copytree(EXAMPLE.parent / "hazard_classical", tmp_path / "job") / "job.ini"
     script = f'mount -t tmpfs tmpfs {job.parent} && exec "$@"'
     for node in cluster.slots:
         cluster.stop_agent(node)
