@@ -76,7 +76,7 @@ if status == 200:
     job = json.loads(body)["job_id"]
     deadline = time.monotonic() + LIMIT_SECS
     while time.monotonic() < deadline:
-        row = json.loads(ask(f"/v1/calc/{job}/status")[2])[0]
+        row = json.loads(ask(f"/v1/calc/{job}/status")[2])
         if not row["is_running"] and row["status"] not in ("created", "submitted"):
             break
         time.sleep(1)
