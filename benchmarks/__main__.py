@@ -97,7 +97,7 @@ def names(text: str, known: Sequence[str], what: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--row", default="", help="comma-separated; default: all but real")
+    parser.add_argument("--row", default="", help="comma-separated; default: all but huge and real")
     parser.add_argument("--system", default="", help="comma-separated; default: all")
     parser.add_argument("--rounds", type=int, help="default: 5, quick: 2")
     parser.add_argument("--quick", action="store_true", help="less work, fewer rounds")

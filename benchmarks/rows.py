@@ -28,6 +28,7 @@ PEERS = ("dask", "parsl-htex", "ipyparallel")
 
 #: a system that has not answered by then hangs
 LIMIT_S = 180.0
+HUGE_LIMIT_S = 300.0
 #: the same for one that is to go on after a fault: beyond the time without the fault
 FAULT_LIMIT_S = 20.0
 LOSS_LIMIT_S = 75.0
@@ -92,6 +93,13 @@ def nothing(system: System, quick: bool) -> dict[str, float]:
 def result(system: System, quick: bool) -> dict[str, float]:
     tasks, megabytes = 50, 8
     return {"b": tasks * megabytes / system.ask("result", LIMIT_S, tasks=tasks)["seconds"]}
+
+
+def huge(system: System, quick: bool) -> dict[str, float]:
+    """Beyond 4 GiB, where lengths of 32 bits end."""
+    megabytes = 450 if quick else 4500
+    seconds = system.ask("huge", HUGE_LIMIT_S, floats=megabytes * 1_000_000 // 8)["seconds"]
+    return {"huge": megabytes / seconds}
 
 
 def argument(system: System, quick: bool) -> dict[str, float]:
@@ -307,6 +315,13 @@ EXPERIMENTS = (
         ),
         systems=(TCP, IPC),
         measure=memory,
+    ),
+    Experiment(
+        name="huge",
+        rows=(Row("huge", "one task that returns 4.5 GB", "MB/s"),),
+        systems=ENGINE,
+        on=huge,
+        on_request=True,
     ),
     Experiment(
         name="real",

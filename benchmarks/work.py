@@ -37,6 +37,11 @@ def total(common: np.ndarray, number: int) -> float:
     return float(common[::PAGE_FLOATS].sum()) + number
 
 
+def ramp(number: int, floats: int) -> np.ndarray:
+    """An array that starts with the number; no two of its pages are the same."""
+    return np.arange(number, number + floats, dtype=float)
+
+
 def sleep(number: int, seconds: float) -> int:
     time.sleep(seconds)
     return number

@@ -71,6 +71,18 @@ class Rows:
         check("arrays", sorted(results), [(n, work.RESULT_FLOATS, n) for n in range(tasks)])
         return {"seconds": seconds}
 
+    def huge(self, floats: int) -> dict[str, Any]:
+        """One result of so many floats, beside a small one."""
+        start = time.perf_counter()
+        found = {}
+        for result in self.run(work.ramp, [(0, 1), (1, floats)]):
+            found[float(result[0])] = (result.size, float(result[:: work.PAGE_FLOATS].sum()))
+        seconds = time.perf_counter() - start
+        pages = -(-floats // work.PAGE_FLOATS)
+        expected = pages + work.PAGE_FLOATS * pages * (pages - 1) / 2
+        check("arrays", found, {0.0: (1, 0.0), 1.0: (floats, expected)})
+        return {"seconds": seconds}
+
     def argument(self, tasks: int) -> dict[str, Any]:
         common = work.argument()
         expected = [work.total(common, n) for n in range(tasks)]
