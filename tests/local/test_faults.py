@@ -204,6 +204,24 @@ def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) ->
 # ---- start-up
 
 
+def test_refused_cluster(env: dict[str, str], tmp_path: Path) -> None:
+    # the engine's own command: by now the database says that the job is executing
+    cfg = tmp_path / "openquake.cfg"
+    cluster = "[distribution]\noq_distribute = zmq\n[zworkers]\nhost_cores = 192.0.2.1 1\n"
+    cfg.write_text(Path(env["OQ_CONFIG_FILE"]).read_text() + cluster)
+    result = subprocess.run(
+        [sys.executable, "-m", "openquake.commands", "engine", "--run", str(corpus(SMALL))],
+        env=env | {"OQ_CONFIG_FILE": str(cfg)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1, result.stderr
+    assert "ConfigError: [dbserver] authkey is the default" in result.stderr, result.stderr
+    number, status, is_running = jobs(env)[-1]
+    assert (status, is_running) == ("failed", 0), f"the next job would wait for job {number}"
+
+
 @pytest.mark.parametrize("delay_s", [0.05, 0.5, 1.5])
 def test_interrupt_during_start(env: dict[str, str], tmpdir: Path, delay_s: float) -> None:
     phase = f"SIGINT {delay_s} s after the start"

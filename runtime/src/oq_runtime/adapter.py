@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import re
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,9 @@ RECORDS_SECS = 1.0
 
 #: seconds for which the engine's check of the memory holds
 CHECK_SECS = 0.1
+
+#: jobs of a process, by host and pid, that it says are under way
+EXECUTING_HERE = "SELECT id FROM job WHERE host=?x AND pid=?x AND status='executing'"
 
 #: what is called or replaced, with its positional parameters
 SEAMS = {
@@ -309,7 +313,7 @@ def install_parallel(parallel: Any) -> None:
     get_return_ip = parallel.get_return_ip
     Receiver.parallel = parallel
 
-    def socket(end_point: str, socket_type: int, mode: str, timeout: int = 60) -> Any:
+    def open_socket(end_point: str, socket_type: int, mode: str, timeout: int = 60) -> Any:
         if end_point == RECEIVER:
             return Receiver()
         port = re.search(r":(\d+)$", end_point) if socket_type == zmq.PUSH else None
@@ -360,7 +364,7 @@ def install_parallel(parallel: Any) -> None:
         # the engine resolves its own host name, for sockets that it does not open here
         return get_return_ip(receiver_host) if receiver_host else "127.0.0.1"
 
-    parallel.Socket = socket
+    parallel.Socket = open_socket
     parallel.check_mem_usage = MemoryCheck(parallel.check_mem_usage)
     parallel.get_return_ip = return_ip
     # the engine would ask each of these hosts for its memory, and wait a minute for a dead one
@@ -370,6 +374,18 @@ def install_parallel(parallel: Any) -> None:
     starmap._loop = loop
     starmap.shutdown = classmethod(shutdown)
     logging.getLogger("oq_runtime").debug("the runtime is active")
+
+
+def end_jobs(status: str) -> None:
+    """Give the jobs of this process that are not calculating yet their last status.
+
+    The engine has told the database that they are executing, and only tells it their end once they
+    calculate. Other jobs would wait for them for ever.
+    """
+    from openquake.commonlib import logs
+
+    for row in logs.dbcmd(EXECUTING_HERE, socket.gethostname(), os.getpid()):
+        logs.dbcmd("finish", row.id, status)
 
 
 def install_workerpool(workerpool: Any) -> None:
@@ -399,7 +415,11 @@ def install_workerpool(workerpool: Any) -> None:
             if self.pool:
                 return pool.triples(self.pool.ask("status"))
             if self.job > 0:
-                Session.current().call_it(f"calculation {self.job}")
+                try:
+                    Session.current().call_it(f"calculation {self.job}")
+                except BaseException as exc:
+                    end_jobs("failed" if isinstance(exc, Exception) else "aborted")
+                    raise
             return Session.current().status()
 
         def wait(self, seconds: int = 120) -> list[tuple[str, int, int]]:
