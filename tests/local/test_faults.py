@@ -217,7 +217,7 @@ def test_refused_cluster(env: dict[str, str], tmp_path: Path) -> None:
         timeout=60,
     )
     assert result.returncode == 1, result.stderr
-    assert "ConfigError: [dbserver] authkey is the default" in result.stderr, result.stderr
+    assert "ConfigError: [dbserver] receiver_host" in result.stderr, result.stderr
     number, status, is_running = jobs(env)[-1]
     assert (status, is_running) == ("failed", 0), f"the next job would wait for job {number}"
 
