@@ -7,6 +7,7 @@ hashed again only when its bytes differ. Not covered: blobs on the nodes (``agen
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections import Counter
@@ -22,6 +23,9 @@ from oq_runtime.protocol import Blob
 
 #: bytes of blobs in shared memory, and of blobs kept after the last task that needed them
 MEMORY_BYTES, KEEP_BYTES = 1 << 30, 256 << 20
+#: seven times as fast as numpy, which makes an array of what is equal; memoryviews are slower still
+memcmp = ctypes.CDLL(None).memcmp
+memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 @dataclass(slots=True)
@@ -89,14 +93,15 @@ class Blobs:
 
     @staticmethod
     def _same(body: memoryview, pieces: Sequence[Buffer]) -> bool:
-        at = 0
+        at, known = 0, np.frombuffer(body, np.uint8)
         for piece in pieces:
-            # as arrays: memoryviews take ten times as long to compare
-            one = np.frombuffer(body[at : at + len(piece)], np.uint8)
-            if not np.array_equal(one, np.frombuffer(piece, np.uint8)):
+            other = np.frombuffer(piece, np.uint8)  # for its address
+            if at + len(other) > len(known) or memcmp(
+                known[at:].ctypes.data, other.ctypes.data, len(other)
+            ):
                 return False
-            at += len(piece)
-        return at == len(body)
+            at += len(other)
+        return at == len(known)
 
     def _write(self, digest: bytes, pieces: Sequence[Buffer]) -> None:
         name, nbytes = self._name(digest), payload.nbytes(pieces)
