@@ -70,7 +70,9 @@ def run(lane: Lane) -> Outcome:
         return Outcome(lane, "left out", f"{lane.needs} is missing")
     if lane.asked_by and not os.environ.get(lane.asked_by):
         return Outcome(
-            lane, "left out", f"takes a quarter of an hour; run it with {lane.asked_by}=1"
+            lane,
+            "left out",
+            f"takes ten minutes and installs podman; run it with {lane.asked_by}=1",
         )
     python = ROOT / lane.venv / "bin" / "python"
     if not python.exists():
