@@ -74,8 +74,9 @@ class Bench:
                     self.take(system, left[0].on(running, self.quick))
                     left.pop(0)
         except (Hung, Failed) as exc:
-            for experiment in left:
-                self.fail(system, experiment, exc)
+            self.fail(system, left.pop(0), exc)
+            if left:
+                self.shared(system, left)
 
     def apart(self, system: str, experiments: Sequence[Experiment]) -> None:
         for experiment in experiments:

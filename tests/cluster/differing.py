@@ -2,12 +2,13 @@
 
     differing.py NAME=VALUE [options of oq-agent]
 
-``protocol=2`` is the version that it speaks; any other name is a field of the facts that it tells.
+``protocol=3`` is the version that it speaks; any other name is a field of the facts that it tells.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 
 import msgspec
@@ -21,11 +22,12 @@ def speak(version: str) -> None:
     assert spec and spec.origin
     with open(spec.origin) as file:
         source = file.read()
-    here, there = "\nPROTOCOL_VERSION = 1\n", f"\nPROTOCOL_VERSION = {version}\n"
-    assert here in source
+    pattern, line = r"^PROTOCOL_VERSION = \d+$", f"PROTOCOL_VERSION = {version}"
+    source, found = re.subn(pattern, line, source, flags=re.MULTILINE)
+    assert found == 1
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = oq_runtime.protocol = module
-    exec(compile(source.replace(here, there), spec.origin, "exec"), module.__dict__)
+    exec(compile(source, spec.origin, "exec"), module.__dict__)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,24 +144,38 @@ def test_kill_of_oq_run(env: dict[str, str], calculating: Calculating) -> None:
 
 
 @pytest.mark.light
-def test_power_cut(env: dict[str, str], tmpdir: Path) -> None:
+def test_power_cut(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     # all processes of a session at once: nobody is left to tidy up but the next session
-    def session() -> Path:
+    def session(**more: str) -> Path:
         command = [sys.executable, "-m", "oq_runtime.launch", str(os.getpid()), "1", "1000000"]
         command.append(launch.limits_text(DEFAULTS))
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, result.stderr
         return Path(json.loads(result.stdout)["directory"])
 
+    def made(path: Path, host: str, *pids: int) -> Path:
+        path.mkdir()
+        (path / "host").write_text(host)
+        (path / "pids").write_text(json.dumps(pids))
+        return path
+
     cut, living = session(), session()
+    gone = launch.pids(cut)
     for signum in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in launch.pids(cut):
+        for pid in gone:
             os.kill(pid, signum)
-    assert wait_for(lambda: not any(psutil.pid_exists(pid) for pid in launch.pids(cut)))
+    assert wait_for(lambda: not alive([*map(psutil.Process, filter(psutil.pid_exists, gone))]))
     assert cut.exists() and (SHARED_MEMORY / cut.name).exists(), "there is nothing to tidy up"
-    newest = session()
-    assert sessions(tmpdir) == sorted([living, newest])
+    host = (cut / "host").read_text()
+    # a reboot empties the shared memory, and the number of a process may be another's by now
+    made(tmpdir / "oq-run-rebooted", host, os.getpid())
+    elsewhere = made(tmpdir / "oq-run-elsewhere", "another 1", *gone)  # TMPDIR may be shared
+    spelt = tmp_path / "spelt"
+    spelt.symlink_to(tmpdir)
+    newest = tmpdir / session(TMPDIR=str(spelt)).name
+    assert sessions(tmpdir) == sorted([living, newest, elsewhere])
     assert not (SHARED_MEMORY / cut.name).exists()
+    shutil.rmtree(elsewhere)
     for directory in (living, newest):
         stop_session(directory)
 

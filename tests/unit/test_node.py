@@ -186,6 +186,15 @@ def test_kill_by_the_kernel_in_the_start() -> None:
     assert effects[1].reason.startswith("worker could not start: ")
 
 
+def test_growth_is_of_living_workers_beyond_their_start() -> None:
+    node = leased(2)
+    assert node.grown({1: 5, 2: 7}) == 12, "both began with nothing"
+    node.handle(Released("j", "over"), 0.0)
+    assert node.grown({1: 5, 2: 7}) == 0, (
+        "killed ones do not count, what they share is still in use"
+    )
+
+
 def test_alone_waits_for_an_empty_node_and_keeps_it() -> None:
     node = leased(2)
     node.handle(LeaseAsked("k"), 0.0)

@@ -10,6 +10,7 @@ Everything that is not ``oq_distribute = zmq`` is left as it was. Not covered: h
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import itertools
 import logging
@@ -417,8 +418,10 @@ def install_workerpool(workerpool: Any) -> None:
             if self.job > 0:
                 try:
                     Session.current().call_it(f"calculation {self.job}")
+                    return Session.current().status()
                 except BaseException as exc:
-                    end_jobs("failed" if isinstance(exc, Exception) else "aborted")
+                    with contextlib.suppress(Exception):  # the first error says more
+                        end_jobs("failed" if isinstance(exc, Exception) else "aborted")
                     raise
             return Session.current().status()
 

@@ -66,12 +66,14 @@ def first_line(exc: BaseException) -> str:
 def unseen(exc: BaseException, shared_dir: str) -> str:
     """Say which file a worker did not find or could not read although it is here, if that is so."""
     found = re.search(rf"({NOT_THERE}): '([^'\n]+)'", str(exc))
-    if found is None or not os.access(found.group(2), os.R_OK):
+    # what this process did not find itself has a number, which the engine leaves out for workers
+    if found is None or getattr(exc, "errno", None) or not os.access(found.group(2), os.R_OK):
         return ""
-    return (
-        f"{found.group(2)} is on this machine, but a worker says: {found.group(1)}; "
-        f"keep the files of the job in shared_dir ({shared_dir or 'not set in openquake.cfg'})"
-    )
+    reason, path = found.groups()
+    remedy = f"keep the files of the job in shared_dir ({shared_dir or 'not set in openquake.cfg'})"
+    if shared_dir and Path(path).resolve().is_relative_to(Path(shared_dir).resolve()):
+        remedy = "let the user of the workers read it"
+    return f"{path} is on this machine, but a worker says: {reason}; {remedy}"
 
 
 class Ignored(logging.Handler):

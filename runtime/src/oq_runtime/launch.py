@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -80,23 +81,32 @@ def pids(directory: Path) -> list[int]:
 
 
 def sweep(temporary: Path) -> None:
-    """Remove what sessions of this host have left in a directory when all their processes died.
+    """Remove what sessions of this user have left in a directory when all their processes died.
 
     One process that is left would have removed it; a power cut or a SIGKILL to all leaves none.
 
-    :param temporary: where sessions have their directories
+    :param temporary: where sessions have their directories; other hosts may have theirs there too
     """
-    for memory in store.SHARED_MEMORY.glob(f"{PREFIX}*"):
-        directory = temporary / memory.name
-        known = pids(directory)
-        if known and not any(_belongs(pid, directory) for pid in known):
-            remove(directory)
+    for directory in temporary.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # somebody else removes it
+            if directory.lstat().st_uid != os.getuid() or not (directory / "host").exists():
+                continue
+            known = pids(directory)
+            here = (directory / "host").read_text() == _host()
+            if here and known and not any(_belongs(pid, directory.name) for pid in known):
+                remove(directory)
 
 
-def _belongs(pid: int, directory: Path) -> bool:
+def _host() -> str:
+    """Name the machine, or the part of it, in which a pid means the same process."""
+    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _belongs(pid: int, name: str) -> bool:
     """Say whether a process is one of the session, and not another that got its number."""
     with contextlib.suppress(OSError):
-        return os.fsencode(directory) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return any(word.endswith(b"/" + os.fsencode(name)) for word in words)
     return False
 
 
@@ -114,6 +124,7 @@ def main() -> None:
     except OSError as exc:
         sys.exit(f"TMPDIR {temporary}: {exc.strerror}; set another TMPDIR")
     try:
+        (directory / "host").write_text(_host())
         (directory / "pids").write_bytes(b" " * 65536)  # before there are processes
     except OSError as exc:
         shutil.rmtree(directory)

@@ -255,8 +255,8 @@ class Node:
 
         :param workers: worker -> bytes that it holds
         """
-        starts = {worker.id: worker.start_bytes for worker in self.workers.values()}
-        return sum(max(0, held - starts.get(w, 0)) for w, held in workers.items())
+        known = [(self.workers[w], held) for w, held in workers.items() if w in self.workers]
+        return sum(max(0, held - worker.start_bytes) for worker, held in known)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, monotonic); return what is to be done."""

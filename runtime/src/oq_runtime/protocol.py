@@ -28,7 +28,7 @@ import msgspec
 
 from oq_runtime.errors import ProtocolError, VersionError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 #: bytes of a payload that may travel with its header on the control socket
 INLINE_BYTES = 64 * 1024
 #: bytes of one chunk on the data socket; a ZMTP heartbeat cuts much larger messages on slow links
