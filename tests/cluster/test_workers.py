@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from oq_runtime.protocol import PROTOCOL_VERSION
 from tests.cgroups import limited
 from tests.cluster.cluster import CTRL_PORT, Cluster
 from tests.cluster.jobs import (
@@ -222,14 +223,15 @@ def test_oq_workers_in_the_format_of_the_engine(cluster: Cluster) -> None:
 
 def test_node_of_another_protocol_version_is_named(cluster: Cluster) -> None:
     cluster.stop_agent("node1")
+    own, other = PROTOCOL_VERSION, PROTOCOL_VERSION + 1
     before = agent_log(cluster, "node1")  # other tests have spoken other versions
-    cluster.start_agent("node1", program=[DIFFERING, "protocol=2"])
+    cluster.start_agent("node1", program=[DIFFERING, f"protocol={other}"])
     done = workers(cluster, "status", "--json")
     row = json.loads(done.stdout)[cluster.net.address["node1"]]
-    assert done.returncode == 1 and row["reason"] == "peer speaks protocol 2, this is 1"
+    assert done.returncode == 1 and row["reason"] == f"peer speaks protocol {other}, this is {own}"
     said = agent_log(cluster, "node1").removeprefix(before)
     lines = [line for line in said.splitlines() if "speaks" in line]
-    assert lines and all("peer speaks protocol 1, this is 2" in line for line in lines)
+    assert lines and all(f"peer speaks protocol {own}, this is {other}" in line for line in lines)
 
 
 # ---- the service manager
