@@ -54,10 +54,8 @@ class Bench:
             for system in systems:
                 mine = [e for e in experiments if system in e.systems]
                 mine = [e for e in mine if not self.in_vain(system, e)]
-                if shared and mine:
-                    self.shared(system, mine)
-                else:
-                    self.apart(system, mine)
+                if mine:
+                    (self.shared if shared else self.apart)(system, mine)
 
     def in_vain(self, system: str, experiment: Experiment) -> bool:
         """Whether it has failed as often as one needs to see; hanging takes minutes."""
