@@ -28,7 +28,7 @@ import psutil
 
 from tests.cluster.cluster import CTRL_PORT, Cluster
 from tests.cluster.netns import HOSTS, MASTER, Net, Process
-from tests.leftovers import wait_for
+from tests.leftovers import SHM, shm, unused_shm, wait_for
 
 ROOT = Path(__file__).parents[1]
 PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
@@ -169,6 +169,7 @@ class Lab:
         cluster = Cluster(self.net, Path(tempfile.mkdtemp(prefix="s", dir=self.home)), slots)
         shutil.rmtree(cluster.log)
         cluster.log = self.log
+        before = shm()
         try:
             yield cluster
         finally:
@@ -178,6 +179,9 @@ class Lab:
                 if not wait_for(lambda host=host: not self.net.processes(host), END_LIMIT_S):
                     self.net.kill_all(host)
                 self.net.clear(host)
+            for name in unused_shm(shm() - before):
+                if name.startswith("sem.mp-"):  # Python's, of pools that were killed
+                    (SHM / name).unlink(missing_ok=True)
             shutil.rmtree(cluster.home)
 
     def _empty_database(self) -> Path:
