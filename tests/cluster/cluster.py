@@ -346,7 +346,7 @@ class Cluster:
 
     def _spooled(self) -> list[Path]:
         """Results and blobs that agents hold in shared memory; those on disk are session files."""
-        return [path for folder in SHM.glob("oq-agent-*") for path in folder.iterdir()]
+        return [path for path in SHM.glob("oq-agent-*/**/*") if path.is_file()]
 
     def _service_pids(self) -> set[int]:
         services = [*self.agents.values(), self.dbserver, self.webui]

@@ -32,7 +32,7 @@ import msgspec
 import psutil
 import zmq
 
-from oq_runtime import config, facts, launch, payload, protocol, security, store, systemd, transport
+from oq_runtime import config, facts, launch, protocol, security, store, systemd, transport
 from oq_runtime import node as core
 from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
 from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
@@ -429,6 +429,8 @@ class Agent:
         for stored in [stored for stored in self.store.files if stored.startswith(f"{name}-")]:
             self.store.remove(stored)
             self.blobs.pop(stored, None)
+        if not self.jobs:
+            self.store.remove_spares()
 
     # ---- blobs
 
@@ -655,7 +657,10 @@ class Agent:
         for stored in job.holds.pop(key, ()):
             self.blobs[stored] -= 1
         job.results.pop(key, None)
-        self.store.remove(_name(name, key))
+        if any(upload[0] == key for upload in job.uploads):
+            self.store.release(_name(name, key))  # the mapping, of which frames are under way
+        else:
+            self.store.remove(_name(name, key))
         if job.uploads and job.uploads[0][0] == key:
             job.chunk = None
         job.uploads = deque(upload for upload in job.uploads if upload[0] != key)
@@ -670,7 +675,7 @@ class Agent:
             self._to_broker(name, placed)
             return
         try:
-            body = payload.map_file(self.store.path(stored), private=True)
+            body = store.consume(self.store.path(stored))
         except OSError as exc:
             self._give_back(name, f"results are not there any more: {exc}")
             return

@@ -113,6 +113,7 @@ class Staging:
 
     ended: protocol.Ended
     body: bytes | None
+    granted: bool = False
     reception: Reception | None = None
 
 
@@ -471,13 +472,31 @@ class Broker:
         match message:
             case protocol.Fetch(digest=digest):
                 self._send_blob(peer, peer.data, digest)
-            case protocol.Chunk(task=task, attempt=attempt, offset=offset):
+            case protocol.Chunk(task=task, attempt=attempt):
                 staging = self.staging.get((task, attempt))
-                if staging is not None and (reception := staging.reception):
-                    in_order = reception.take(offset, frames[0])
-                    if not in_order or reception.whole:
-                        intact = in_order and reception.hash.digest() == staging.ended.digest
+                if staging is not None and staging.granted:
+                    intact = self._receive(staging, message, frames[0])
+                    if intact is not None:
                         self._handle(core.Uploaded(peer.name, task, attempt, intact))
+
+    def _receive(self, staging: Staging, message: protocol.Chunk, chunk: memoryview) -> bool | None:
+        """Write the next chunk of a body; return whether all of it is intact, once that is known.
+
+        The file is made with the first chunk, not when the node is told to send: by then the engine
+        may have given back the file of an earlier one.
+        """
+        if staging.reception is None:
+            nbytes = staging.ended.nbytes
+            try:
+                descriptor = self.store.create(f"{message.task}-{message.attempt}", nbytes)
+            except OSError as exc:
+                self.journal.say(f"no room for {nbytes} bytes of results: {exc}")
+                return False
+            staging.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
+        in_order = staging.reception.take(message.offset, chunk)
+        if in_order and not staging.reception.whole:
+            return None
+        return in_order and staging.reception.hash.digest() == staging.ended.digest
 
     def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
         if (paths := self.blobs.get(digest)) is None:
@@ -521,15 +540,7 @@ class Broker:
             intact = xxhash.xxh3_128(staging.body).digest() == staging.ended.digest
             self._handle(core.Uploaded(peer.name, task, attempt, intact))
             return
-        if not staging.ended.path:
-            nbytes = staging.ended.nbytes
-            try:
-                descriptor = self.store.create(f"{task}-{attempt}", nbytes)
-            except OSError as exc:
-                self.journal.say(f"no room for {nbytes} bytes of results: {exc}")
-                self._handle(core.Uploaded(peer.name, task, attempt, False))
-                return
-            staging.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
+        staging.granted = not staging.ended.path
         self._send(peer, protocol.Grant(task=task, attempt=attempt))
 
     def _drop(self, task: int, attempt: int) -> None:

@@ -20,11 +20,10 @@ from typing import Any
 
 import zmq
 
-from oq_runtime import errors, launch, payload, protocol, transport
+from oq_runtime import errors, launch, payload, protocol, store, transport
 from oq_runtime.blobs import Blobs
 from oq_runtime.config import SESSION_VARIABLE, Config
 from oq_runtime.payload import Buffer
-from oq_runtime.store import SHARED_MEMORY
 
 #: seconds for the session to have its first worker slots, and then for the other nodes to answer
 READY_SECS, OTHERS_SECS = 60.0, 3.0
@@ -53,7 +52,7 @@ class Session:
         self.poller.register(self.socket, zmq.POLLIN)
         self.sending = zmq.Poller()
         self.sending.register(self.socket, zmq.POLLOUT)
-        self.blobs = Blobs(SHARED_MEMORY / directory.name, directory)
+        self.blobs = Blobs(store.SHARED_MEMORY / directory.name, directory)
         self.needs: dict[int, list[bytes]] = {}  # live task -> digests of its blobs
         self.consumed: list[int] = []
         self.tasks = itertools.count()
@@ -197,8 +196,7 @@ class Session:
                 yield message.task, (), getattr(errors, message.error)(message.text)
                 continue
             if message.path:
-                view = payload.map_file(message.path, private=False)
-                os.unlink(message.path)
+                view = store.consume(Path(message.path))
             else:
                 view = payload.writable(body)
             self._ended(message.task)

@@ -16,8 +16,6 @@ import xxhash
 from oq_runtime import payload, store
 from oq_runtime.payload import Buffer
 
-FLAGS = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-
 
 class Spool:
     """
@@ -71,7 +69,7 @@ class Spool:
 
     def _open(self, path: Path) -> None:
         try:
-            self._descriptor, self._path = os.open(path, FLAGS, 0o600), path
+            self._descriptor, self._path = store.open_file(path), path
         except OSError:
             if path == self.paths[1]:
                 raise
@@ -80,7 +78,7 @@ class Spool:
     def _move_to_disk(self) -> None:
         """Copy what is complete, which may be less than what a failed write has left."""
         at, written = 0, self.nbytes - payload.nbytes(self.inline)
-        target = os.open(self.paths[1], FLAGS, 0o600)
+        target = store.open_file(self.paths[1])
         try:
             while at < written:
                 at += os.sendfile(target, self._descriptor, at, written - at)
@@ -96,6 +94,7 @@ class Spool:
         """Return where the body is: the path of its file and ``b""``, or ``""`` and the body."""
         if self._path is None:
             return "", b"".join(self.inline)
+        os.ftruncate(self._descriptor, self.nbytes)  # a spare file may have been longer
         os.close(self._descriptor)
         return str(self._path), b""
 

@@ -1,8 +1,9 @@
 """Bodies as files: in shared memory while there is room, beyond that on the local disk.
 
 A ``Store`` belongs to one process, which counts what it keeps there; others map the files by their
-paths. Not covered: the layout of a body (``payload``), and attempts that are still growing
-(``spool``).
+paths. A file that has had its one reader stays as a spare one, for new pages of shared memory cost
+more than the copy into them: 8 MB take 3.9 ms in a new file and 0.75 ms in a used one. Not covered:
+the layout of a body (``payload``), and attempts that are still growing (``spool``).
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oq_runtime import payload
 from oq_runtime.payload import Buffer
 
 SHARED_MEMORY = Path("/dev/shm")
+#: folder of the spare files in a directory that has such, and what they may hold together
+SPARE, SPARE_BYTES = "spare", 64 << 20
 #: buffers that one writev(2) takes
 IOV_MAX = 1024
 
@@ -27,7 +32,59 @@ def shared_memory(name: str) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):  # none, or full: everything goes to the disk
         path.mkdir(mode=0o700)
+        (path / SPARE).mkdir(mode=0o700)
     return path
+
+
+def open_file(path: Path) -> int:
+    """Return the descriptor of a file to be written from its beginning.
+
+    It may be a spare one: what it has beyond the last byte that is written is for the caller to cut
+    off. Raises OSError.
+    """
+    with contextlib.suppress(OSError):  # no spare files here
+        for spare in (path.parent / SPARE).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # somebody else has taken it
+                spare.rename(path)
+                break
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def consume(path: Path) -> memoryview:
+    """Map a file of which this process is the last reader; what is written there nobody sees.
+
+    The file goes when nothing refers to the mapping any more. Raises OSError when it is not there.
+    """
+    view = payload.map_file(path, private=False)
+    if (path.parent / SPARE).is_dir():
+        weakref.finalize(view.obj, _consumed, path, _Forks.count).atexit = False
+    else:
+        path.unlink()
+    return view
+
+
+class _Forks:
+    """How often this process has forked: a child has the mappings of its parent."""
+
+    count = 0
+
+    @classmethod
+    def one_more(cls) -> None:
+        cls.count += 1
+
+
+os.register_at_fork(before=_Forks.one_more)
+
+
+def _consumed(path: Path, forks: int) -> None:
+    """Make a file that was mapped a spare one, unless it is still mapped or there are enough."""
+    with contextlib.suppress(OSError):  # gone, or a spare one was just taken
+        spares = path.parent / SPARE
+        spare_bytes = sum(spare.stat().st_size for spare in spares.iterdir())
+        if forks == _Forks.count and spare_bytes + path.stat().st_size <= SPARE_BYTES:
+            path.rename(spares / path.name)
+            return
+    path.unlink(missing_ok=True)
 
 
 def write(descriptor: int, buffers: Sequence[Buffer]) -> None:
@@ -107,10 +164,11 @@ class Store:
             path = place / name
             descriptor = -1
             try:
-                descriptor = os.open(
-                    path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
-                )
-                os.posix_fallocate(descriptor, 0, nbytes)  # full now, not in the middle
+                descriptor = open_file(path)
+                if os.fstat(descriptor).st_size < nbytes:
+                    os.posix_fallocate(descriptor, 0, nbytes)  # full now, not in the middle
+                else:
+                    os.ftruncate(descriptor, nbytes)
             except OSError:
                 if descriptor >= 0:
                     os.close(descriptor)
@@ -139,6 +197,12 @@ class Store:
         """Delete a file, if it is there."""
         if name in self.files:
             self.release(name)[0].unlink(missing_ok=True)
+
+    def remove_spares(self) -> None:
+        """Delete the spare files: memory that nobody is going to use soon."""
+        with contextlib.suppress(OSError):  # none here
+            for spare in (self.memory / SPARE).iterdir():
+                spare.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Delete all files."""
