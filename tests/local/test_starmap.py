@@ -224,6 +224,33 @@ def test_death_of_a_random_worker(env: dict[str, str], tmpdir: Path) -> None:
     assert json.loads(out.splitlines()[0]) == {"value": 190}, (out, err)
 
 
+def test_results_outlive_their_workers(env: dict[str, str], tmpdir: Path) -> None:
+    """Results that the engine has not looked at yet, when the workers that made them die."""
+    body = """
+from oq_runtime.session import Session
+results = iter(parallel.Starmap(tasks.array, [(n, 200_000) for n in range(6)]))
+found = [next(results)]
+while sum(map(len, Session.current().inbox.values())) < 5:
+    Session.current().status()
+say(pid=os.getpid())
+input()
+say(value=go(tasks.square, [(1,), (2,)])['sum'])
+found += results
+say(sizes=[len(r['array']) for r in found], values=sorted(r['array'][-1] for r in found))
+"""
+    process = start(env, tmpdir, body, stdin=subprocess.PIPE)
+    try:
+        assert process.stdout and process.stdout.readline()
+        workers = session_processes(tmpdir, "worker-")
+        for worker in workers:
+            worker.kill()
+        out, err = process.communicate("\n", timeout=90)
+    finally:
+        process.kill()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert workers and rows == [{"value": 5}, {"sizes": [200_000] * 6, "values": [*range(6)]}], err
+
+
 def test_death_of_the_fork_server(env: dict[str, str], tmpdir: Path) -> None:
     process = running(env, tmpdir, SLOW.replace("range(200)", "range(20)"))
     [target] = session_processes(tmpdir, "forkserver")

@@ -142,6 +142,7 @@ def test_a_file_is_used_again_when_nothing_refers_to_it(
     assert not list(spares.iterdir()) and written(kept, "b", b"other").stat().st_ino != inode
     assert bytes(piece) == b"irst"
     del piece
+    store.give_back()
     assert not path.exists() and len(list(spares.iterdir())) == 1
     again = written(kept, "c", b"abc")
     assert again.stat().st_ino == inode and again.read_bytes() == b"abc"
@@ -170,8 +171,14 @@ def test_spare_files_are_bounded(
     monkeypatch.setattr(store, "SPARE_BYTES", 10)
     kept = Store(*places, memory_bytes=1000)
     views = [store.consume(written(kept, name, b"12345678")) for name in "abc"]
+    assert len(list(places[0].iterdir())) == 2, "one on loan, and the folder"
     views.clear()
-    assert len(list(spares.iterdir())) == 1 and list(places[0].iterdir()) == [spares]
+    del views
+    view = store.consume(written(kept, "d", b"1234"))
+    assert bytes(view) == b"1234" and list(spares.iterdir()) == [spares / "a"]
+    del view
+    store.give_back()
+    assert list(spares.iterdir()) == [spares / "a"] and list(places[0].iterdir()) == [spares]
 
 
 def test_what_a_child_may_have_mapped_is_not_used_again(
@@ -182,6 +189,7 @@ def test_what_a_child_may_have_mapped_is_not_used_again(
         os._exit(0 if bytes(view) == b"first" else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     del view
+    store.give_back()
     assert not list(spares.iterdir()) and list(places[0].iterdir()) == [spares]
 
 

@@ -283,6 +283,9 @@ class Agent:
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
         self.journal.flush()
+        if not self.jobs:
+            store.give_back()
+            self.store.remove_spares()
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
         beat = protocol.Beat(
@@ -429,8 +432,6 @@ class Agent:
         for stored in [stored for stored in self.store.files if stored.startswith(f"{name}-")]:
             self.store.remove(stored)
             self.blobs.pop(stored, None)
-        if not self.jobs:
-            self.store.remove_spares()
 
     # ---- blobs
 
@@ -539,6 +540,7 @@ class Agent:
                 if path:
                     self.store.adopt(_name(message.job, key), Path(path), message.nbytes)
                     job.results[key] = message
+                    self.processes[found.id].spool = "none"  # not to be removed with the worker
                     told = message if job.local else msgspec.structs.replace(message, path="")
                 else:
                     told = message

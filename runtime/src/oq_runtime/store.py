@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from oq_runtime import payload
 from oq_runtime.payload import Buffer
 
 SHARED_MEMORY = Path("/dev/shm")
-#: folder of the spare files in a directory that has such, and what they may hold together
+#: folder of the spare files in a directory that has such, and what they may hold together; every
+#: process may have as much on loan
 SPARE, SPARE_BYTES = "spare", 64 << 20
 #: buffers that one writev(2) takes
 IOV_MAX = 1024
@@ -40,27 +42,48 @@ def open_file(path: Path) -> int:
     """Return the descriptor of a file to be written from its beginning.
 
     It may be a spare one: what it has beyond the last byte that is written is for the caller to cut
-    off. Raises OSError.
+    off. Raises OSError; then there is no file.
     """
     with contextlib.suppress(OSError):  # no spare files here
         for spare in (path.parent / SPARE).iterdir():
             with contextlib.suppress(FileNotFoundError):  # somebody else has taken it
                 spare.rename(path)
                 break
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def consume(path: Path) -> memoryview:
     """Map a file of which this process is the last reader; what is written there nobody sees.
 
-    The file goes when nothing refers to the mapping any more. Raises OSError when it is not there.
+    The file is gone from then on, or becomes a spare one when nothing refers to the mapping any
+    more, see ``give_back``. Raises OSError when it is not there.
     """
+    forks = _Forks.count
     view = payload.map_file(path, private=False)
-    if (path.parent / SPARE).is_dir():
-        weakref.finalize(view.obj, _consumed, path, _Forks.count).atexit = False
+    give_back()
+    lent_bytes = sum(nbytes for _, nbytes, _ in _lent.values())
+    if (path.parent / SPARE).is_dir() and lent_bytes + len(view) <= SPARE_BYTES:
+        _lent[weakref.ref(view.obj, _returned.append)] = path, len(view), forks
     else:
         path.unlink()
     return view
+
+
+def give_back() -> None:
+    """Make spare ones of the consumed files whose mapping has gone, while there are not enough."""
+    while _returned:
+        path, nbytes, forks = _lent.pop(_returned.popleft())
+        with contextlib.suppress(OSError):  # gone with its directory, or a spare one was just taken
+            spares = path.parent / SPARE
+            spare_bytes = sum(spare.stat().st_size for spare in spares.iterdir())
+            if forks == _Forks.count and spare_bytes + nbytes <= SPARE_BYTES:
+                path.rename(spares / path.name)
+                continue
+        path.unlink(missing_ok=True)
 
 
 class _Forks:
@@ -74,17 +97,11 @@ class _Forks:
 
 
 os.register_at_fork(before=_Forks.one_more)
-
-
-def _consumed(path: Path, forks: int) -> None:
-    """Make a file that was mapped a spare one, unless it is still mapped or there are enough."""
-    with contextlib.suppress(OSError):  # gone, or a spare one was just taken
-        spares = path.parent / SPARE
-        spare_bytes = sum(spare.stat().st_size for spare in spares.iterdir())
-        if forks == _Forks.count and spare_bytes + path.stat().st_size <= SPARE_BYTES:
-            path.rename(spares / path.name)
-            return
-    path.unlink(missing_ok=True)
+#: mappings of files that are to be spare ones: path, bytes, forks before it
+_lent: dict[weakref.ref[Any], tuple[Path, int, int]] = {}
+#: those that have gone. Filled at any moment and in any thread, so not by Python code, in which the
+#: exception of a signal handler would get lost
+_returned: deque[weakref.ref[Any]] = deque()
 
 
 def write(descriptor: int, buffers: Sequence[Buffer]) -> None:
