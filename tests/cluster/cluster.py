@@ -172,6 +172,9 @@ class Cluster:
         for service in (*self.agents.values(), self.webui, self.dbserver):
             if service:
                 self._stop(service)
+        for name in unused_shm(shm() - self._shm):
+            if name.startswith("oq-agent-"):  # of one that was killed
+                shutil.rmtree(SHM / name)
         self.runs.clear()
         self.agents.clear()
         self._agent_files.clear()
