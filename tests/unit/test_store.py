@@ -12,16 +12,7 @@ import pytest
 
 from oq_runtime import blobs, payload, store
 from oq_runtime.blobs import Blobs
-from oq_runtime.spool import Spool
 from oq_runtime.store import Store
-
-
-@pytest.fixture
-def places(tmp_path: Path) -> tuple[Path, Path]:
-    memory, disk = tmp_path / "memory", tmp_path / "disk"
-    memory.mkdir()
-    disk.mkdir()
-    return memory, disk
 
 
 def put(kept: Store, name: str, nbytes: int) -> Path:
@@ -112,87 +103,3 @@ def test_a_reception_takes_the_next_chunk_and_no_other(places: tuple[Path, Path]
     reception.close()
     assert kept.path("a").read_bytes() == b"abcdef"
     assert reception.hash.digest() == hashlib.blake2b(b"abcdef").digest()
-
-
-# ---- spare files
-
-
-@pytest.fixture
-def spares(places: tuple[Path, Path]) -> Path:
-    folder = places[0] / store.SPARE
-    folder.mkdir()
-    return folder
-
-
-def written(kept: Store, name: str, body: bytes) -> Path:
-    with open(kept.create(name, len(body)), "wb") as file:
-        file.write(body)
-    return kept.release(name)[0]
-
-
-def test_a_file_is_used_again_when_nothing_refers_to_it(
-    places: tuple[Path, Path], spares: Path
-) -> None:
-    kept = Store(*places, memory_bytes=1000)
-    path = written(kept, "a", b"first")
-    inode = path.stat().st_ino
-    view = store.consume(path)
-    piece = view[1:]
-    del view
-    assert not list(spares.iterdir()) and written(kept, "b", b"other").stat().st_ino != inode
-    assert bytes(piece) == b"irst"
-    del piece
-    store.give_back()
-    assert not path.exists() and len(list(spares.iterdir())) == 1
-    again = written(kept, "c", b"abc")
-    assert again.stat().st_ino == inode and again.read_bytes() == b"abc"
-    (spares / "left").touch()
-    kept.remove_spares()
-    assert not list(spares.iterdir())
-
-
-@pytest.mark.parametrize("nbytes", [2, 10])
-def test_a_spool_leaves_nothing_of_a_spare_file(
-    places: tuple[Path, Path], spares: Path, nbytes: int
-) -> None:
-    (spares / "used").write_bytes(b"yesterday's")
-    spool = Spool("a", places, inline_bytes=0, memory_bytes=1000)
-    spool.add([b"x" * nbytes])
-    path = Path(spool.finish()[0])
-    assert path.parent == places[0] and not list(spares.iterdir())
-    assert path.stat().st_size == spool.nbytes
-    [[frame]] = payload.parts(path.read_bytes())
-    assert bytes(frame) == b"x" * nbytes
-
-
-def test_spare_files_are_bounded(
-    places: tuple[Path, Path], spares: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "SPARE_BYTES", 10)
-    kept = Store(*places, memory_bytes=1000)
-    views = [store.consume(written(kept, name, b"12345678")) for name in "abc"]
-    assert len(list(places[0].iterdir())) == 2, "one on loan, and the folder"
-    views.clear()
-    del views
-    view = store.consume(written(kept, "d", b"1234"))
-    assert bytes(view) == b"1234" and list(spares.iterdir()) == [spares / "a"]
-    del view
-    store.give_back()
-    assert list(spares.iterdir()) == [spares / "a"] and list(places[0].iterdir()) == [spares]
-
-
-def test_what_a_child_may_have_mapped_is_not_used_again(
-    places: tuple[Path, Path], spares: Path
-) -> None:
-    view = store.consume(written(Store(*places, memory_bytes=1000), "a", b"first"))
-    if not (child := os.fork()):
-        os._exit(0 if bytes(view) == b"first" else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    del view
-    store.give_back()
-    assert not list(spares.iterdir()) and list(places[0].iterdir()) == [spares]
-
-
-def test_on_the_disk_a_consumed_file_is_gone_at_once(places: tuple[Path, Path]) -> None:
-    view = store.consume(written(Store(*places, memory_bytes=0), "a", b"first"))
-    assert not list(places[1].iterdir()) and bytes(view) == b"first"

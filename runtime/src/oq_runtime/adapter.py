@@ -415,14 +415,14 @@ def install_workerpool(workerpool: Any) -> None:
         def status(self) -> list[tuple[str, int, int]]:
             if self.pool:
                 return pool.triples(self.pool.ask("status"))
+            if self.job < 0:
+                return Session.current().status()
             try:
-                if self.job > 0:
-                    Session.current().call_it(f"calculation {self.job}")
+                Session.current().call_it(f"calculation {self.job}")
                 return Session.current().status()
             except BaseException as exc:
-                if self.job > 0:
-                    with contextlib.suppress(Exception):  # the first error says more
-                        end_jobs("failed" if isinstance(exc, Exception) else "aborted")
+                with contextlib.suppress(Exception):  # the first error says more
+                    end_jobs("failed" if isinstance(exc, Exception) else "aborted")
                 raise
 
         def wait(self, seconds: int = 120) -> list[tuple[str, int, int]]:

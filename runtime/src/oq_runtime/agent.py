@@ -32,7 +32,7 @@ import msgspec
 import psutil
 import zmq
 
-from oq_runtime import config, facts, launch, protocol, security, store, systemd, transport
+from oq_runtime import config, facts, launch, protocol, security, spares, store, systemd, transport
 from oq_runtime import node as core
 from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
 from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
@@ -284,8 +284,7 @@ class Agent:
         self.next_beat_s = now + self.core.limits.beat_s
         self.journal.flush()
         if not self.jobs:
-            store.give_back()
-            self.store.remove_spares()
+            spares.clear(self.store.memory)
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
             self.running = False
         beat = protocol.Beat(
@@ -594,8 +593,7 @@ class Agent:
             self.journal.say(f"{reason}, while it had no task")
         self.starting.pop(ended.worker, None)
         for place in (self.store.memory, self.store.disk):
-            if process.spool not in self.store:
-                (place / process.spool).unlink(missing_ok=True)
+            (place / process.spool).unlink(missing_ok=True)
         self._handle(core.WorkerGone(ended.worker, reason, oom, ended.peak_bytes))
 
     # ---- effects out
@@ -677,7 +675,7 @@ class Agent:
             self._to_broker(name, placed)
             return
         try:
-            body = store.consume(self.store.path(stored))
+            body = spares.consume(self.store.path(stored))
         except OSError as exc:
             self._give_back(name, f"results are not there any more: {exc}")
             return

@@ -20,7 +20,7 @@ from typing import Any
 
 import zmq
 
-from oq_runtime import errors, launch, payload, protocol, store, transport
+from oq_runtime import errors, launch, payload, protocol, spares, store, transport
 from oq_runtime.blobs import Blobs
 from oq_runtime.config import SESSION_VARIABLE, Config
 from oq_runtime.payload import Buffer
@@ -196,7 +196,7 @@ class Session:
                 yield message.task, (), getattr(errors, message.error)(message.text)
                 continue
             if message.path:
-                view = store.consume(Path(message.path))
+                view = spares.consume(Path(message.path))
             else:
                 view = payload.writable(body)
             self._ended(message.task)

@@ -1,9 +1,8 @@
 """Bodies as files: in shared memory while there is room, beyond that on the local disk.
 
 A ``Store`` belongs to one process, which counts what it keeps there; others map the files by their
-paths. A file that has had its one reader stays as a spare one, for new pages of shared memory cost
-more than the copy into them: 8 MB take 3.9 ms in a new file and 0.75 ms in a used one. Not covered:
-the layout of a body (``payload``), and attempts that are still growing (``spool``).
+paths. Not covered: the layout of a body (``payload``), attempts that are still growing (``spool``),
+and files that are used again (``spares``).
 """
 
 from __future__ import annotations
@@ -11,19 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import weakref
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oq_runtime import payload
+from oq_runtime import spares
 from oq_runtime.payload import Buffer
 
 SHARED_MEMORY = Path("/dev/shm")
-#: folder of the spare files in a directory that has such, and what they may hold together; every
-#: process may have as much on loan
-SPARE, SPARE_BYTES = "spare", 64 << 20
 #: buffers that one writev(2) takes
 IOV_MAX = 1024
 
@@ -34,74 +28,8 @@ def shared_memory(name: str) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):  # none, or full: everything goes to the disk
         path.mkdir(mode=0o700)
-        (path / SPARE).mkdir(mode=0o700)
+        (path / spares.FOLDER).mkdir(mode=0o700)
     return path
-
-
-def open_file(path: Path) -> int:
-    """Return the descriptor of a file to be written from its beginning.
-
-    It may be a spare one: what it has beyond the last byte that is written is for the caller to cut
-    off. Raises OSError; then there is no file.
-    """
-    with contextlib.suppress(OSError):  # no spare files here
-        for spare in (path.parent / SPARE).iterdir():
-            with contextlib.suppress(FileNotFoundError):  # somebody else has taken it
-                spare.rename(path)
-                break
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def consume(path: Path) -> memoryview:
-    """Map a file of which this process is the last reader; what is written there nobody sees.
-
-    The file is gone from then on, or becomes a spare one when nothing refers to the mapping any
-    more, see ``give_back``. Raises OSError when it is not there.
-    """
-    forks = _Forks.count
-    view = payload.map_file(path, private=False)
-    give_back()
-    lent_bytes = sum(nbytes for _, nbytes, _ in _lent.values())
-    if (path.parent / SPARE).is_dir() and lent_bytes + len(view) <= SPARE_BYTES:
-        _lent[weakref.ref(view.obj, _returned.append)] = path, len(view), forks
-    else:
-        path.unlink()
-    return view
-
-
-def give_back() -> None:
-    """Make spare ones of the consumed files whose mapping has gone, while there are not enough."""
-    while _returned:
-        path, nbytes, forks = _lent.pop(_returned.popleft())
-        with contextlib.suppress(OSError):  # gone with its directory, or a spare one was just taken
-            spares = path.parent / SPARE
-            spare_bytes = sum(spare.stat().st_size for spare in spares.iterdir())
-            if forks == _Forks.count and spare_bytes + nbytes <= SPARE_BYTES:
-                path.rename(spares / path.name)
-                continue
-        path.unlink(missing_ok=True)
-
-
-class _Forks:
-    """How often this process has forked: a child has the mappings of its parent."""
-
-    count = 0
-
-    @classmethod
-    def one_more(cls) -> None:
-        cls.count += 1
-
-
-os.register_at_fork(before=_Forks.one_more)
-#: mappings of files that are to be spare ones: path, bytes, forks before it
-_lent: dict[weakref.ref[Any], tuple[Path, int, int]] = {}
-#: those that have gone. Filled at any moment and in any thread, so not by Python code, in which the
-#: exception of a signal handler would get lost
-_returned: deque[weakref.ref[Any]] = deque()
 
 
 def write(descriptor: int, buffers: Sequence[Buffer]) -> None:
@@ -181,7 +109,7 @@ class Store:
             path = place / name
             descriptor = -1
             try:
-                descriptor = open_file(path)
+                descriptor = spares.open_file(path)
                 if os.fstat(descriptor).st_size < nbytes:
                     os.posix_fallocate(descriptor, 0, nbytes)  # full now, not in the middle
                 else:
@@ -214,12 +142,6 @@ class Store:
         """Delete a file, if it is there."""
         if name in self.files:
             self.release(name)[0].unlink(missing_ok=True)
-
-    def remove_spares(self) -> None:
-        """Delete the spare files: memory that nobody is going to use soon."""
-        with contextlib.suppress(OSError):  # none here
-            for spare in (self.memory / SPARE).iterdir():
-                spare.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Delete all files."""

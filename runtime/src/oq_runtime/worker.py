@@ -65,7 +65,7 @@ class Stream:
         try:
             cls.spool.add(frames)
         except OSError as exc:
-            raise NoRoom(f"no room for its results in {cls.spool.paths[1].parent}: {exc}") from exc
+            raise NoRoom(f"no room for its results in {cls.spool.places[1]}: {exc}") from exc
         if cls.spool.parts == 1:
             cls.faults.at("after_first", cls.run)
 
