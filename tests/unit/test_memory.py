@@ -97,10 +97,17 @@ def test_without_cgroups_the_kills_of_the_machine_count(tmp_path: Path) -> None:
 
 def test_resident_memory_of_a_process() -> None:
     own = psutil.Process().memory_info().rss
-    assert memory.resident(os.getpid()) == pytest.approx(own, rel=0.2)
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    assert memory.resident(process.pid) == 0
+    asked = memory.Resident(os.getpid())
+    assert asked.nbytes == pytest.approx(own, rel=0.2)
+    more = b"x" * (own + 1)
+    assert asked.nbytes > own + len(more) * 0.8, "it is read anew"
+    asked.close()
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    asked = memory.Resident(process.pid)
+    assert asked.nbytes > 0
+    process.communicate(b"\n")
+    assert asked.nbytes == memory.Resident(process.pid).nbytes == 0
+    asked.close()
 
 
 ASK = "from oq_runtime import memory; print(memory.usage().limit_bytes, memory.oom_kills())"

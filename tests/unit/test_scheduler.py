@@ -141,9 +141,6 @@ class Cluster(RuleBasedStateMachine):
                 if node in self.slots:
                     self.lose(node)
                 self.slots[node], self.seen[node] = slots, self.now
-            case NodeSeen(node):
-                if node in self.slots:
-                    self.seen[node] = self.now
             case NodeGone(node, _):
                 if node in self.slots:
                     self.lose(node)
@@ -166,6 +163,8 @@ class Cluster(RuleBasedStateMachine):
             for node in [n for n, seen in self.seen.items() if self.now - seen > LOST_AFTER_S]:
                 self.lose(node)
         effects = self.scheduler.handle(event, self.now)
+        if (sender := getattr(event, "node", "")) in self.slots:
+            self.seen[sender] = self.now
         assert not over or any(isinstance(e, GiveUp) for e in effects), "its budget is spent"
         assert set(self.scheduler.nodes) == set(self.slots)
         for effect in effects:

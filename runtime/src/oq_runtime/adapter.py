@@ -21,7 +21,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy
@@ -158,6 +158,7 @@ class Receiver:
         self.local: deque[Any] = deque()
         self.numbers: dict[int, tuple[int, str]] = {}  # task in the session -> number and name
         self.argnames: dict[Any, list[str]] = {}
+        self.functions: dict[Any, list[payload.Buffer]] = {}  # their frames
 
     def __enter__(self) -> Receiver:
         self.by_port[self.port] = self
@@ -205,6 +206,13 @@ class Receiver:
 
     def _dump(self, obj: Any) -> list[payload.Buffer]:
         """Return the frames of an argument, which the worker finds pickled as by the engine."""
+        if isinstance(obj, FunctionType):  # pickled by its name, whatever happens meanwhile
+            if obj not in self.functions:
+                self.functions[obj] = self._pickle(obj)
+            return self.functions[obj]
+        return self._pickle(obj)
+
+    def _pickle(self, obj: Any) -> list[payload.Buffer]:
         if not hasattr(obj, "unpickle"):
             compress = self.parallel.config.distribution.get("compress")
             obj = (self.parallel.Pickled if compress else payload.Pickled)(obj)

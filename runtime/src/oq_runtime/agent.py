@@ -39,7 +39,7 @@ from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, Versio
 from oq_runtime.forkserver import Ended, ForkServer
 from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
-from oq_runtime.memory import oom_kills, resident, usage
+from oq_runtime.memory import Resident, oom_kills, usage
 from oq_runtime.store import Reception
 
 #: seconds between two looks at the memory
@@ -67,9 +67,15 @@ class Process:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.pid = 0  # until it is ready
+        self.pid = 0  # until it is ready, as are the next two
         self.peer: bytes | None = None
+        self.memory: Resident | None = None
         self.spool = "none"  # the name of the file with the results of its last task
+
+    @property
+    def held_bytes(self) -> int:
+        """Return the bytes of memory that it holds."""
+        return self.memory.nbytes if self.memory else 0
 
     def last_words(self, ended: Ended, why: str = "") -> str:
         """Say how it ended, with what its log says of that, and remove the log.
@@ -241,17 +247,18 @@ class Agent:
                 self.journal.repeat("connection", f"refused a connection: {reason}")
             elif kind == "disconnected":
                 self.next_beat_s = 0.0  # a broker that died is found by sending to it
-        while frames := transport.receive(self.workers):
+        while self.workers in ready and (frames := transport.receive(self.workers)):
             self._from_worker(frames)
         if self.forkserver is not None:
-            self._from_forkserver(self.forkserver)
-        while frames := transport.receive(self.control):
+            self._from_forkserver(self.forkserver, self.forkserver.fileno() in ready)
+        while self.control in ready and (frames := transport.receive(self.control)):
             self._from_broker(frames)
         for name, job in list(self.jobs.items()):
             data = job.data
             while (
                 self.jobs.get(name) is job
                 and data
+                and data.socket in ready
                 and (views := transport.receive(data.socket, copy=False))
             ):
                 self._from_data(name, job, views)
@@ -274,7 +281,7 @@ class Agent:
         self.oom_kills_before = max(self.oom_kills_before, self.oom_kills)
         self.oom_kills = oom_kills()
         used = usage()
-        workers = {w: resident(p.pid) for w, p in self.processes.items()}
+        workers = {w: p.held_bytes for w, p in self.processes.items()}
         self.alone_bytes = min(used.free_bytes + self.core.grown(workers), used.limit_bytes)
         self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
         self._handle(core.Tick())
@@ -520,8 +527,9 @@ class Agent:
         if isinstance(message, protocol.Ready):
             if process := self.processes.get(message.worker):
                 process.peer, process.pid = peer, message.pid
+                process.memory = Resident(message.pid)
                 self.by_peer[peer] = message.worker
-                self._handle(core.WorkerReady(message.worker, resident(message.pid)))
+                self._handle(core.WorkerReady(message.worker, process.held_bytes))
             return
         found = self.core.workers.get(self.by_peer.get(peer, -1))
         job = self.jobs.get(message.job)
@@ -548,13 +556,12 @@ class Agent:
             case protocol.NoRoom(reason=reason):
                 self._drop(message.job, job, key)
                 self._no_room(message.job, key, reason)
-        held = resident(self.processes[found.id].pid)
-        self._handle(core.WorkerEnded(found.id, held))
+        self._handle(core.WorkerEnded(found.id, self.processes[found.id].held_bytes))
 
-    def _from_forkserver(self, forkserver: ForkServer) -> None:
+    def _from_forkserver(self, forkserver: ForkServer, heard: bool) -> None:
         forkserver.flush()
         try:
-            while ended := forkserver.hear():
+            while heard and (ended := forkserver.hear()):
                 while frames := transport.receive(self.workers):  # its last words come first
                     self._from_worker(frames)
                 self._reap(ended)
@@ -588,6 +595,8 @@ class Agent:
         self.oom_kills_before += oom  # each kill explains one death
         if process.peer is not None:
             del self.by_peer[process.peer]
+        if process.memory is not None:
+            process.memory.close()
         known = self.core.workers.get(ended.worker)  # one that was killed on purpose is not
         if known is not None and known.state is core.WorkerState.IDLE:
             self.journal.say(f"{reason}, while it had no task")

@@ -158,6 +158,8 @@ class Broker:
         }
         self.data_peers: dict[bytes, Peer] = {}
         self.watched: dict[int, Callable[[], None]] = {}
+        self.sources: dict[Any, Callable[[], None]] = {}
+        self.poller: zmq.Poller | None = None  # of these; None when they have changed
         self.running = True
         self._watch(owner, self.stop)
         if agent_pid is not None:
@@ -213,6 +215,7 @@ class Broker:
                     ) from exc
             else:
                 self.data_url = url
+                self.poller = None
                 return
 
     def run(self) -> None:
@@ -237,6 +240,7 @@ class Broker:
             ended()
             return
         self.watched[descriptor] = ended
+        self.poller = None
 
     def _agent_ended(self) -> None:
         self.core.no_nodes_limit_s = 0.0  # a private agent does not come back
@@ -246,27 +250,10 @@ class Broker:
     def _step(self) -> None:
         now = time.monotonic()
         due_s = min([self.next_beat_s, *(p.next_call_s for p in self._callable())])
-        poller = zmq.Poller()
-        for descriptor in self.watched:
-            poller.register(descriptor, zmq.POLLIN)
-        sockets = [self.engine, *(peer.socket for peer in self.peers.values())]
-        sockets += [peer.monitor.socket for peer in self.peers.values() if peer.monitor]
-        for socket in [*sockets, self.data] if self.data else sockets:
-            poller.register(socket, zmq.POLLIN)
-        ready = dict(poller.poll(max(0, round((due_s - now) * 1000))))
-        for descriptor, ended in list(self.watched.items()):
-            if descriptor in ready:
-                os.close(descriptor)
-                del self.watched[descriptor]
-                ended()
-        for peer in self.peers.values():
-            self._watch_handshake(peer)
-            while frames := transport.receive(peer.socket):
-                self._from(frames, functools.partial(self._from_agent, peer), peer)
-        while self.data and (views := transport.receive(self.data, copy=False)):
-            self._from(views[1:], functools.partial(self._from_data, bytes(views[0])))
-        while frames := transport.receive(self.engine):
-            self._from(frames[1:], functools.partial(self._from_engine, frames[0]))
+        if self.poller is None:
+            self.poller = self._poll_all()
+        for source, _ in self.poller.poll(max(0, round((due_s - now) * 1000))):
+            self.sources[source]()
         now = time.monotonic()
         for peer in self._callable():
             if now >= peer.next_call_s:
@@ -278,6 +265,41 @@ class Broker:
             self._beat(now)
         elif bool(self.core.live) != bool(self.told_wanted):
             self._tell_wanted()
+
+    def _poll_all(self) -> zmq.Poller:
+        """Return a poller of all sources, and note what is to be done with each that is ready."""
+        self.sources = {
+            descriptor: functools.partial(self._ended, descriptor) for descriptor in self.watched
+        }
+        for peer in self.peers.values():
+            if peer.monitor:
+                watch = functools.partial(self._watch_handshake, peer)
+                self.sources[peer.monitor.socket] = watch
+            self.sources[peer.socket] = functools.partial(self._read_agent, peer)
+        if self.data:
+            self.sources[self.data] = self._read_data
+        self.sources[self.engine] = self._read_engine
+        poller = zmq.Poller()
+        for source in self.sources:
+            poller.register(source, zmq.POLLIN)
+        return poller
+
+    def _ended(self, descriptor: int) -> None:
+        os.close(descriptor)
+        self.poller = None
+        self.watched.pop(descriptor)()
+
+    def _read_agent(self, peer: Peer) -> None:
+        while frames := transport.receive(peer.socket):
+            self._from(frames, functools.partial(self._from_agent, peer), peer)
+
+    def _read_data(self) -> None:
+        while self.data and (views := transport.receive(self.data, copy=False)):
+            self._from(views[1:], functools.partial(self._from_data, bytes(views[0])))
+
+    def _read_engine(self) -> None:
+        while frames := transport.receive(self.engine):
+            self._from(frames[1:], functools.partial(self._from_engine, frames[0]))
 
     def _watch_handshake(self, peer: Peer) -> None:
         for kind, reason in peer.monitor.events() if peer.monitor else ():
@@ -304,7 +326,7 @@ class Broker:
         self._handle(core.Tick())
         for peer in self.peers.values():
             if peer.state == "leased" and peer.name not in self.core.nodes:
-                peer.hang_up("calling", self.core.lost[-1])
+                self._hang_up(peer, "calling", self.core.lost[-1])
 
     def _tell_wanted(self) -> None:
         self.told_wanted = len(self.core.live)
@@ -320,8 +342,12 @@ class Broker:
     def _lose(self, peer: Peer, reason: str, state: str = "calling") -> None:
         if peer.state == "leased" or state != peer.state:
             self.journal.say(f"{peer.host}: {reason}")
-        peer.hang_up(state, reason)
+        self._hang_up(peer, state, reason)
         self._handle(core.NodeGone(peer.name, reason))
+
+    def _hang_up(self, peer: Peer, state: str, reason: str) -> None:
+        peer.hang_up(state, reason)
+        self.poller = None  # its sockets are others now
 
     def _from(
         self,
@@ -411,10 +437,6 @@ class Broker:
             self._lose(peer, "messages were lost on the way")
             return
         if peer.state == "leased":
-            seen = core.NodeSeen(peer.name)
-            if isinstance(message, protocol.Beat):
-                seen = core.NodeSeen(peer.name, message.closed, message.free_bytes)
-            self._handle(seen)
             self._from_node(peer, message, frames)
             return
         match message:
@@ -435,6 +457,8 @@ class Broker:
     def _from_node(self, peer: Peer, message: Any, frames: list[Any]) -> None:
         name = peer.name
         match message:
+            case protocol.Beat(closed=closed, free_bytes=free_bytes):
+                self._handle(core.NodeSeen(name, closed, free_bytes))
             case protocol.Leased(slots=slots):
                 self._handle(core.NodeResized(name, slots))
             case protocol.Started(task=task, attempt=attempt):

@@ -351,9 +351,12 @@ class Node:
     def _fill(self, now: float, effects: list[Effect]) -> None:
         """Give waiting tasks to idle workers, and start workers where they are missing."""
         free = self.slots - self.busy
+        leases = [lease for lease in self.leases.values() if lease.pending]
+        if not leases or free <= 0:
+            return
         # the lease that is furthest below its share comes first
-        leases = sorted(self.leases.values(), key=lambda one: self._running(one) - one.slots)
-        alone = [one for one in leases if one.pending and one.pending[0] in one.alone]
+        leases.sort(key=lambda one: self._running(one) - one.slots)
+        alone = [one for one in leases if one.pending[0] in one.alone]
         if alone or any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
             if self.busy:
                 return

@@ -51,8 +51,8 @@ class State(Enum):
 
 
 #: in these a task takes a slot
-BUSY = frozenset({State.ASSIGNED, State.RUNNING})
-FINAL = frozenset({State.COMMITTED, State.POISONED, State.FAILED_OOM, State.CANCELLED})
+BUSY = (State.ASSIGNED, State.RUNNING)
+FINAL = (State.COMMITTED, State.POISONED, State.FAILED_OOM, State.CANCELLED)
 
 # {state: {transition: next state}}; "retry", "give up" and "fail oom" are the outcomes of a failed
 # attempt, decided by the budgets in _retry
@@ -346,7 +346,8 @@ class Node:
     @property
     def load(self) -> float:
         """The part of its slots that is taken; above 1 with attempts that wait for a slot."""
-        return len(self.running) / self.width if self.width else AHEAD
+        width = self.width
+        return len(self.running) / width if width else AHEAD
 
     @property
     def has_room(self) -> bool:
@@ -415,7 +416,6 @@ class Scheduler:
                     self._offer(self.nodes[node])
             case NodeSeen(node, closed, free_bytes):
                 if node in self.nodes:
-                    self.nodes[node].seen_s = now
                     if closed is not None:
                         self.nodes[node].closed = closed
                     if free_bytes is not None:
@@ -480,6 +480,11 @@ class Scheduler:
                         self._cancel(self.tasks[task], effects)
             case Tick():
                 self._lose_silent(now, effects)
+        if sender := self.nodes.get(getattr(event, "node", "")):
+            # whatever comes of a node is a sign of life
+            was_silent, sender.seen_s = self._silent(sender, now), now
+            if was_silent:
+                self._offer(sender)
         self._give_up_without_nodes(now, effects)
         self._grant(effects)
         self._dispatch(now, effects)
@@ -637,7 +642,7 @@ class Scheduler:
         if self.alone:
             self._dispatch_alone(now, effects)
         picky: list[tuple[float, int]] = []  # those that may not go to the nodes that are free
-        while self.queue:
+        while self.queue and self.free:
             task = self.tasks[self.queue[0][1]]
             if task.state is State.QUEUED:
                 below = AHEAD if self.mean_s.get(task.func, SHORT_S) < SHORT_S else 1.0
@@ -716,6 +721,8 @@ class Scheduler:
 
         Those that had no room for its data; for its last attempt, that of the last death.
         """
+        if not task.no_room and not task.deaths:
+            return ()
         nodes = set(task.no_room)
         if task.deaths and task.deaths == self.limits.max_attempts - 1:
             nodes.add(task.avoid)
@@ -732,9 +739,10 @@ class Scheduler:
 
     def _offer(self, node: Node) -> None:
         """Put a node that has room where _take_node finds it, under its load of now."""
-        if node.has_room and node.load not in node.offers:
-            node.offers.add(node.load)
-            heapq.heappush(self.free, (node.load, node.name))
+        load = node.load
+        if node.kept_for is None and load < AHEAD and load not in node.offers:
+            node.offers.add(load)
+            heapq.heappush(self.free, (load, node.name))
 
     def _take_node(
         self, now: float, avoid: str, barred: Collection[str], below: float
@@ -746,7 +754,7 @@ class Scheduler:
         A node that is closed or silent falls out here and is offered again with its next beat.
         """
         found, passed = None, []
-        while self.free and found is None:
+        while self.free and found is None and self.free[0][0] < below:
             load, name = heapq.heappop(self.free)
             node = self.nodes.get(name)
             if node is None:
@@ -754,9 +762,6 @@ class Scheduler:
             node.offers.discard(load)
             if load != node.load or not node.has_room or not self._takes_tasks(node, now):
                 continue
-            if load >= below:
-                self._offer(node)
-                break
             if name == avoid or name in barred:
                 passed.append(node)
             else:

@@ -185,7 +185,7 @@ class HandshakeMonitor:
         Kinds are ``accepted``, ``refused`` and ``disconnected``.
         """
         found = []
-        while self.socket.poll(0):
+        while int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # a poller would be made anew
             event = recv_monitor_message(self.socket)
             endpoint = event["endpoint"].decode(errors="replace")
             match event["event"]:

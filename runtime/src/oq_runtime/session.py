@@ -88,7 +88,8 @@ class Session:
         while (waited_s := time.monotonic() - started_s) < READY_SECS:
             if not self.poller.poll(100):
                 continue
-            message = protocol.decode(self.socket.recv_multipart()[0])
+            frames = transport.receive(self.socket)
+            message = protocol.decode(frames[0]) if frames else None
             if isinstance(message, protocol.Welcome) and self.broker is None:
                 self.broker = transport.pidfd(message.pid)
                 if self.broker is not None:
@@ -172,14 +173,10 @@ class Session:
     def send(self, message: protocol.Message, *frames: Any) -> None:
         """Send to the broker; raises BrokerLost when it is gone and the queue to it is full."""
         data = [protocol.encode(message), *frames]
-        while True:
-            try:
-                self.socket.send_multipart(data, zmq.DONTWAIT, copy=transport.small(frames))
-                return
-            except zmq.Again:
-                ready = dict(self.sending.poll())
-                if self.broker in ready and self.socket not in ready:
-                    raise errors.BrokerLost(BROKER_LOST) from None
+        while not transport.send_frames(self.socket, data):
+            ready = dict(self.sending.poll())
+            if self.broker in ready and self.socket not in ready:
+                raise errors.BrokerLost(BROKER_LOST)
 
     # ---- results in
 

@@ -105,10 +105,9 @@ def _frames(items: list[Any], paths: list[str]) -> list[list[payload.Buffer]]:
 
 
 def prepare() -> None:
-    """Import the engine and put ours in the place of its socket, its pickles and its meter."""
-    from openquake.baselib import config, parallel, performance
+    """Import the engine and put ours in the place of its socket and its pickles."""
+    from openquake.baselib import config, parallel
 
-    performance.memory_rss = node_memory.resident
     parallel.Socket = Stream
     if not config.distribution.get("compress"):  # whoever asks for it gets the engine's own
         parallel.Pickled = payload.Pickled
@@ -121,17 +120,19 @@ def work(number: int, url: str, *directories: str) -> None:
     :param url: of the agent's socket
     :param directories: for results in shared memory and on the disk
     """
-    from openquake.baselib import parallel
+    from openquake.baselib import parallel, performance
 
     node_memory.volunteer()
     parallel.init_workers()
+    own_memory = node_memory.Resident(os.getpid())
+    performance.memory_rss = lambda _: own_memory.nbytes  # the engine's takes ten times as long
     memory, disk = map(Path, directories)
     context: zmq.Context[Any] = zmq.Context()
     agent = transport.dealer(context, url)
     Stream.faults = Faults()
     transport.send(agent, protocol.Ready(worker=number, pid=os.getpid()))
     while True:
-        header, call = agent.recv_multipart()
+        header, call = agent.recv(), agent.recv()
         run = protocol.decode(header)
         name = f"{run.job}-{run.task}-{run.attempt}"
         spool = Spool(
