@@ -1219,13 +1219,16 @@ def test_history_has_the_last_cause() -> None:
     assert "signal 12" in only(effects, GiveUp).history[-1]
 
 
-@pytest.mark.parametrize(("took_s", "under_way"), [(SHORT_S / 2, 4), (SHORT_S * 2, 2)])
+@pytest.mark.parametrize(
+    ("took_s", "under_way"),
+    [(0.0, 2 * AHEAD), (SHORT_S / 100, 2 * AHEAD), (SHORT_S / 2, 4), (SHORT_S * 2, 2)],
+)
 def test_short_tasks_wait_on_the_node_and_long_ones_in_the_queue(
     took_s: float, under_way: int
 ) -> None:
     core = Scheduler()
     core.handle(NodeJoined("a", 2), 0.0)
-    for task in range(8):
+    for task in range(20):
         core.handle(Submitted(task, 0, "f"), 0.0)
     assert len(core.nodes["a"].running) == 2, "nothing is known of the function yet"
     core.handle(Ended("a", 0, 1, 1), took_s)

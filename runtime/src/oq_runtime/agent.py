@@ -1,6 +1,6 @@
 """The node's daemon: owns the slots, starts the workers, spools their results.
 
-    broker --control--> agent --ipc--> worker (one per slot)
+    broker --control--> agent <--channel--> worker (one per slot)
     broker <==data==>   agent          payloads down, spooled attempts up, in chunks
 
 Never unpickles and never touches the shared filesystem. Decisions are ``node``'s; this module only
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import math
 import os
 import shutil
@@ -30,10 +29,12 @@ from typing import IO, Any
 
 import msgspec
 import psutil
+import xxhash
 import zmq
 
 from oq_runtime import config, facts, launch, protocol, security, spares, store, systemd, transport
 from oq_runtime import node as core
+from oq_runtime.channel import Channel
 from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
 from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
 from oq_runtime.forkserver import Ended, ForkServer
@@ -60,15 +61,16 @@ Key = tuple[int, int]
 
 
 class Process:
-    """A worker process and where its messages come from.
+    """A worker process.
 
     :param log: what it prints
+    :param channel: to it
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, channel: Channel) -> None:
         self.log = log
-        self.pid = 0  # until it is ready, as are the next two
-        self.peer: bytes | None = None
+        self.channel = channel
+        self.pid = 0  # until it is ready, as is its memory
         self.memory: Resident | None = None
         self.spool = "none"  # the name of the file with the results of its last task
 
@@ -98,7 +100,7 @@ class Incoming(Reception):
     """A blob on its way from a broker, and the attempts that wait for it."""
 
     def __init__(self, blob: protocol.Blob, descriptor: int) -> None:
-        super().__init__(descriptor, blob.nbytes, hashlib.blake2b(digest_size=32))
+        super().__init__(descriptor, blob.nbytes, xxhash.xxh3_128())
         self.blob = blob
         self.waiting: list[Key] = []
 
@@ -173,8 +175,6 @@ class Agent:
         self.gate = security.Gate(self.context, keys) if keys else None
         self.monitor: security.HandshakeMonitor | None = None
         self.control = transport.router(self.context, control_url, secure=self._secure_control)
-        self.workers_url = f"ipc://{directory}/workers"
-        self.workers = transport.router(self.context, self.workers_url)
         self.owner = None
         self.running = True
         if owner is not None:
@@ -183,7 +183,7 @@ class Agent:
         self.drain_asked = self.ending = False
         self.forkserver: ForkServer | None = None  # while there are leases or workers
         self.processes: dict[int, Process] = {}
-        self.by_peer: dict[bytes, int] = {}
+        self.channels: dict[int, int] = {}  # descriptors of those that are open -> worker
         self.jobs: dict[str, JobIO] = {}
         self.next_beat_s = self.next_look_s = 0.0
         self.alone_bytes = 0  # of memory for a task that had the node for itself
@@ -191,7 +191,7 @@ class Agent:
         self.oom_kills = self.oom_kills_before = oom_kills()
         self.starting: dict[int, tuple[str, Key, float]] = {}  # worker -> attempt, and since when
         self.poller = zmq.Poller()
-        for source in (self.control, self.workers, self.owner, self._monitor_socket()):
+        for source in (self.control, self.owner, self._monitor_socket()):
             if source is not None:
                 self.poller.register(source, zmq.POLLIN)
 
@@ -242,13 +242,11 @@ class Agent:
         if self.owner in ready:
             self.running = False
             return
-        for kind, reason in self.monitor.events() if self.monitor else ():
-            if kind == "refused":
-                self.journal.repeat("connection", f"refused a connection: {reason}")
-            elif kind == "disconnected":
-                self.next_beat_s = 0.0  # a broker that died is found by sending to it
-        while self.workers in ready and (frames := transport.receive(self.workers)):
-            self._from_worker(frames)
+        if self.monitor is not None and self.monitor.socket in ready:
+            self._watch_handshakes(self.monitor)
+        for source in ready:
+            if (worker := self.channels.get(source)) is not None:
+                self._hear(worker)
         if self.forkserver is not None:
             self._from_forkserver(self.forkserver, self.forkserver.fileno() in ready)
         while self.control in ready and (frames := transport.receive(self.control)):
@@ -275,6 +273,13 @@ class Agent:
             self._look(now)
         if now >= self.next_beat_s:
             self._beat(now)
+
+    def _watch_handshakes(self, monitor: security.HandshakeMonitor) -> None:
+        for kind, reason in monitor.events():
+            if kind == "refused":
+                self.journal.repeat("connection", f"refused a connection: {reason}")
+            elif kind == "disconnected":
+                self.next_beat_s = 0.0  # a broker that died is found by sending to it
 
     def _look(self, now: float) -> None:
         self.next_look_s = now + LOOK_SECS
@@ -507,7 +512,7 @@ class Agent:
 
     def _complete(self, name: str, job: JobIO, incoming: Incoming) -> None:
         digest = incoming.blob.digest
-        if incoming.hash.digest() != digest:
+        if incoming.hash.digest() != incoming.blob.check:
             self._give_back(name, "a big argument was damaged on the way")
             return
         job.incoming.pop(digest).close()
@@ -521,17 +526,30 @@ class Agent:
                 del job.missing[key]
                 self._handle(core.TaskGiven(name, *key))
 
-    def _from_worker(self, frames: list[bytes]) -> None:
-        peer = frames[0]
-        message = protocol.decode(frames[1])
+    def _hear(self, worker: int) -> None:
+        """Read what a worker says, and send it what it could not take before."""
+        channel = self.processes[worker].channel
+        if channel.unsent:
+            channel.flush()
+            self.poller.modify(channel.fileno(), _events(channel))
+        try:
+            while received := channel.receive():
+                self._from_worker(worker, *received)
+        except EOFError:  # how it ended is told by the fork server
+            self._stop_listening(channel)
+
+    def _stop_listening(self, channel: Channel) -> None:
+        if self.channels.pop(channel.fileno(), None) is not None:
+            self.poller.unregister(channel.fileno())
+
+    def _from_worker(self, worker: int, header: bytes, body: bytes) -> None:
+        process = self.processes[worker]
+        message = protocol.decode(header)
         if isinstance(message, protocol.Ready):
-            if process := self.processes.get(message.worker):
-                process.peer, process.pid = peer, message.pid
-                process.memory = Resident(message.pid)
-                self.by_peer[peer] = message.worker
-                self._handle(core.WorkerReady(message.worker, process.held_bytes))
+            process.pid, process.memory = message.pid, Resident(message.pid)
+            self._handle(core.WorkerReady(worker, process.held_bytes))
             return
-        found = self.core.workers.get(self.by_peer.get(peer, -1))
+        found = self.core.workers.get(worker)
         job = self.jobs.get(message.job)
         key = (message.task, message.attempt)
         if (
@@ -541,29 +559,27 @@ class Agent:
             or key != (found.task, found.attempt)
         ):
             return  # of an attempt that was aborted meanwhile
-        self.starting.pop(found.id, None)
+        self.starting.pop(worker, None)
         match message:
             case protocol.Ended(path=path):
                 if path:
                     self.store.adopt(_name(message.job, key), Path(path), message.nbytes)
                     job.results[key] = message
-                    self.processes[found.id].spool = "none"  # not to be removed with the worker
+                    process.spool = "none"  # not to be removed with the worker
                     told = message if job.local else msgspec.structs.replace(message, path="")
                 else:
                     told = message
                     self._drop(message.job, job, key)
-                self._to_broker(message.job, told, frames[2])
+                self._to_broker(message.job, told, body)
             case protocol.NoRoom(reason=reason):
                 self._drop(message.job, job, key)
                 self._no_room(message.job, key, reason)
-        self._handle(core.WorkerEnded(found.id, self.processes[found.id].held_bytes))
+        self._handle(core.WorkerEnded(worker, process.held_bytes))
 
     def _from_forkserver(self, forkserver: ForkServer, heard: bool) -> None:
         forkserver.flush()
         try:
             while heard and (ended := forkserver.hear()):
-                while frames := transport.receive(self.workers):  # its last words come first
-                    self._from_worker(frames)
                 self._reap(ended)
         except EOFError:
             self._forkserver_gone(forkserver)
@@ -589,12 +605,15 @@ class Agent:
             self._reap(ended, "" if process.pid else words)
 
     def _reap(self, ended: Ended, why: str = "") -> None:
-        process = self.processes.pop(ended.worker)
+        process = self.processes[ended.worker]
+        if process.channel.fileno() in self.channels:
+            self._hear(ended.worker)  # its last words come first
+        self._stop_listening(process.channel)
+        process.channel.close()
+        del self.processes[ended.worker]
         reason = process.last_words(ended, why)
         oom = ended.code == -signal.SIGKILL and oom_kills() > self.oom_kills_before
         self.oom_kills_before += oom  # each kill explains one death
-        if process.peer is not None:
-            del self.by_peer[process.peer]
         if process.memory is not None:
             process.memory.close()
         known = self.core.workers.get(ended.worker)  # one that was killed on purpose is not
@@ -633,7 +652,6 @@ class Agent:
 
     def _run(self, worker: int, name: str, key: Key) -> None:
         process, job = self.processes[worker], self.jobs[name]
-        assert process.peer is not None
         call, blobs = job.calls[key]
         process.spool = _name(name, key)
         run = protocol.Run(
@@ -643,7 +661,9 @@ class Agent:
             paths=[blob.path or self._path(name, blob) for blob in blobs],
             spool_bytes=min(SPOOL_BYTES, self.store.free_bytes // self.core.slots),
         )
-        transport.send_to(self.workers, process.peer, run, call)
+        process.channel.send(protocol.encode(run), call)
+        if process.channel.unsent:
+            self.poller.modify(process.channel.fileno(), _events(process.channel))
         self.starting[worker] = name, key, time.monotonic()
 
     def _path(self, name: str, blob: protocol.Blob) -> str:
@@ -711,15 +731,19 @@ class Agent:
         if self.forkserver is None:
             self.forkserver = self._start_forkserver()
         log_path = self.directory / f"worker-{worker}.log"
-        self.processes[worker] = Process(log_path)
-        self.forkserver.fork(worker, self._writable(log_path))
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.processes[worker] = Process(log_path, Channel(ours))
+        self.channels[ours.fileno()] = worker
+        self.poller.register(ours.fileno(), zmq.POLLIN)
+        self.forkserver.fork(worker, self._writable(log_path), theirs)
 
     def _start_forkserver(self) -> ForkServer:
         env = dict(os.environ)
         env.setdefault("OMP_NUM_THREADS", "1")
         env[WORKER_VARIABLE] = "1"
         env[NODE_VARIABLE] = self.control_url
-        places = (self.workers_url, str(self.store.memory), str(self.store.disk))
+        places = (str(self.store.memory), str(self.store.disk))
         with self._writable(self.directory / FORKSERVER_LOG) as log:
             forkserver = ForkServer(log, places, env)
         self.poller.register(forkserver.fileno(), zmq.POLLIN)
@@ -732,6 +756,11 @@ class Agent:
         except OSError as exc:
             self.journal.repeat("log", f"{path}: {exc.strerror}")
             return Path(os.devnull).open("wb")
+
+
+def _events(channel: Channel) -> int:
+    """Return what to wait for on a channel."""
+    return zmq.POLLIN | zmq.POLLOUT if channel.unsent else zmq.POLLIN
 
 
 def _tail(path: Path) -> list[str]:
@@ -805,8 +834,6 @@ def run_daemon(address: str | None) -> None:
     name = f"oq-agent-{address}-{cluster.ctrl_port}"
     directory, disk = (own_directory(variable, name) for variable in DIRECTORIES)
     memory = store.SHARED_MEMORY / f"{name}-{zlib.crc32(os.fsencode(directory)):08x}"
-    if len(os.fsencode(directory / "workers")) > launch.SOCKET_PATH_BYTES:
-        raise ConfigError(f"{directory} is too long for sockets; set a shorter TMPDIR")
     try:
         agent = Agent(
             directory=directory,

@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
 
 from oq_runtime import payload, store
 from oq_runtime.payload import Buffer
@@ -60,10 +62,7 @@ class Blobs:
         pieces = payload.lay_out(frames)
         digest = self.by_object.get(id(obj))
         if digest is None or not self._same(self.known[digest].body, pieces):
-            hashed = hashlib.blake2b(digest_size=32)
-            for piece in pieces:
-                hashed.update(piece)
-            digest = hashed.digest()
+            digest = _digest(hashlib.blake2b(digest_size=32), pieces)
             if digest not in self.known:
                 self._write(digest, pieces)
             self._remember(digest, id(obj))
@@ -110,7 +109,8 @@ class Blobs:
             store.write(file.fileno(), pieces)
         path = self.store.path(name)
         body = payload.map_file(path, private=True)
-        self.known[digest] = Known(Blob(digest, nbytes, str(path)), body)
+        check = _digest(xxhash.xxh3_128(), pieces)
+        self.known[digest] = Known(Blob(digest, nbytes, check, str(path)), body)
 
     def _remember(self, digest: bytes, identity: int) -> None:
         if (before := self.by_object.get(identity)) is not None:
@@ -129,3 +129,11 @@ class Blobs:
     def _name(digest: bytes) -> str:
         # jobs that one engine process runs side by side, each in a process, share the directories
         return f"{os.getpid()}-{digest.hex()}"
+
+
+def _digest(hash: Any, pieces: Sequence[Buffer]) -> bytes:
+    """Return the digest of all pieces by a new object of ``hashlib`` or ``xxhash``."""
+    for piece in pieces:
+        hash.update(piece)
+    digest: bytes = hash.digest()
+    return digest

@@ -538,7 +538,7 @@ class Broker:
                 submission = self.submissions[task]
                 blobs = submission.blobs
                 if not self.local:
-                    blobs = [protocol.Blob(blob.digest, blob.nbytes) for blob in blobs]
+                    blobs = [msgspec.structs.replace(blob, path="") for blob in blobs]
                 header = protocol.Task(
                     task=task, attempt=attempt, func=submission.func, blobs=blobs, alone=alone
                 )

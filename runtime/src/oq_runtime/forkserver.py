@@ -8,8 +8,8 @@ Why: a process that imports the engine by itself takes 3 s of CPU and 380 MiB of
 shares with nobody; a forked one 16 ms and 1 MiB (engine 3.26.2, one core). On a node of 64 slots
 that is the start of a job, 24 GiB, and what the death of a worker costs. The agent itself never
 forks: it has ZeroMQ sockets, which do not survive that (libzmq #3223, pyzmq #1049). The fork server
-has no socket of ZeroMQ and a single thread; it lives while workers are wanted, so that the next job
-finds the settings of its own time. When it dies the kernel ends its workers.
+and the workers have none, and a single thread; it lives while workers are wanted, so that the next
+job finds the settings of its own time. When it dies the kernel ends its workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ END_SECS = 1.0
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):
-    """A descriptor for the worker's output comes with it."""
+    """Descriptors for the worker's output and of its channel come with it."""
 
     worker: int
 
@@ -72,14 +72,14 @@ class ForkServer:
     Orders never wait: those that the process does not take yet are sent by ``flush``.
 
     :param log: file for what the process prints while it imports the engine
-    :param args: of ``worker.work``, without the worker's number
+    :param args: of ``worker.work``, without the channel
     :param env: environment of the workers
     """
 
     def __init__(self, log: IO[bytes], args: Sequence[str], env: Mapping[str, str]) -> None:
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.setblocking(False)
-        self.orders: deque[tuple[bytes, IO[bytes] | None]] = deque()
+        self.orders: deque[tuple[bytes, tuple[IO[bytes] | socket.socket, ...]]] = deque()
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), *args],
@@ -94,25 +94,25 @@ class ForkServer:
         """Readable when there are ends to be heard of, or the process has ended itself."""
         return self.channel.fileno()
 
-    def fork(self, worker: int, log: IO[bytes]) -> None:
-        """Have a worker made that prints to the file, which is closed here."""
-        self.orders.append((encode(Fork(worker)), log))
+    def fork(self, worker: int, log: IO[bytes], channel: socket.socket) -> None:
+        """Have a worker made with this log and its end of a channel, which are closed here."""
+        self.orders.append((encode(Fork(worker)), (log, channel)))
         self.flush()
 
     def kill(self, worker: int) -> None:
         """Have a worker killed, now or as soon as there is one; nothing when it has ended."""
-        self.orders.append((encode(Kill(worker)), None))
+        self.orders.append((encode(Kill(worker)), ()))
         self.flush()
 
     def flush(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while self.orders:
-                data, log = self.orders[0]
+                data, files = self.orders[0]
                 # its end is heard, and is that of all its workers
                 with contextlib.suppress(ConnectionError):
-                    socket.send_fds(self.channel, [data], [log.fileno()] if log else [])
-                if log:
-                    log.close()
+                    socket.send_fds(self.channel, [data], [file.fileno() for file in files])
+                for file in files:
+                    file.close()
                 self.orders.popleft()
 
     def hear(self) -> Ended | None:
@@ -134,9 +134,9 @@ class ForkServer:
         """End the process and its workers, of which these are the pids; return its exit code."""
         ends = [end for pid in workers if (end := transport.pidfd(pid)) is not None]
         self.channel.close()
-        for _, log in self.orders:
-            if log:
-                log.close()
+        for _, files in self.orders:
+            for file in files:
+                file.close()
         self.process.kill()
         code = self.process.wait()
         for end in ends:
@@ -149,7 +149,7 @@ class Children:
     """The fork server's end.
 
     :param channel: to the agent
-    :param work: what a worker does, given its number
+    :param work: what a worker does, given the descriptor of its channel
     """
 
     def __init__(self, channel: socket.socket, work: Callable[[int], None]) -> None:
@@ -170,18 +170,20 @@ class Children:
                     return
 
     def _order(self) -> bool:
-        data, logs, _, _ = socket.recv_fds(self.channel, MAX_BYTES, 1)
+        flags = socket.MSG_CMSG_CLOEXEC
+        data, files, _, _ = socket.recv_fds(self.channel, MAX_BYTES, 2, flags)
         if not data:
             return False
         order = decode_order(data)
         if isinstance(order, Fork):
-            self._fork(order.worker, logs[0])
-            os.close(logs[0])
+            self._fork(order.worker, *files)
+            for file in files:
+                os.close(file)
         elif order.worker in self.pids:
             os.kill(self.pids[order.worker], signal.SIGKILL)  # not reaped yet, so it is this one
         return True
 
-    def _fork(self, number: int, log: int) -> None:
+    def _fork(self, number: int, log: int, channel: int) -> None:
         try:
             pid = os.fork()
         except OSError as exc:
@@ -189,12 +191,12 @@ class Children:
             self.channel.send(encode(Ended(number, 0, 1)))
             return
         if not pid:
-            self._become(number, log)
+            self._become(log, channel)
         self.pids[number] = pid
         self.by_pidfd[descriptor := os.pidfd_open(pid)] = number
         self.poll.register(descriptor, select.POLLIN)
 
-    def _become(self, number: int, log: int) -> NoReturn:
+    def _become(self, log: int, channel: int) -> NoReturn:
         """The life of a worker, up to the end of its process."""
         code = 1
         try:
@@ -206,7 +208,7 @@ class Children:
             for descriptor in (log, *self.by_pidfd):
                 os.close(descriptor)
             if parent == os.getppid():
-                self.work(number)
+                self.work(channel)
             code = 0
         except SystemExit as exc:
             code = exc.code if isinstance(exc.code, int) else 1
@@ -248,7 +250,7 @@ def main() -> None:
         sys.exit("the agent has ended")
     preload()
     with socket.socket(fileno=int(channel)) as ours:
-        Children(ours, lambda number: worker.work(number, *args)).serve()
+        Children(ours, lambda end: worker.work(end, *args)).serve()
 
 
 if __name__ == "__main__":

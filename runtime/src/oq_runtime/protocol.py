@@ -10,7 +10,7 @@ opaque bytes (pickles that only the engine and the workers open); they are forwa
     broker  <--Welcome, Refused, Leased, NoLease, Started, Ended, Placed, Died, Beat--  agent
     broker  <--Hello, Fetch, Chunk, Beat--  agent  (data)
     broker  --BlobChunk, Beat-->  agent            (data)
-    agent   --Run-->  worker             agent  <--Ready, Ended, NoRoom--  worker
+    agent   --Run-->  worker             agent  <--Ready, Ended, NoRoom--  worker   (channel)
 
     oq-workers  --Command, Ping-->  agent    oq-workers <--AgentStatus, Ping--  agent
 
@@ -28,7 +28,7 @@ import msgspec
 
 from oq_runtime.errors import ProtocolError, VersionError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 #: bytes of a payload that may travel with its header on the control socket
 INLINE_BYTES = 64 * 1024
 #: bytes of one chunk on the data socket; a ZMTP heartbeat cuts much larger messages on slow links
@@ -87,10 +87,14 @@ class Refused(Message, frozen=True, tag="refused"):
 
 
 class Blob(msgspec.Struct, frozen=True):
-    """An argument too big for a message: BLAKE2b digest, size, its file if on the same host."""
+    """An argument too big for a message: BLAKE2b digest, size, its file if on the same host.
+
+    ``check``: its XXH3-128 digest, by which a node sees that it has come whole.
+    """
 
     digest: bytes
     nbytes: Size
+    check: bytes
     path: str = ""
 
 
@@ -314,7 +318,6 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
 
 
 class Ready(Message, frozen=True, tag="ready"):
-    worker: int
     pid: int
 
 

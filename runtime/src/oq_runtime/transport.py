@@ -19,8 +19,8 @@ import zmq
 from oq_runtime import protocol
 
 # as plain numbers: to combine pyzmq's enumerations takes longer than to send a frame
-DONTWAIT, SNDMORE, POLLIN = int(zmq.DONTWAIT), int(zmq.SNDMORE), int(zmq.POLLIN)
-EVENTS, RCVMORE = int(zmq.EVENTS), int(zmq.RCVMORE)
+DONTWAIT, SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
+EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 #: messages queued per peer of a router or dealer; the byte window bounds what they hold
 HWM = 1000
 #: small messages that wait for one peer of a router on TCP before it counts as gone
@@ -164,10 +164,10 @@ def receive(socket: zmq.Socket[Any], *, copy: bool = True) -> list[bytes] | list
     # asking first is faster than an exception for each time that nothing waits
     if not int(socket.getsockopt(EVENTS)) & POLLIN:
         return None
-    frames: list[Any] = [socket.recv(DONTWAIT, copy=copy)]
-    while socket.getsockopt(RCVMORE):
-        frames.append(socket.recv(DONTWAIT, copy=copy))
-    return frames if copy else [frame.buffer for frame in frames]
+    frames = [socket.recv(DONTWAIT, copy=False)]
+    while frames[-1].more:  # known with the frame; to ask the socket takes longer
+        frames.append(socket.recv(DONTWAIT, copy=False))
+    return [frame.bytes for frame in frames] if copy else [frame.buffer for frame in frames]
 
 
 def die_with_parent() -> None:

@@ -12,14 +12,14 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import traceback
 from pathlib import Path
 from typing import Any
 
-import zmq
-
 from oq_runtime import memory as node_memory
-from oq_runtime import payload, protocol, transport
+from oq_runtime import payload, protocol
+from oq_runtime.channel import Channel
 from oq_runtime.config import ATTEMPT_VARIABLE, FAULT_VARIABLE
 from oq_runtime.spool import Spool
 
@@ -113,11 +113,10 @@ def prepare() -> None:
         parallel.Pickled = payload.Pickled
 
 
-def work(number: int, url: str, *directories: str) -> None:
-    """Run the tasks that come, for ever.
+def work(channel: int, *directories: str) -> None:
+    """Run the tasks that come, until the agent has ended.
 
-    :param number: of this worker, by which the agent knows it
-    :param url: of the agent's socket
+    :param channel: descriptor of the socket to the agent
     :param directories: for results in shared memory and on the disk
     """
     from openquake.baselib import parallel, performance
@@ -127,12 +126,10 @@ def work(number: int, url: str, *directories: str) -> None:
     own_memory = node_memory.Resident(os.getpid())
     performance.memory_rss = lambda _: own_memory.nbytes  # the engine's takes ten times as long
     memory, disk = map(Path, directories)
-    context: zmq.Context[Any] = zmq.Context()
-    agent = transport.dealer(context, url)
+    agent = Channel(socket.socket(fileno=channel))
     Stream.faults = Faults()
-    transport.send(agent, protocol.Ready(worker=number, pid=os.getpid()))
-    while True:
-        header, call = agent.recv(), agent.recv()
+    agent.send(protocol.encode(protocol.Ready(pid=os.getpid())), b"")
+    for header, call in agent:
         run = protocol.decode(header)
         name = f"{run.job}-{run.task}-{run.attempt}"
         spool = Spool(
@@ -149,7 +146,7 @@ def work(number: int, url: str, *directories: str) -> None:
         except NoRoom as exc:
             spool.discard()
             lost = protocol.NoRoom(job=run.job, task=run.task, attempt=run.attempt, reason=str(exc))
-            transport.send(agent, lost)
+            agent.send(protocol.encode(lost), b"")
             continue
         Stream.faults.at("before_end", run)
         path, body = spool.finish()
@@ -162,4 +159,4 @@ def work(number: int, url: str, *directories: str) -> None:
             digest=spool.digest,
             path=path,
         )
-        transport.send(agent, ended, body)
+        agent.send(protocol.encode(ended), body)
