@@ -76,6 +76,29 @@ def test_a_repeat_is_written_once_and_a_change_is_seen(places: tuple[Path, Path]
     assert kept.needed_bytes == first.nbytes + changed.nbytes
 
 
+def test_bytes_with_the_same_checksum_are_different_blobs(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Constant:
+        def update(self, _: object) -> None:
+            pass
+
+        def digest(self) -> bytes:
+            return b"c" * 16
+
+    monkeypatch.setattr(blobs.xxhash, "xxh3_128", Constant)
+    kept = Blobs(*places)
+    arrays = [np.full(100_000, float(n)) for n in range(2)]
+    found = [kept.add(frames(array), array) for array in [*arrays, *arrays]]
+    assert found[0] is found[2] and found[1] is found[3] and found[0].digest != found[1].digest
+    for array, blob in zip(arrays, found, strict=False):
+        [received] = payload.parts(payload.map_file(blob.path, private=True))
+        assert (payload.load(received) == array).all()
+    monkeypatch.setattr(blobs, "KEEP_BYTES", 0)
+    kept.done(Counter(blob.digest for blob in found))
+    assert not kept.known and not kept.by_check and not kept.by_object
+
+
 def test_what_nobody_needs_is_kept_while_it_is_little(
     places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

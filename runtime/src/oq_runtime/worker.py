@@ -21,6 +21,7 @@ from oq_runtime import memory as node_memory
 from oq_runtime import payload, protocol
 from oq_runtime.channel import Channel
 from oq_runtime.config import ATTEMPT_VARIABLE, FAULT_VARIABLE
+from oq_runtime.mappings import Mappings
 from oq_runtime.spool import Spool
 
 
@@ -70,13 +71,13 @@ class Stream:
             cls.faults.at("after_first", cls.run)
 
 
-def execute(parallel: Any, run: protocol.Run, call: bytes) -> None:
+def execute(parallel: Any, mappings: Mappings, run: protocol.Run, call: bytes) -> None:
     """Run one task; whatever happens in Python becomes a result, as the engine expects."""
     mon = None
     task_no = 0
     try:
         task_no, mon, items = pickle.loads(call)
-        func, *args = map(payload.load, _frames(items, run.paths))
+        func, *args = map(payload.load, _frames(items, mappings.views(run.paths)))
         parallel.safely_call(func.unpickle(), args, task_no, mon)
     except Exception as exc:
         # outside the engine's own net: arguments or a result that pickle refuses
@@ -92,12 +93,12 @@ def execute(parallel: Any, run: protocol.Run, call: bytes) -> None:
         Stream().send(end)
 
 
-def _frames(items: list[Any], paths: list[str]) -> list[list[payload.Buffer]]:
+def _frames(items: list[Any], blobs: list[memoryview]) -> list[list[payload.Buffer]]:
     """Return the frames of each item of a call: they are in it, or in the blob of that number."""
     found: list[list[payload.Buffer]] = []
     for item in items:
         if isinstance(item, int):
-            [frames] = payload.parts(payload.map_file(paths[item], private=True))
+            [frames] = payload.parts(blobs[item])
             found.append([*frames])
         else:
             found.append(item)
@@ -126,7 +127,7 @@ def work(channel: int, *directories: str) -> None:
     own_memory = node_memory.Resident(os.getpid())
     performance.memory_rss = lambda _: own_memory.nbytes  # the engine's takes ten times as long
     memory, disk = map(Path, directories)
-    agent = Channel(socket.socket(fileno=channel))
+    agent, mappings = Channel(socket.socket(fileno=channel)), Mappings()
     Stream.faults = Faults()
     agent.send(protocol.encode(protocol.Ready(pid=os.getpid())), b"")
     for header, call in agent:
@@ -142,7 +143,7 @@ def work(channel: int, *directories: str) -> None:
         os.environ[ATTEMPT_VARIABLE] = str(run.attempt)
         Stream.faults.at("before_start", run)
         try:
-            execute(parallel, run, call)
+            execute(parallel, mappings, run, call)
         except NoRoom as exc:
             spool.discard()
             lost = protocol.NoRoom(job=run.job, task=run.task, attempt=run.attempt, reason=str(exc))
