@@ -28,7 +28,7 @@ import psutil
 
 from tests.cluster.cluster import CTRL_PORT, Cluster
 from tests.cluster.netns import HOSTS, MASTER, Net, Process
-from tests.leftovers import SHM, shm, unused_shm, wait_for
+from tests.leftovers import remove_unused_shm, shm, wait_for
 
 ROOT = Path(__file__).parents[1]
 PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
@@ -179,9 +179,7 @@ class Lab:
                 if not wait_for(lambda host=host: not self.net.processes(host), END_LIMIT_S):
                     self.net.kill_all(host)
                 self.net.clear(host)
-            for name in unused_shm(shm() - before):
-                if name.startswith("sem.mp-"):  # Python's, of pools that were killed
-                    (SHM / name).unlink(missing_ok=True)
+            remove_unused_shm(shm() - before, "sem.mp-")  # Python's, of pools that were killed
             shutil.rmtree(cluster.home)
 
     def _empty_database(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,15 @@ def unused_shm(names: set[str]) -> list[str]:
                 if "/dev/shm/" in line:
                     inodes.pop(line.split()[4], None)
     return sorted(name for name in inodes.values() if (SHM / name).exists())
+
+
+def remove_unused_shm(names: set[str], prefix: str) -> None:
+    """Remove those of the entries that begin so and that nobody has mapped."""
+    for name in unused_shm({name for name in names if name.startswith(prefix)}):
+        if (SHM / name).is_dir():
+            shutil.rmtree(SHM / name)
+        else:
+            (SHM / name).unlink(missing_ok=True)
 
 
 def _in_use() -> set[str]:

@@ -32,7 +32,7 @@ import psutil
 
 from tests.cluster import netns
 from tests.cluster.netns import MASTER, Net, NetError, Process
-from tests.leftovers import SHM, shm, unused_shm, wait_for
+from tests.leftovers import SHM, remove_unused_shm, shm, unused_shm, wait_for
 
 #: slots of the nodes
 SLOTS = {"node1": 1, "node2": 2, "node3": 5}
@@ -172,9 +172,7 @@ class Cluster:
         for service in (*self.agents.values(), self.webui, self.dbserver):
             if service:
                 self._stop(service)
-        for name in unused_shm(shm() - self._shm):
-            if name.startswith("oq-agent-"):  # of one that was killed
-                shutil.rmtree(SHM / name)
+        remove_unused_shm(shm() - self._shm, "oq-agent-")  # of one that was killed
         self.runs.clear()
         self.agents.clear()
         self._agent_files.clear()

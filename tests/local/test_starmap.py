@@ -182,9 +182,9 @@ def running(env: dict[str, str], tmpdir: Path, body: str = SLOW) -> subprocess.P
     """Start a long run and return when its two workers are ready and have begun."""
     process = start(env, tmpdir, body)
 
-    def ready() -> bool:  # ZeroMQ's threads are there: the worker has imported the engine
+    def ready() -> bool:
         workers = session_processes(tmpdir, "worker-")
-        return len(workers) == 2 and all(p.num_threads() > 1 for p in workers)
+        return [p.name() for p in workers] == ["oq-worker"] * 2  # the engine has named them
 
     assert wait_for(ready, 60)
     assert process.stdout is not None
@@ -232,7 +232,7 @@ results = iter(parallel.Starmap(tasks.array, [(n, 200_000) for n in range(6)]))
 found = [next(results)]
 while sum(map(len, Session.current().inbox.values())) < 5:
     Session.current().status()
-say(pid=os.getpid())
+say(ready=True)
 input()
 say(value=go(tasks.square, [(1,), (2,)])['sum'])
 found += results

@@ -151,6 +151,7 @@ def memory(part: float, **workers: int) -> MemoryUsed:
 def test_memory_ladder() -> None:
     node = leased(2)
     assert node.handle(memory(0.95), 0.0) == [] and not node.closed, "nothing of ours to stop"
+    node.handle(memory(0.5), 0.0)
     node.handle(TaskGiven("j", 1, 1), 1.0)
     node.handle(TaskGiven("j", 2, 1), 2.0)
     assert node.handle(memory(0.85), 3.0) == [] and node.closed
@@ -440,3 +441,27 @@ def test_random_events(slots: int, events: list[tuple[Event, float]]) -> None:
                 "work waits beside an idle worker"
             )
         assert not waiting or node.workers, "work waits and no worker comes"
+
+
+def test_waiting_tasks_wait_on_while_memory_is_short() -> None:
+    node = Node(2)
+    node.handle(LeaseAsked("j"), 0.0)
+    for worker in (1, 2):
+        node.handle(WorkerReady(worker), 0.0)
+    for task in range(4):
+        node.handle(TaskGiven("j", task, 1), 0.0)
+    node.handle(MemoryUsed(85, 100), 1.0)
+    assert node.handle(WorkerEnded(1), 1.0) == [], "another one runs, whose end may help"
+    assert node.handle(WorkerEnded(2), 1.0) == [RunOn(1, "j", 2, 1)], "one at a time"
+    assert node.handle(MemoryUsed(50, 100), 1.0) == [RunOn(2, "j", 3, 1)]
+
+
+def test_a_worker_whose_end_is_known_gets_no_other_task() -> None:
+    node = Node(1)
+    node.handle(LeaseAsked("j"), 0.0)
+    node.handle(WorkerReady(1), 0.0)
+    for task in range(2):
+        node.handle(TaskGiven("j", task, 1), 0.0)
+    assert node.handle(WorkerEnded(1, 0, True), 1.0) == [Kill(1), Spawn(2, "j")]
+    assert node.handle(WorkerGone(1, "killed by SIGKILL"), 1.0) == []
+    assert node.handle(WorkerReady(2), 2.0) == [RunOn(2, "j", 1, 1)]

@@ -95,6 +95,7 @@ class Cluster(RuleBasedStateMachine):
         self.attempts: dict[tuple[str, int, int], Attempt] = {}  # alive on the nodes
         self.slots: dict[str, int] = {}
         self.seen: dict[str, float] = {}
+        self.taken: dict[int, int] = {}  # attempts that were taken back before they started
         self.deaths: dict[int, int] = {}
         self.ooms: dict[int, int] = {}
         self.losses: dict[int, int] = {}
@@ -163,7 +164,8 @@ class Cluster(RuleBasedStateMachine):
             for node in [n for n, seen in self.seen.items() if self.now - seen > LOST_AFTER_S]:
                 self.lose(node)
         effects = self.scheduler.handle(event, self.now)
-        if (sender := getattr(event, "node", "")) in self.slots:
+        sender = getattr(event, "node", "")
+        if sender in self.slots and not isinstance(event, Uploaded):
             self.seen[sender] = self.now
         assert not over or any(isinstance(e, GiveUp) for e in effects), "its budget is spent"
         assert set(self.scheduler.nodes) == set(self.slots)
@@ -198,7 +200,9 @@ class Cluster(RuleBasedStateMachine):
                 attempt.phase = "uploading"
                 self.staged[task] = attempt.nbytes
             case AbortAttempt(node, task, number):
-                self.attempts.pop((node, task, number), None)
+                waited = self.attempts.pop((node, task, number), None)
+                if isinstance(cause, Tick) and waited and waited.phase == "assigned":
+                    self.taken[task] = self.taken.get(task, 0) + 1
                 if task not in self.failed | set(self.commits):
                     self.forget(task, node, number)
             case Commit(node, task, number):
@@ -472,7 +476,8 @@ class Cluster(RuleBasedStateMachine):
             assert task.attempt <= task.attempts
             full = self.no_room.get(task.id, [])
             assert list(task.no_room) == full
-            assert task.attempts <= 1 + deaths + ooms + losses + len(full) + self.limits.speculation
+            others = losses + len(full) + self.taken.get(task.id, 0) + self.limits.speculation
+            assert task.attempts <= 1 + deaths + ooms + others
 
     @invariant()
     def staged_bytes_stay_within_the_window_and_one_attempt(self) -> None:
@@ -489,11 +494,12 @@ class Cluster(RuleBasedStateMachine):
         width = {n: self.scheduler.nodes[n].width for n in fresh}
         free = {n for n in fresh if kept[n] is None and width[n] > self.busy(n)}
         for task in queued - waiting:
-            barred = set(self.no_room.get(task, []))
-            if self.deaths.get(task, 0) == MAX_DEATHS - 1:
-                barred.add(self.scheduler.tasks[task].avoid)
-            if not any(slots for name, slots in self.slots.items() if name not in barred):
-                barred = set()
+            full = set(self.no_room.get(task, []))
+            last = self.deaths.get(task, 0) == MAX_DEATHS - 1
+            died = {self.scheduler.tasks[task].avoid} if last else set()
+            for barred in (full | died, full, set()):
+                if any(slots for name, slots in self.slots.items() if name not in barred):
+                    break
             assert free <= barred, "a free slot beside a queued task"
         if waiting:
             usable = [n for n in fresh if self.slots[n] > 0]
@@ -1233,4 +1239,27 @@ def test_short_tasks_wait_on_the_node_and_long_ones_in_the_queue(
     assert len(core.nodes["a"].running) == 2, "nothing is known of the function yet"
     core.handle(Ended("a", 0, 1, 1), took_s)
     assert len(core.nodes["a"].running) == under_way
+    core.check_invariants()
+
+
+def test_what_waits_on_one_node_is_given_to_the_free_slots_of_another() -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("a", 2), 0.0)
+    core.handle(Submitted(0, 0, "f"), 0.0)
+    core.handle(Started("a", 0, 1), 0.0)
+    core.handle(Ended("a", 0, 1, 1), 0.0)
+    for task in range(1, 8):
+        core.handle(Submitted(task, 0, "f"), 0.0)
+    assert len(core.nodes["a"].running) == 7, "they seem to be short"
+    for task in (1, 2):
+        core.handle(Started("a", task, 1), 0.3)
+    core.handle(NodeJoined("b", 3), 0.5)
+    assert core.handle(Tick(), 0.9) == [], "they may have started, and the word is on its way"
+    effects = core.handle(Tick(), 2.0)
+    assert effects == [
+        *(AbortAttempt("a", task, 1) for task in (3, 4, 5)),
+        *(Assign("b", task, 2) for task in (3, 4, 5)),
+    ]
+    assert core.handle(Tick(), 4.0) == [], "b is full"
+    assert core.handle(Ended("a", 3, 1, 1), 4.0) == [AbortAttempt("a", 3, 1)], "of old"
     core.check_invariants()

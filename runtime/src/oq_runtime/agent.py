@@ -51,6 +51,8 @@ STARTED_SECS = 0.2
 SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
 #: chunks of results queued on the data socket; the rest waits in the spool
 DATA_HWM = 16
+#: messages that are read from the brokers before the others have their turn
+AT_ONCE = 500
 #: last bytes of a dead worker's stderr in which the reason is looked for
 STDERR_TAIL_BYTES = 64 << 10
 FORKSERVER_LOG = "forkserver.log"
@@ -72,12 +74,13 @@ class Process:
         self.channel = channel
         self.pid = 0  # until it is ready, as is its memory
         self.memory: Resident | None = None
+        self.ended = False
         self.spool = "none"  # the name of the file with the results of its last task
 
     @property
     def held_bytes(self) -> int:
-        """Return the bytes of memory that it holds."""
-        return self.memory.nbytes if self.memory else 0
+        """Return the bytes of memory that it holds for itself."""
+        return self.memory.own_nbytes if self.memory else 0
 
     def last_words(self, ended: Ended, why: str = "") -> str:
         """Say how it ended, with what its log says of that, and remove the log.
@@ -122,6 +125,7 @@ class JobIO:
         self.missing: dict[Key, int] = {}  # blobs that have not come yet
         self.holds: dict[Key, list[str]] = {}  # names of blobs that have come
         self.incoming: dict[bytes, Incoming] = {}
+        self.unasked: deque[bytes] = deque()  # digests of blobs that are still to be asked for
         self.results: dict[Key, protocol.Ended] = {}  # in files, until they are sent
         self.uploads: deque[tuple[Key, Iterator[tuple[int, memoryview]]]] = deque()
         self.chunk: tuple[protocol.Chunk, memoryview] | None = None
@@ -185,6 +189,8 @@ class Agent:
         self.processes: dict[int, Process] = {}
         self.channels: dict[int, int] = {}  # descriptors of those that are open -> worker
         self.jobs: dict[str, JobIO] = {}
+        self.events: deque[core.Event] = deque()
+        self.handling = False
         self.next_beat_s = self.next_look_s = 0.0
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
@@ -249,8 +255,8 @@ class Agent:
                 self._hear(worker)
         if self.forkserver is not None:
             self._from_forkserver(self.forkserver, self.forkserver.fileno() in ready)
-        while self.control in ready and (frames := transport.receive(self.control)):
-            self._from_broker(frames)
+        if self.control in ready:
+            self._read_control()
         for name, job in list(self.jobs.items()):
             data = job.data
             while (
@@ -260,8 +266,8 @@ class Agent:
                 and (views := transport.receive(data.socket, copy=False))
             ):
                 self._from_data(name, job, views)
-            if job.uploads and self.jobs.get(name) is job:
-                self._upload(name, job)
+            if (job.unasked or job.uploads) and self.jobs.get(name) is job:
+                self._send_data(name, job)
         if self.drain_asked and not self.ending:
             self._drain()
         now = time.monotonic()
@@ -273,6 +279,12 @@ class Agent:
             self._look(now)
         if now >= self.next_beat_s:
             self._beat(now)
+
+    def _read_control(self) -> None:
+        for _ in range(AT_ONCE):
+            if not (frames := transport.receive(self.control)):
+                return
+            self._from_broker(frames)
 
     def _watch_handshakes(self, monitor: security.HandshakeMonitor) -> None:
         for kind, reason in monitor.events():
@@ -313,7 +325,16 @@ class Agent:
                 job.data.send(protocol.Beat())
 
     def _handle(self, event: core.Event) -> None:
-        self._apply(self.core.handle(event, time.monotonic()))
+        """Let the core take an event; one that comes of an effect waits for its turn."""
+        self.events.append(event)
+        if self.handling:
+            return
+        self.handling = True
+        try:
+            while self.events:
+                self._apply(self.core.handle(self.events.popleft(), time.monotonic()))
+        finally:
+            self.handling = False
 
     # ---- messages in
 
@@ -484,8 +505,8 @@ class Agent:
                 del self.blobs[stored]
         descriptor = self.store.create(f"{name}-{blob.digest.hex()}", blob.nbytes)
         job.incoming[blob.digest] = Incoming(blob, descriptor)
-        if job.data is not None:
-            job.data.send(protocol.Fetch(digest=blob.digest))
+        job.unasked.append(blob.digest)
+        self._want_to_send(job)
 
     def _no_room(self, name: str, key: Key, reason: str) -> None:
         task, attempt = key
@@ -574,7 +595,7 @@ class Agent:
             case protocol.NoRoom(reason=reason):
                 self._drop(message.job, job, key)
                 self._no_room(message.job, key, reason)
-        self._handle(core.WorkerEnded(worker, process.held_bytes))
+        self._handle(core.WorkerEnded(worker, process.held_bytes, process.ended))
 
     def _from_forkserver(self, forkserver: ForkServer, heard: bool) -> None:
         forkserver.flush()
@@ -606,6 +627,7 @@ class Agent:
 
     def _reap(self, ended: Ended, why: str = "") -> None:
         process = self.processes[ended.worker]
+        process.ended = True
         if process.channel.fileno() in self.channels:
             self._hear(ended.worker)  # its last words come first
         self._stop_listening(process.channel)
@@ -651,7 +673,9 @@ class Agent:
                         self._close(job, ended)
 
     def _run(self, worker: int, name: str, key: Key) -> None:
-        process, job = self.processes[worker], self.jobs[name]
+        process, job = self.processes[worker], self.jobs.get(name)
+        if job is None:
+            return  # its broker was found lost just now
         call, blobs = job.calls[key]
         process.spool = _name(name, key)
         run = protocol.Run(
@@ -709,11 +733,19 @@ class Agent:
             self._give_back(name, f"results are not there any more: {exc}")
             return
         job.uploads.append((key, protocol.chunks(body)))
-        if job.data is not None:
-            self.poller.modify(job.data.socket, zmq.POLLIN | zmq.POLLOUT)
+        self._want_to_send(job)
 
-    def _upload(self, name: str, job: JobIO) -> None:
+    def _want_to_send(self, job: JobIO) -> None:
         assert job.data is not None
+        self.poller.modify(job.data.socket, zmq.POLLIN | zmq.POLLOUT)
+
+    def _send_data(self, name: str, job: JobIO) -> None:
+        """Ask for blobs and send results, as far as the data socket takes them now."""
+        assert job.data is not None
+        while job.unasked:
+            if not job.data.send(protocol.Fetch(digest=job.unasked[0])):
+                return
+            job.unasked.popleft()
         while job.uploads:
             (task, attempt), chunks = job.uploads[0]
             if job.chunk is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,8 @@ class Blobs:
         self.known: dict[bytes, Known] = {}  # in the order of their last use
         self.by_object: dict[int, bytes] = {}  # id of an object -> digest that it had
         self.by_check: dict[bytes, bytes] = {}  # XXH3-128 -> digest
-        self.written = 0
+        # jobs that one engine process runs side by side, each in a process, share the directories
+        self.prefix, self.written = secrets.token_hex(8), 0
         self.needed_bytes = 0  # of the blobs that a task needs
 
     def add(self, frames: Sequence[Buffer], obj: object) -> Blob:
@@ -111,18 +112,20 @@ class Blobs:
 
     def _write(self, check: bytes, pieces: Sequence[Buffer]) -> bytes:
         """Write a new blob, and find its name meanwhile: neither holds Python's lock."""
-        # jobs that one engine process runs side by side, each in a process, share the directories
         self.written += 1
-        name, nbytes = f"{os.getpid()}-{self.written}", payload.nbytes(pieces)
+        name, nbytes = f"{self.prefix}-{self.written}", payload.nbytes(pieces)
         with ThreadPoolExecutor(1) as beside:
             hashed = beside.submit(_digest, hashlib.blake2b(digest_size=32), pieces)
             with open(self.store.create(name, nbytes), "wb") as file:
                 store.write(file.fileno(), pieces)
             digest = hashed.result()
+        self.by_check[check] = digest
+        if digest in self.known:  # and another one had the same checksum since
+            self.store.remove(name)
+            return digest
         path = self.store.path(name)
         body = payload.map_file(path, private=True)
         self.known[digest] = Known(name, Blob(digest, nbytes, check, str(path)), body)
-        self.by_check[check] = digest
         return digest
 
     def _remember(self, digest: bytes, identity: int) -> None:

@@ -41,6 +41,8 @@ from oq_runtime.store import Reception, Store
 
 #: seconds between two calls of an agent that does not answer, at first; then up to a beat
 CALL_SECS = 0.05
+#: messages that are read from one peer before the others have their turn
+AT_ONCE = 500
 MEMORY_REMEDY = (
     "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
 )
@@ -161,9 +163,6 @@ class Broker:
         self.sources: dict[Any, Callable[[], None]] = {}
         self.poller: zmq.Poller | None = None  # of these; None when they have changed
         self.running = True
-        self._watch(owner, self.stop)
-        if agent_pid is not None:
-            self._watch(agent_pid, self._agent_ended)
         self.submissions: dict[int, Submission] = {}
         self.numbers: dict[tuple[bytes, int], int] = {}  # (client, its task) -> ours
         self.groups: dict[tuple[bytes, int], int] = {}  # (client, its map) -> ours
@@ -181,14 +180,19 @@ class Broker:
         self.local = all(url.startswith("ipc:") for url in data_urls)
         self.phases: dict[str, protocol.Phase] = {}
         self.next_beat_s = 0.0
+        self._watch(owner, self.stop)
+        if agent_pid is not None:
+            self._watch(agent_pid, self._agent_ended)
         self._bind_data()
         # the last: whoever finds this socket knows that all the rest could be set up
         self.engine = transport.router(self.context, f"ipc://{directory}/engine")
 
     def _connector(self, url: str) -> Callable[[], Connection]:
+        hwm = transport.UNREAD  # many short tasks may be on their way to a node with many slots
+
         def connect() -> Connection:
             if self.keys is None:
-                return transport.dealer(self.context, url, immediate=True), None
+                return transport.dealer(self.context, url, send_hwm=hwm, immediate=True), None
             monitors: list[security.HandshakeMonitor] = []
 
             def secure(socket: zmq.Socket[Any]) -> None:
@@ -196,7 +200,8 @@ class Broker:
                 security.secure_client(socket, self.keys)
                 monitors.append(security.HandshakeMonitor(socket))
 
-            return transport.dealer(self.context, url, immediate=True, secure=secure), monitors[0]
+            made = transport.dealer(self.context, url, send_hwm=hwm, immediate=True, secure=secure)
+            return made, monitors[0]
 
         return connect
 
@@ -290,15 +295,22 @@ class Broker:
         self.watched.pop(descriptor)()
 
     def _read_agent(self, peer: Peer) -> None:
-        while frames := transport.receive(peer.socket):
+        for _ in range(AT_ONCE):
+            if not (frames := transport.receive(peer.socket)):
+                return
             self._from(frames, functools.partial(self._from_agent, peer), peer)
 
     def _read_data(self) -> None:
-        while self.data and (views := transport.receive(self.data, copy=False)):
+        assert self.data is not None
+        for _ in range(AT_ONCE):
+            if not (views := transport.receive(self.data, copy=False)):
+                return
             self._from(views[1:], functools.partial(self._from_data, bytes(views[0])))
 
     def _read_engine(self) -> None:
-        while frames := transport.receive(self.engine):
+        for _ in range(AT_ONCE):
+            if not (frames := transport.receive(self.engine)):
+                return
             self._from(frames[1:], functools.partial(self._from_engine, frames[0]))
 
     def _watch_handshake(self, peer: Peer) -> None:
@@ -623,7 +635,7 @@ class Broker:
         nodes = []
         for peer in self.peers.values():
             found = self.core.nodes.get(peer.name)
-            slots, busy = (found.slots, len(found.running)) if found else (0, 0)
+            slots, busy = (found.slots, found.busy) if found else (0, 0)
             if found and not self.core.live:
                 slots = peer.slots  # its share is small because it wants nothing now
             nodes.append(

@@ -14,7 +14,7 @@ job finds the settings of its own time. When it dies the kernel ends its workers
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import faulthandler
 import gc
 import importlib
@@ -105,15 +105,20 @@ class ForkServer:
         self.flush()
 
     def flush(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self.orders:
-                data, files = self.orders[0]
-                # its end is heard, and is that of all its workers
-                with contextlib.suppress(ConnectionError):
-                    socket.send_fds(self.channel, [data], [file.fileno() for file in files])
-                for file in files:
-                    file.close()
-                self.orders.popleft()
+        while self.orders:
+            data, files = self.orders[0]
+            try:
+                socket.send_fds(self.channel, [data], [file.fileno() for file in files])
+            except ConnectionError:
+                pass  # its end is heard, and is that of all its workers
+            except OSError as exc:
+                # full, or as many descriptors are on their way as the user may have open
+                if exc.errno in (errno.EAGAIN, errno.ETOOMANYREFS):
+                    return
+                raise
+            for file in files:
+                file.close()
+            self.orders.popleft()
 
     def hear(self) -> Ended | None:
         """Return the next end of a worker, None when there is none to be read.
@@ -140,7 +145,9 @@ class ForkServer:
         self.process.kill()
         code = self.process.wait()
         for end in ends:
-            select.select([end], [], [], END_SECS)
+            poll = select.poll()
+            poll.register(end, select.POLLIN)
+            poll.poll(END_SECS * 1000)
             os.close(end)
         return code
 

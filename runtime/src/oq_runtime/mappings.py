@@ -17,7 +17,8 @@ import numpy as np
 
 from oq_runtime import payload
 
-#: bytes that are kept for the next task; more are mapped anew, for they count as the worker's own
+#: bytes that are kept for the next task: they stay while the worker is idle, also when the agent
+#: has deleted the files
 KEPT_BYTES = 256 << 20
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -28,24 +29,38 @@ class Mappings:
     def __init__(self) -> None:
         # file -> its mapping, and what all objects in it refer to
         self.kept: dict[str, tuple[Any, weakref.ref[Any]]] = {}
+        self.clean = True
 
     def views(self, paths: Sequence[str]) -> list[memoryview]:
         """Return the contents of these files, to be changed as one likes; others are let go.
 
-        Raises OSError when one is not there.
+        To be called once for each task.
+
+        :raises OSError: when one is not there
         """
-        last, self.kept = self.kept, {}
+        if not self.clean:
+            self.task_ended()
+        last, self.kept, self.clean = self.kept, {}, False
         views = []
         for path in paths:
             mapping: Any
-            mapping, window = last.pop(path, (None, None))
-            if window is None or window() is not None or written(mapping):
+            mapping, _ = last.pop(path, (None, None))
+            if mapping is None:
                 mapping = payload.map_file(path, private=True).obj
             array = np.frombuffer(mapping, np.uint8)
             if sum(len(kept) for kept, _ in self.kept.values()) + len(mapping) <= KEPT_BYTES:
                 self.kept[path] = mapping, weakref.ref(array)
             views.append(array.data)
         return views
+
+    def task_ended(self) -> None:
+        """Let go of what cannot serve the next task: at once, since it is memory."""
+        self.clean = True
+        self.kept = {
+            path: (mapping, window)
+            for path, (mapping, window) in self.kept.items()
+            if window() is None and not written(mapping)
+        }
 
 
 def written(mapping: Any) -> bool:

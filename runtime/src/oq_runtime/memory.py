@@ -90,10 +90,20 @@ class Resident:
     @property
     def nbytes(self) -> int:
         """Return the bytes that it holds, 0 when it is gone."""
+        return self._pages()[0] * PAGE_BYTES
+
+    @property
+    def own_nbytes(self) -> int:
+        """Return the same without files, which others may have mapped as well."""
+        resident, shared = self._pages()
+        return (resident - shared) * PAGE_BYTES
+
+    def _pages(self) -> tuple[int, int]:
         try:
-            return int(os.pread(self._descriptor, 128, 0).split()[1]) * PAGE_BYTES
-        except (OSError, IndexError):
-            return 0
+            _, resident, shared, *_ = os.pread(self._descriptor, 128, 0).split()
+            return int(resident), int(shared)
+        except (OSError, ValueError):
+            return 0, 0
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -125,10 +125,11 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
-    """The worker has ended its task, and now holds so much memory."""
+    """The worker has ended its task, and now holds so much memory; ``last``: it is gone, too."""
 
     worker: int
     nbytes: int = 0
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +234,12 @@ class Node:
     @property
     def closed(self) -> bool:
         """Whether no new task should come: draining, or short of memory with tasks under way."""
-        full = self.memory_percent > self.limits.memory_soft_percent
-        return self.draining or (full and self.busy > 0)
+        return self.draining or self.short
+
+    @property
+    def short(self) -> bool:
+        """Whether memory is short, and there are tasks whose end may change that."""
+        return self.memory_percent > self.limits.memory_soft_percent and self.busy > 0
 
     @property
     def ready(self) -> int:
@@ -298,10 +303,10 @@ class Node:
             case WorkerReady(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
                     found.state, found.start_bytes = WorkerState.IDLE, nbytes
-            case WorkerEnded(worker, nbytes):
+            case WorkerEnded(worker, nbytes, last):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
                     found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
-                    if nbytes - found.start_bytes > GROWTH_BYTES:
+                    if last or nbytes - found.start_bytes > GROWTH_BYTES:
                         self._kill(found, effects)
                         self._spawn(self.leases[found.job], effects)
             case WorkerGone():
@@ -352,7 +357,7 @@ class Node:
         """Give waiting tasks to idle workers, and start workers where they are missing."""
         free = self.slots - self.busy
         leases = [lease for lease in self.leases.values() if lease.pending]
-        if not leases or free <= 0:
+        if not leases or free <= 0 or self.short:
             return
         # the lease that is furthest below its share comes first
         leases.sort(key=lambda one: self._running(one) - one.slots)
@@ -363,7 +368,8 @@ class Node:
             leases, free = alone[:1], 1
         for lease in leases:
             for worker in self._of(lease.job):
-                if free > 0 and lease.pending and worker.state is WorkerState.IDLE:
+                idle = worker.state is WorkerState.IDLE
+                if free > 0 and lease.pending and idle and not self.short:
                     self._start(worker, lease, now, effects)
                     free -= 1
             starting = sum(w.state is WorkerState.STARTING for w in self._of(lease.job))

@@ -34,6 +34,9 @@ AHEAD = 8.0
 #: mean seconds from assignment to end, waiting included, below which the tasks of a function are
 #: short; the nearer to it, the fewer wait
 SHORT_S = 0.05
+#: seconds after which an attempt that has not started waits for a slot, for agents tell of a start
+#: after 0.2 s; it is taken back when another node has a slot that nobody wants
+WAITED_S = 1.0
 #: ended tasks of a function from which its usual time is taken
 USUAL_TASKS = 1000
 #: history lines kept of a task
@@ -317,7 +320,8 @@ class Task:
 
 @dataclass(slots=True)
 class Node:
-    """``running`` tasks have a slot each; of ``ended`` ones only the results are still here.
+    """``running`` tasks have a slot each, or wait for one here; of ``ended`` ones only the results
+    are still here.
 
     ``free_bytes`` of memory has a task that is alone here. ``kept_for``: the task that has this
     node for itself, or waits until it is empty. ``most``: tasks at a time for whose data there has
@@ -344,6 +348,11 @@ class Node:
     def width(self) -> int:
         """Tasks that may run at a time."""
         return self.slots if self.most is None else min(self.slots, self.most)
+
+    @property
+    def busy(self) -> int:
+        """Slots that are taken; the other running tasks wait for one."""
+        return min(self.slots, len(self.running))
 
     @property
     def load(self) -> float:
@@ -468,7 +477,7 @@ class Scheduler:
                         current.ooms += 1
                     elif no_room:
                         current.no_room += (node,)
-                        self.nodes[node].most = max(1, len(self.nodes[node].running) - 1)
+                        self.nodes[node].most = max(1, self.nodes[node].busy - 1)
                     else:
                         current.deaths += 1
                         current.avoid = node
@@ -482,7 +491,8 @@ class Scheduler:
                         self._cancel(self.tasks[task], effects)
             case Tick():
                 self._lose_silent(now, effects)
-        if sender := self.nodes.get(getattr(event, "node", "")):
+        sender = self.nodes.get(getattr(event, "node", ""))
+        if sender and not isinstance(event, Uploaded):  # which may be of what came long ago
             # whatever comes of a node is a sign of life
             was_silent, sender.seen_s = self._silent(sender, now), now
             if was_silent:
@@ -490,8 +500,10 @@ class Scheduler:
         self._give_up_without_nodes(now, effects)
         self._grant(effects)
         self._dispatch(now, effects)
-        if self.limits.speculation and isinstance(event, Tick):
-            self._speculate(now, effects)
+        if isinstance(event, Tick):
+            self._take_back(now, effects)
+            if self.limits.speculation:
+                self._speculate(now, effects)
         return effects
 
     # ---- parts
@@ -726,10 +738,10 @@ class Scheduler:
         """
         if not task.no_room and not task.deaths:
             return ()
-        nodes = set(task.no_room)
+        full, nodes = set(task.no_room), set(task.no_room)
         if task.deaths and task.deaths == self.limits.max_attempts - 1:
             nodes.add(task.avoid)
-        return nodes if nodes and self._has_other(nodes) else ()
+        return next((names for names in (nodes, full) if self._has_other(names)), ())
 
     def _has_other(self, nodes: Collection[str]) -> bool:
         return any(n.slots and n.name not in nodes for n in self.nodes.values())
@@ -775,6 +787,24 @@ class Scheduler:
             if node is not found:
                 self._offer(node)
         return found
+
+    def _take_back(self, now: float, effects: list[Effect]) -> None:
+        """Give to free slots what waits for one elsewhere: tasks that seemed short and are not."""
+        if self.queue or self.alone:
+            return
+        free = sum(node.credit for node in self.nodes.values() if self._takes_tasks(node, now))
+        crowded = {name for name, node in self.nodes.items() if len(node.running) > node.width}
+        for task_id in sorted(self.live) if free and crowded else ():
+            task = self.tasks[task_id]
+            waits = task.state is State.ASSIGNED and now - task.assigned_s > WAITED_S
+            if free and waits and task.node in crowded and not task.rival and not task.alone:
+                free -= 1
+                effects.append(AbortAttempt(task.node, task.id, task.attempt))
+                self._free(task, effects)
+                self._move(task, "retry", f"waited on {task.node}")
+                task.node = ""
+                heapq.heappush(self.queue, (-task.weight, task.id))
+        self._dispatch(now, effects)
 
     # ---- second attempts
 

@@ -86,10 +86,12 @@ class Session:
         told = reasons = ""
         transport.send(self.socket, protocol.Hello(pid=self.pid, role="engine"))
         while (waited_s := time.monotonic() - started_s) < READY_SECS:
-            if not self.poller.poll(100):
+            ready = dict(self.poller.poll(100))
+            if not ready:
                 continue
-            frames = transport.receive(self.socket)
-            message = protocol.decode(frames[0]) if frames else None
+            if (frames := transport.receive(self.socket)) is None:
+                raise errors.BrokerLost(BROKER_LOST)
+            message = protocol.decode(frames[0])
             if isinstance(message, protocol.Welcome) and self.broker is None:
                 self.broker = transport.pidfd(message.pid)
                 if self.broker is not None:

@@ -142,11 +142,15 @@ def work(channel: int, *directories: str) -> None:
         Stream.run, Stream.spool = run, spool
         os.environ[ATTEMPT_VARIABLE] = str(run.attempt)
         Stream.faults.at("before_start", run)
+        no_room = ""
         try:
             execute(parallel, mappings, run, call)
         except NoRoom as exc:
+            no_room = str(exc)
+        mappings.task_ended()
+        if no_room:
             spool.discard()
-            lost = protocol.NoRoom(job=run.job, task=run.task, attempt=run.attempt, reason=str(exc))
+            lost = protocol.NoRoom(job=run.job, task=run.task, attempt=run.attempt, reason=no_room)
             agent.send(protocol.encode(lost), b"")
             continue
         Stream.faults.at("before_end", run)
