@@ -2,7 +2,8 @@
 
     driver.py FUNCTION ARGUMENTS    (JSON: one list per task)
 
-The word "shared" stands for one array of ones, the same object for all tasks.
+The word "shared" stands for one array of ones, the same object for all tasks, "own" for another
+array for each of them.
 Prints one JSON object: the sums of the results, and how many attempts were lost; or the error.
 """
 
@@ -36,9 +37,10 @@ def retries() -> int:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     function, shared = getattr(tasks, sys.argv[1]), numpy.ones(SHARED)
-    arguments = [
-        [shared if value == "shared" else value for value in row] for row in json.loads(sys.argv[2])
-    ]
+    arguments = json.loads(sys.argv[2])
+    for number, row in enumerate(arguments):
+        arrays = {"shared": shared, "own": numpy.full(SHARED, float(number))}
+        row[:] = [arrays.get(value, value) if isinstance(value, str) else value for value in row]
     try:
         value = parallel.Starmap(function, arguments).reduce(acc=AccumDict())
         sums = {

@@ -51,6 +51,16 @@ def test_big_argument_and_results(cluster: Cluster) -> None:
     assert found.get("value") == expected, found
 
 
+def test_arguments_come_while_results_go(cluster: Cluster) -> None:
+    """What asks for an argument waits behind results, but is not lost."""
+    tasks = 60
+    found = result(drive(cluster, "spoils", [(x, "own") for x in range(tasks)]))
+    million, numbers = 1_000_000, tasks * (tasks - 1) // 2
+    assert found.get("value") == {"sum": numbers * (million + 1), "array": 2 * million * numbers}, (
+        found
+    )
+
+
 def test_job_whose_files_the_workers_do_not_see(cluster: Cluster, tmp_path: Path) -> None:
     # of several source models, which are read in tasks
     job = shutil.copytree(EXAMPLE.parent / "hazard_classical", tmp_path / "job") / "job.ini"

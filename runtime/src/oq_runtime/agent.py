@@ -56,7 +56,7 @@ AT_ONCE = 500
 #: last bytes of a dead worker's stderr in which the reason is looked for
 STDERR_TAIL_BYTES = 64 << 10
 FORKSERVER_LOG = "forkserver.log"
-#: of systemd.exec(5): for sockets and logs, and for what may need a disk
+#: of systemd.exec(5): for logs, and for what may need a disk
 DIRECTORIES = ("RUNTIME_DIRECTORY", "CACHE_DIRECTORY")
 
 Key = tuple[int, int]
@@ -143,7 +143,7 @@ class JobIO:
 
 class Agent:
     """
-    :param directory: 0700 directory of sockets and logs
+    :param directory: 0700 directory of logs
     :param memory: directory in shared memory for blobs and spool files
     :param disk: directory on the local disk for those that have no room there
     :param control_url: where brokers connect
@@ -884,8 +884,7 @@ def run_daemon(address: str | None) -> None:
     try:
         store.shared_memory(memory.name)
         for stale in [*directory.iterdir(), *disk.iterdir()]:
-            if stale.name != "workers":  # the socket, which is bound by now
-                stale.unlink(missing_ok=True)
+            stale.unlink(missing_ok=True)
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
         systemd.notify("READY=1")
