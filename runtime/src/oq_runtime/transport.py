@@ -138,7 +138,7 @@ def send_to(socket: zmq.Socket[Any], peer: bytes, message: protocol.Message, *fr
 def send_frames(socket: zmq.Socket[Any], frames: Sequence[Any], flags: int = DONTWAIT) -> bool:
     """Send the frames of one message; False, and nothing is sent, when nobody can take it now.
 
-    As ``send_multipart``, which takes four times as long for small frames.
+    As ``send_multipart``, which takes half as long again for two small frames (2.4 µs and 1.6 µs).
     """
     copy = sum(map(len, frames)) <= COPY_BYTES  # cheaper than to keep track of them
     try:
