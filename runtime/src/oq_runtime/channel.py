@@ -1,8 +1,8 @@
 """The socket between an agent and one of its workers: whole messages, each a header and a body.
 
 A pair of Unix sockets that the worker inherits, so that nobody else is at its other end. A message
-costs one system call at either end and wakes no thread of a library between them: with ZeroMQ in its
-place a session did 2,270 tasks that do nothing per second, with it 2,600.
+costs one system call at either end and wakes no thread of a library between them: a session with a
+ZeroMQ socket in its place did 2,270 tasks that do nothing per second, with it 2,600.
 
     message = bytes of the header (u32), bytes of the body (u32), header, body
 
