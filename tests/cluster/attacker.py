@@ -7,7 +7,7 @@
     deaf        COUNT questions by the keys of the cluster, of which no answer is read
     idle        COUNT connections that say nothing; ends with its stdin
     huge        a frame of 1 GiB: one announced by a stranger, one sent by a member
-    half        a job of its own that leaves out the frames behind its messages
+    half        a job of its own whose task has no call
 
 Prints one JSON object when it has done so: how much of it could be sent.
 """
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import msgspec
 import zmq
 
 from oq_runtime import config, facts, protocol, security, transport
@@ -41,7 +42,7 @@ SAMPLES = [
     protocol.Lease(job="x", node="n", data_url="tcp://192.0.2.9:1912"),
     protocol.Leased(slots=3),
     protocol.NoLease(job="x"),
-    protocol.Task(job="x", task=1, attempt=1, func="f"),
+    protocol.Task(job="x", task=1, attempt=1, func="f", call=b"c"),
     protocol.Fetch(digest=b"d" * 32),
     protocol.BlobChunk(digest=b"d" * 32, offset=0),
     protocol.Chunk(task=1, attempt=1, offset=0),
@@ -170,7 +171,12 @@ def half(host: str, port: int, count: int) -> int:
                 answers += bool(sock.poll(5000))
                 link.send(protocol.Lease(node="n", data_url="tcp://192.0.2.99:1912"))
                 answers += bool(sock.poll(5000))
-                link.send(protocol.Task(task=1, attempt=1, func="f"))
+                task = protocol.Task(
+                    job=link.job, epoch=1, seq=2, task=1, attempt=1, func="f", call=b""
+                )
+                fields = msgspec.msgpack.decode(protocol.encode(task))
+                del fields["call"]
+                sock.send(msgspec.msgpack.encode(fields))
                 link.send(protocol.Release())
                 time.sleep(0.1)  # the release must be out before the socket is closed
     return answers

@@ -136,7 +136,7 @@ def test_questions_whose_answers_nobody_reads(cluster: Cluster, over: Path) -> N
 
 
 @pytest.mark.slow
-def test_job_that_leaves_out_frames(cluster: Cluster, over: Path) -> None:
+def test_job_whose_task_has_no_call(cluster: Cluster, over: Path) -> None:
     run = serve(cluster, over)
     agent = targets(cluster, run)[:1]
     assert sent(attack(cluster, "half", agent[0], 10)) == 20

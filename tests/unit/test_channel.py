@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from oq_runtime.channel import PREFIX, Channel
 
-MESSAGES = st.lists(st.tuples(st.binary(max_size=100), st.binary(max_size=20_000)), max_size=5)
+MESSAGES = st.lists(st.binary(max_size=20_000), max_size=5)
 
 
 def pair(*, waits: bool = False) -> tuple[Channel, Channel]:
@@ -27,13 +27,13 @@ def close(*channels: Channel) -> None:
 
 
 @given(MESSAGES)
-def test_messages_arrive_whole_and_in_order(messages: list[tuple[bytes, bytes]]) -> None:
+def test_messages_arrive_whole_and_in_order(messages: list[bytes]) -> None:
     ours, theirs = pair()
     found = []
     for message in messages:
-        ours.send(*message)
+        ours.send(message)
     while ours.unsent or len(found) < len(messages):
-        while received := theirs.receive():
+        while (received := theirs.receive()) is not None:
             found.append(received)
         ours.flush()
     assert found == messages and theirs.receive() is None
@@ -41,59 +41,59 @@ def test_messages_arrive_whole_and_in_order(messages: list[tuple[bytes, bytes]])
 
 
 @given(MESSAGES, st.lists(st.integers(1, 50), min_size=1, max_size=20))
-def test_a_stream_may_be_cut_anywhere(messages: list[tuple[bytes, bytes]], cuts: list[int]) -> None:
+def test_a_stream_may_be_cut_anywhere(messages: list[bytes], cuts: list[int]) -> None:
     ends = socket.socketpair()
     ends[1].setblocking(False)
     theirs, found = Channel(ends[1]), []
-    parts = ((PREFIX.pack(len(h), len(b[:300])), h, b[:300]) for h, b in messages)
-    stream, at = b"".join(map(b"".join, parts)), 0
+    messages = [message[:300] for message in messages]
+    stream, at = b"".join(PREFIX.pack(len(message)) + message for message in messages), 0
     while stream:
         size = cuts[at % len(cuts)]
         ends[0].sendall(stream[:size])
         stream, at = stream[size:], at + 1
-        while received := theirs.receive():
+        while (received := theirs.receive()) is not None:
             found.append(received)
-    assert found == [(header, body[:300]) for header, body in messages]
+    assert found == messages
     ends[0].close()
     theirs.close()
 
 
 def test_what_does_not_fit_waits_for_its_turn() -> None:
     ours, theirs = pair()
-    body = bytes(4 << 20)
-    ours.send(b"big", body)
-    ours.send(b"small", b"")
+    big = bytes(4 << 20)
+    ours.send(big)
+    ours.send(b"small")
     assert ours.unsent
-    found: list[tuple[bytes, bytes]] = []
+    found: list[bytes] = []
     while len(found) < 2:
         ours.flush()
         if received := theirs.receive():
             found.append(received)
-    assert found == [(b"big", body), (b"small", b"")] and not ours.unsent
+    assert found == [big, b"small"] and not ours.unsent
     close(ours, theirs)
 
 
 def test_an_end_that_waits_sends_all_and_hears_the_end() -> None:
     ours, theirs = pair(waits=True)
-    found: list[tuple[bytes, bytes]] = []
+    found: list[bytes] = []
     reader = threading.Thread(target=lambda: found.extend(theirs))
     reader.start()
-    ours.send(b"header", bytes(1 << 20))
+    ours.send(bytes(1 << 20))
     assert not ours.unsent
     ours.close()
     reader.join(10)
-    assert not reader.is_alive() and found == [(b"header", bytes(1 << 20))]
+    assert not reader.is_alive() and found == [bytes(1 << 20)]
     theirs.close()
 
 
 def test_a_message_that_was_cut_off_by_death_is_none() -> None:
     ours, theirs = pair()
-    ours.send(b"last", b"words")
-    ours.socket.sendall(PREFIX.pack(4, 100) + b"half")
+    ours.send(b"last words")
+    ours.socket.sendall(PREFIX.pack(100) + b"half")
     ours.close()
-    assert theirs.receive() == (b"last", b"words")
+    assert theirs.receive() == b"last words"
     with pytest.raises(EOFError):
         theirs.receive()
-    theirs.send(b"to", b"nobody")
+    theirs.send(b"to nobody")
     assert not theirs.unsent
     theirs.close()

@@ -109,7 +109,7 @@ class Incoming(Reception):
 
 
 class JobIO:
-    """What the agent holds for one broker: links, calls, blobs on their way, results to be sent.
+    """What the agent holds for one broker: links, tasks, blobs on their way, results to be sent.
 
     :param control: the link on the control socket, open since the broker's call
     :param user: whose job it is, in the broker's words
@@ -121,7 +121,7 @@ class JobIO:
         self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
         self.local = False  # the broker is on this host and takes files as they are
-        self.calls: dict[Key, tuple[bytes, list[protocol.Blob]]] = {}
+        self.tasks: dict[Key, protocol.Task] = {}
         self.missing: dict[Key, int] = {}  # blobs that have not come yet
         self.holds: dict[Key, list[str]] = {}  # names of blobs that have come
         self.incoming: dict[bytes, Incoming] = {}
@@ -342,8 +342,6 @@ class Agent:
         peer = frames[0]
         try:
             message = protocol.decode(frames[1])
-            if isinstance(message, protocol.Task) and len(frames) != 3:
-                raise ProtocolError(f"a task with {len(frames) - 2} frames behind it")
         except (ProtocolError, IndexError) as exc:
             self.journal.repeat("message", f"refused a message on the control socket: {exc}")
             if isinstance(exc, VersionError):  # the peer reads both versions from any answer
@@ -389,10 +387,10 @@ class Agent:
                 self._handle(core.LeaseAsked(name))
                 if lease := self.core.leases.get(name):
                     self.journal.say(f"lease of {name} of {job.user} granted: {lease.slots} slots")
-            case protocol.Task(task=task, attempt=attempt, blobs=blobs) if job.data and frames[2:]:
-                if message.alone:
+            case protocol.Task(task=task, attempt=attempt, alone=alone) if job.data:
+                if alone:
                     self._handle(core.AloneAsked(name, task, attempt))
-                self._take(name, job, (task, attempt), frames[2], blobs)
+                self._take(name, job, message)
             case protocol.Grant(task=task, attempt=attempt):
                 if ended := job.results.get((task, attempt)):
                     self._send_results(name, job, (task, attempt), ended)
@@ -467,14 +465,13 @@ class Agent:
 
     # ---- blobs
 
-    def _take(
-        self, name: str, job: JobIO, key: Key, call: bytes, blobs: list[protocol.Blob]
-    ) -> None:
+    def _take(self, name: str, job: JobIO, given: protocol.Task) -> None:
         """Hold a task until its blobs are here; each is fetched once, however many wait for it."""
-        job.calls[key] = call, blobs
+        key = given.task, given.attempt
+        job.tasks[key] = given
         holds = job.holds[key] = []
         missing = 0
-        for blob in blobs:
+        for blob in given.blobs:
             stored = f"{name}-{blob.digest.hex()}"
             if blob.path:
                 continue
@@ -537,7 +534,7 @@ class Agent:
             self._give_back(name, "a big argument was damaged on the way")
             return
         job.incoming.pop(digest).close()
-        waiting = [key for key in incoming.waiting if key in job.calls]
+        waiting = [key for key in incoming.waiting if key in job.tasks]
         stored = f"{name}-{digest.hex()}"
         self.blobs[stored] = len(waiting)
         for key in waiting:
@@ -555,7 +552,7 @@ class Agent:
             self.poller.modify(channel.fileno(), _events(channel))
         try:
             while received := channel.receive():
-                self._from_worker(worker, *received)
+                self._from_worker(worker, protocol.decode(received))
         except EOFError:  # how it ended is told by the fork server
             self._stop_listening(channel)
 
@@ -563,9 +560,8 @@ class Agent:
         if self.channels.pop(channel.fileno(), None) is not None:
             self.poller.unregister(channel.fileno())
 
-    def _from_worker(self, worker: int, header: bytes, body: bytes) -> None:
+    def _from_worker(self, worker: int, message: Any) -> None:
         process = self.processes[worker]
-        message = protocol.decode(header)
         if isinstance(message, protocol.Ready):
             process.pid, process.memory = message.pid, Resident(message.pid)
             self._handle(core.WorkerReady(worker, process.held_bytes))
@@ -591,7 +587,7 @@ class Agent:
                 else:
                     told = message
                     self._drop(message.job, job, key)
-                self._to_broker(message.job, told, body)
+                self._to_broker(message.job, told)
             case protocol.NoRoom(reason=reason):
                 self._drop(message.job, job, key)
                 self._no_room(message.job, key, reason)
@@ -676,16 +672,17 @@ class Agent:
         process, job = self.processes[worker], self.jobs.get(name)
         if job is None:
             return  # its broker was found lost just now
-        call, blobs = job.calls[key]
+        given = job.tasks[key]
         process.spool = _name(name, key)
         run = protocol.Run(
             job=name,
             task=key[0],
             attempt=key[1],
-            paths=[blob.path or self._path(name, blob) for blob in blobs],
+            call=given.call,
+            paths=[blob.path or self._path(name, blob) for blob in given.blobs],
             spool_bytes=min(SPOOL_BYTES, self.store.free_bytes // self.core.slots),
         )
-        process.channel.send(protocol.encode(run), call)
+        process.channel.send(protocol.encode(run))
         if process.channel.unsent:
             self.poller.modify(process.channel.fileno(), _events(process.channel))
         self.starting[worker] = name, key, time.monotonic()
@@ -693,9 +690,9 @@ class Agent:
     def _path(self, name: str, blob: protocol.Blob) -> str:
         return str(self.store.path(f"{name}-{blob.digest.hex()}"))
 
-    def _to_broker(self, name: str, message: protocol.Message, *frames: bytes) -> None:
+    def _to_broker(self, name: str, message: protocol.Message) -> None:
         """Send to a broker; one that cannot be reached has lost the lease."""
-        if (job := self.jobs.get(name)) and not job.control.send(message, *frames):
+        if (job := self.jobs.get(name)) and not job.control.send(message):
             self._forget(name, "its broker cannot be reached")
 
     def _give_back(self, name: str, reason: str) -> None:
@@ -705,7 +702,7 @@ class Agent:
 
     def _drop(self, name: str, job: JobIO, key: Key) -> None:
         """Forget an attempt: what it was given, and the results that it has left."""
-        job.calls.pop(key, None)
+        job.tasks.pop(key, None)
         job.missing.pop(key, None)
         for stored in job.holds.pop(key, ()):
             self.blobs[stored] -= 1

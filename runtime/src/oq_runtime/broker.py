@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,6 @@ class Staging:
     """The body of an attempt: in the message that ended it, in its node's file, or on its way."""
 
     ended: protocol.Ended
-    body: bytes | None
     granted: bool = False
     reception: Reception | None = None
 
@@ -298,20 +297,21 @@ class Broker:
         for _ in range(AT_ONCE):
             if not (frames := transport.receive(peer.socket)):
                 return
-            self._from(frames, functools.partial(self._from_agent, peer), peer)
+            self._decoded(frames[0], functools.partial(self._from_agent, peer), peer)
 
     def _read_data(self) -> None:
         assert self.data is not None
         for _ in range(AT_ONCE):
             if not (views := transport.receive(self.data, copy=False)):
                 return
-            self._from(views[1:], functools.partial(self._from_data, bytes(views[0])))
+            sender, header, *chunk = views
+            self._decoded(header, functools.partial(self._from_data, bytes(sender), chunk))
 
     def _read_engine(self) -> None:
         for _ in range(AT_ONCE):
             if not (frames := transport.receive(self.engine)):
                 return
-            self._from(frames[1:], functools.partial(self._from_engine, frames[0]))
+            self._decoded(frames[1], functools.partial(self._from_engine, frames[0]))
 
     def _watch_handshake(self, peer: Peer) -> None:
         for kind, reason in peer.monitor.events() if peer.monitor else ():
@@ -346,9 +346,9 @@ class Broker:
             if peer.state == "leased":
                 self._send(peer, protocol.Beat(wanted=self.told_wanted, title=self.title))
 
-    def _send(self, peer: Peer, message: protocol.Message, *frames: Any) -> None:
+    def _send(self, peer: Peer, message: protocol.Message) -> None:
         """Send to an agent; one that cannot take it is lost, for it would never know of it."""
-        if peer.state == "leased" and not peer.link.send(message, *frames):
+        if peer.state == "leased" and not peer.link.send(message):
             self._lose(peer, "its connection broke")
 
     def _lose(self, peer: Peer, reason: str, state: str = "calling") -> None:
@@ -361,14 +361,15 @@ class Broker:
         peer.hang_up(state, reason)
         self.poller = None  # its sockets are others now
 
-    def _from(
+    def _decoded(
         self,
-        frames: Sequence[Any],
-        take: Callable[[Any, Any], None],
+        header: bytes | memoryview,
+        take: Callable[[Any], None],
         agent: Peer | None = None,
     ) -> None:
+        """Have a message taken; one that cannot be decoded, or does not fit here, is refused."""
         try:
-            take(protocol.decode(frames[0]), frames[1:])
+            take(protocol.decode(header))
         except (ProtocolError, TransitionError, IndexError) as exc:
             if agent is not None and isinstance(exc, VersionError):
                 self._lose(agent, f"refused: {exc}", "refused")
@@ -390,22 +391,22 @@ class Broker:
 
     # ---- messages in
 
-    def _from_engine(self, peer: bytes, message: Any, frames: list[Any]) -> None:
+    def _from_engine(self, peer: bytes, message: Any) -> None:
         match message:
             case protocol.Hello(pid=pid):
                 self._watch(pid, lambda: self._client_ended(peer))
                 self._welcome(peer)
-            case protocol.Submit(task=task, map=map_, func=func, weight=weight, blobs=blobs):
+            case protocol.Submit(task=task, map=map_, func=func, blobs=blobs):
                 number = self.unsubmitted
                 self.unsubmitted += 1
                 group = self.groups.setdefault((peer, map_), len(self.groups))
-                self.submissions[number] = Submission(peer, task, map_, func, frames[0], blobs)
+                self.submissions[number] = Submission(peer, task, map_, func, message.call, blobs)
                 for blob in blobs:
                     self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
                 self.numbers[peer, task] = number
                 phase = self.phases.setdefault(func, protocol.Phase(name=func))
                 phase.total += 1
-                self._handle(core.Submitted(number, group, func, weight))
+                self._handle(core.Submitted(number, group, func, message.weight))
             case protocol.Consumed(tasks=tasks):
                 for task in tasks:
                     self._handle(core.Consumed(self.numbers.pop((peer, task), -1)))
@@ -439,7 +440,7 @@ class Broker:
         for client, task in [key for key in self.numbers if key[0] == peer]:
             self._handle(core.Consumed(self.numbers.pop((client, task))))
 
-    def _from_agent(self, peer: Peer, message: Any, frames: list[Any]) -> None:
+    def _from_agent(self, peer: Peer, message: Any) -> None:
         if message.epoch != peer.link.epoch or message.job != self.job:
             return  # of an epoch that is over
         if isinstance(message, protocol.NoLease):
@@ -449,7 +450,7 @@ class Broker:
             self._lose(peer, "messages were lost on the way")
             return
         if peer.state == "leased":
-            self._from_node(peer, message, frames)
+            self._from_node(peer, message)
             return
         match message:
             case protocol.Welcome(host=host, slots=slots):
@@ -466,7 +467,7 @@ class Broker:
                 peer.state, peer.reason = "leased", ""
                 self._handle(core.NodeJoined(peer.name, slots))
 
-    def _from_node(self, peer: Peer, message: Any, frames: list[Any]) -> None:
+    def _from_node(self, peer: Peer, message: Any) -> None:
         name = peer.name
         match message:
             case protocol.Beat(closed=closed, free_bytes=free_bytes):
@@ -476,10 +477,9 @@ class Broker:
             case protocol.Started(task=task, attempt=attempt):
                 self._handle(core.Started(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
-                body = frames[0] if frames and len(frames[0]) == message.nbytes else None
-                if not self.local:
+                if not self.local and message.path:
                     message = msgspec.structs.replace(message, path="")
-                self.staging[task, attempt] = Staging(message, body)
+                self.staging[task, attempt] = Staging(message)
                 self._handle(core.Ended(name, task, attempt, message.nbytes))
             case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
                 if staging := self.staging.get((task, attempt)):
@@ -491,7 +491,7 @@ class Broker:
                 reason = f"{message.reason}, host {peer.host}"
                 self._handle(core.Died(name, task, attempt, reason, oom, no_room))
 
-    def _from_data(self, sender: bytes, message: Any, frames: list[Any]) -> None:
+    def _from_data(self, sender: bytes, chunk: list[memoryview], message: Any) -> None:
         assert self.data is not None
         if isinstance(message, protocol.Hello):
             greeted = self.peers.get(message.role)
@@ -511,7 +511,7 @@ class Broker:
             case protocol.Chunk(task=task, attempt=attempt):
                 staging = self.staging.get((task, attempt))
                 if staging is not None and staging.granted:
-                    intact = self._receive(staging, message, frames[0])
+                    intact = self._receive(staging, message, chunk[0])
                     if intact is not None:
                         self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
@@ -551,10 +551,15 @@ class Broker:
                 blobs = submission.blobs
                 if not self.local:
                     blobs = [msgspec.structs.replace(blob, path="") for blob in blobs]
-                header = protocol.Task(
-                    task=task, attempt=attempt, func=submission.func, blobs=blobs, alone=alone
+                given = protocol.Task(
+                    task=task,
+                    attempt=attempt,
+                    func=submission.func,
+                    call=submission.call,
+                    blobs=blobs,
+                    alone=alone,
                 )
-                self._send(self.peers[node], header, submission.call)
+                self._send(self.peers[node], given)
             case core.GrantUpload(node, task, attempt):
                 self._grant(self.peers[node], task, attempt)
             case core.AbortAttempt(node, task, attempt):
@@ -572,8 +577,9 @@ class Broker:
     def _grant(self, peer: Peer, task: int, attempt: int) -> None:
         """Get the body of an attempt, for which there is room in the window."""
         staging = self.staging[task, attempt]
-        if staging.body is not None:
-            intact = xxhash.xxh3_128(staging.body).digest() == staging.ended.digest
+        if body := staging.ended.body:
+            whole = len(body) == staging.ended.nbytes
+            intact = whole and xxhash.xxh3_128(body).digest() == staging.ended.digest
             self._handle(core.Uploaded(peer.name, task, attempt, intact))
             return
         staging.granted = not staging.ended.path
@@ -591,16 +597,16 @@ class Broker:
         return staging
 
     def _deliver(self, task: int, attempt: int) -> None:
-        staging = self._unstage(task, attempt)
+        ended = self._unstage(task, attempt).ended
         submission = self._forget(task)
         phase = self.phases[submission.func]
         phase.done += 1
-        phase.received_bytes += staging.ended.nbytes
-        path = "" if staging.body is not None else self.store.release(f"{task}-{attempt}")[0]
-        header = protocol.Delivered(
-            job=self.job, task=submission.task, map=submission.map, path=str(path)
+        phase.received_bytes += ended.nbytes
+        path = "" if ended.body else str(self.store.release(f"{task}-{attempt}")[0])
+        delivered = protocol.Delivered(
+            job=self.job, task=submission.task, map=submission.map, path=path, body=ended.body
         )
-        transport.send_to(self.engine, submission.client, header, staging.body or b"")
+        transport.send_to(self.engine, submission.client, delivered)
 
     def _fail(self, task: int, error: str, history: tuple[str, ...]) -> None:
         submission = self._forget(task)

@@ -1,10 +1,10 @@
-"""The socket between an agent and one of its workers: whole messages, each a header and a body.
+"""The socket between an agent and one of its workers: whole messages.
 
 A pair of Unix sockets that the worker inherits, so that nobody else is at its other end. A message
 costs one system call at either end and wakes no thread of a library between them: a session with a
 ZeroMQ socket in its place did 2,270 tasks that do nothing per second, with it 2,600.
 
-    message = bytes of the header (u32), bytes of the body (u32), header, body
+    on the wire: bytes of the message (u32), message
 
 Not covered: what the messages mean (``protocol``).
 """
@@ -17,9 +17,25 @@ import struct
 from collections import deque
 from collections.abc import Iterator
 
-PREFIX = struct.Struct("<II")
+PREFIX = struct.Struct("<I")
 #: bytes that are read at a time
 READ_BYTES = 64 * 1024
+
+
+def read(end: socket.socket, nbytes: int) -> bytes | None:
+    """Return at most ``nbytes`` that have come, or None when there are none yet.
+
+    Raises EOFError when the other end has closed or was reset.
+    """
+    try:
+        data = end.recv(nbytes)
+    except BlockingIOError:
+        return None
+    except ConnectionError:
+        data = b""
+    if not data:
+        raise EOFError
+    return data
 
 
 class Channel:
@@ -36,10 +52,9 @@ class Channel:
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def send(self, header: bytes, body: bytes) -> None:
+    def send(self, message: bytes) -> None:
         """Send a message, or as much of it as goes; the rest is sent by ``flush``."""
-        pieces = (PREFIX.pack(len(header), len(body)), header, body)
-        self.unsent += [memoryview(piece) for piece in pieces if piece]
+        self.unsent += memoryview(PREFIX.pack(len(message))), memoryview(message)
         self.flush()
 
     def flush(self) -> None:
@@ -56,40 +71,30 @@ class Channel:
         except ConnectionError:
             self.unsent.clear()
 
-    def receive(self) -> tuple[bytes, bytes] | None:
+    def receive(self) -> bytes | None:
         """Return the next message, or None when there is none to be read.
 
         Raises EOFError when the other end has closed and all its messages have been read.
         """
         while (message := self._next()) is None:
-            try:
-                data = self.socket.recv(READ_BYTES)
-            except BlockingIOError:
+            if (data := read(self.socket, READ_BYTES)) is None:
                 return None
-            except ConnectionError:
-                data = b""
-            if not data:
-                raise EOFError
             self.received += data
         return message
 
-    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+    def __iter__(self) -> Iterator[bytes]:
         """Yield the messages until the other end closes; for a socket that waits."""
         with contextlib.suppress(EOFError):
             while message := self.receive():
                 yield message
 
-    def _next(self) -> tuple[bytes, bytes] | None:
+    def _next(self) -> bytes | None:
         if len(self.received) < PREFIX.size:
             return None
-        header_bytes, body_bytes = PREFIX.unpack_from(self.received)
-        middle = PREFIX.size + header_bytes
-        end = middle + body_bytes
+        end = PREFIX.size + PREFIX.unpack_from(self.received)[0]
         if len(self.received) < end:
             return None
-        view = memoryview(self.received)
-        message = bytes(view[PREFIX.size : middle]), bytes(view[middle:end])
-        view.release()
+        message = bytes(self.received[PREFIX.size : end])
         del self.received[:end]
         return message
 

@@ -31,7 +31,7 @@ from typing import IO, NoReturn
 
 import msgspec
 
-from oq_runtime import config, transport, worker
+from oq_runtime import channel, config, transport, worker
 
 #: of one message
 MAX_BYTES = 4096
@@ -125,15 +125,8 @@ class ForkServer:
 
         Raises EOFError when the process has ended.
         """
-        try:
-            data = self.channel.recv(MAX_BYTES)
-        except BlockingIOError:
-            return None
-        except ConnectionError:
-            data = b""
-        if not data:
-            raise EOFError
-        return decode_ended(data)
+        data = channel.read(self.channel, MAX_BYTES)
+        return None if data is None else decode_ended(data)
 
     def close(self, workers: Iterable[int] = ()) -> int:
         """End the process and its workers, of which these are the pids; return its exit code."""
@@ -249,14 +242,14 @@ def preload() -> None:
 
 
 def main() -> None:
-    channel, agent, *args = sys.argv[1:]
+    descriptor, agent, *args = sys.argv[1:]
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     transport.die_with_parent()
     if os.getppid() != int(agent):
         sys.exit("the agent has ended")
     preload()
-    with socket.socket(fileno=int(channel)) as ours:
+    with socket.socket(fileno=int(descriptor)) as ours:
         Children(ours, lambda end: worker.work(end, *args)).serve()
 
 

@@ -1,8 +1,9 @@
 """The wire: message kinds, their fields, and how they become frames. Nothing else knows it.
 
-A message is a header frame followed by any number of payload frames. The header is msgpack of one
-of the structs below, tagged by ``kind``, with the protocol version in ``v``. Payload frames are
-opaque bytes (pickles that only the engine and the workers open); they are forwarded, never decoded.
+A message is a header frame, and chunks and pings are a header and a payload frame. The header is
+msgpack of one of the structs below, tagged by ``kind``, with the protocol version in ``v``. Calls,
+bodies and payload frames are opaque bytes (pickles that only the engine and the workers open); they
+are forwarded, never decoded. What is small is in the header: each frame is encrypted by itself.
 
     engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status--            broker
@@ -28,8 +29,8 @@ import msgspec
 
 from oq_runtime.errors import ProtocolError, VersionError
 
-PROTOCOL_VERSION = 3
-#: bytes of a payload that may travel with its header on the control socket
+PROTOCOL_VERSION = 4
+#: bytes of a body, or of the arguments in a call, that travel in a header
 INLINE_BYTES = 64 * 1024
 #: bytes of one chunk on the data socket; a ZMTP heartbeat cuts much larger messages on slow links
 CHUNK_BYTES = 1024 * 1024
@@ -99,11 +100,12 @@ class Blob(msgspec.Struct, frozen=True):
 
 
 class Submit(Message, frozen=True, tag="submit"):
-    """The call is the next frame; it refers to ``blobs`` by their positions."""
+    """``call`` refers to ``blobs`` by their positions."""
 
     task: int
     map: int
     func: str
+    call: bytes
     weight: float = 1.0
     blobs: list[Blob] = []
 
@@ -119,11 +121,12 @@ class Cancel(Message, frozen=True, tag="cancel"):
 
 
 class Delivered(Message, frozen=True, tag="delivered"):
-    """A committed attempt: its body is the next frame, or the file ``path``, the receiver's own."""
+    """A committed attempt: its body, or the file ``path`` with it, the receiver's own."""
 
     task: int
     map: int
     path: str = ""
+    body: bytes = b""
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -194,7 +197,7 @@ class Release(Message, frozen=True, tag="release"):
 
 
 class Task(Message, frozen=True, tag="task"):
-    """The call is the next frame; blobs that the node lacks, and has no path of, it fetches.
+    """An attempt; blobs that the node lacks, and has no path of, it fetches.
 
     ``alone``: nothing else may run on the node at the same time.
     """
@@ -202,6 +205,7 @@ class Task(Message, frozen=True, tag="task"):
     task: int
     attempt: int
     func: str
+    call: bytes
     blobs: list[Blob] = []
     alone: bool = False
 
@@ -235,7 +239,7 @@ class Started(Message, frozen=True, tag="started"):
 class Ended(Message, frozen=True, tag="ended"):
     """A whole attempt: its parts, and the bytes and the XXH3-128 digest of its body.
 
-    The body is the next frame, or the file ``path``; an agent tells no path to another host.
+    A small ``body`` is here, another one in the file ``path``, which no other host is told.
     """
 
     task: int
@@ -244,6 +248,7 @@ class Ended(Message, frozen=True, tag="ended"):
     nbytes: Size
     digest: bytes = b""
     path: str = ""
+    body: bytes = b""
 
 
 class Placed(Message, frozen=True, tag="placed"):
@@ -322,10 +327,11 @@ class Ready(Message, frozen=True, tag="ready"):
 
 
 class Run(Message, frozen=True, tag="run"):
-    """The call is the next frame; ``spool_bytes`` of the results may go to shared memory."""
+    """An attempt; ``spool_bytes`` of its results may go to shared memory."""
 
     task: int
     attempt: int
+    call: bytes
     paths: list[str] = []
     spool_bytes: int = 0
 

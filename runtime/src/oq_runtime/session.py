@@ -168,13 +168,14 @@ class Session:
         call = pickle.dumps((*context, items), payload.PROTOCOL)
         task = next(self.tasks)
         self.needs[task] = [blob.digest for blob in blobs]
-        header = protocol.Submit(task=task, map=map_, func=name, weight=weight, blobs=blobs)
-        self.send(header, call)
+        self.send(
+            protocol.Submit(task=task, map=map_, func=name, call=call, weight=weight, blobs=blobs)
+        )
         return task, sizes
 
-    def send(self, message: protocol.Message, *frames: Any) -> None:
+    def send(self, message: protocol.Message) -> None:
         """Send to the broker; raises BrokerLost when it is gone and the queue to it is full."""
-        data = [protocol.encode(message), *frames]
+        data = [protocol.encode(message)]
         while not transport.send_frames(self.socket, data):
             ready = dict(self.sending.poll())
             if self.broker in ready and self.socket not in ready:
@@ -189,7 +190,7 @@ class Session:
             while not inbox:
                 self._tell_consumed()
                 self.receive()
-            message, body = inbox.popleft()
+            message = inbox.popleft()
             if isinstance(message, protocol.Failed):
                 self._ended(message.task)
                 yield message.task, (), getattr(errors, message.error)(message.text)
@@ -197,7 +198,7 @@ class Session:
             if message.path:
                 view = spares.consume(Path(message.path))
             else:
-                view = payload.writable(body)
+                view = payload.writable(message.body)
             self._ended(message.task)
             yield message.task, map(payload.load, payload.parts(view)), None
 
@@ -224,7 +225,7 @@ class Session:
             message = protocol.decode(frames[0])
             if isinstance(message, (protocol.Delivered, protocol.Failed)):
                 if message.map in self.inbox:
-                    self.inbox[message.map].append((message, frames[1] if frames[1:] else b""))
+                    self.inbox[message.map].append(message)
                 elif isinstance(message, protocol.Delivered) and message.path:
                     Path(message.path).unlink(missing_ok=True)  # of a map that was given up
             else:
@@ -251,7 +252,7 @@ class Session:
 
     def close_map(self, map_: int) -> None:
         """Forget a map whose results are not wanted any more."""
-        for message, _ in self.inbox.pop(map_, ()):
+        for message in self.inbox.pop(map_, ()):
             if isinstance(message, protocol.Delivered) and message.path:
                 Path(message.path).unlink(missing_ok=True)
 

@@ -71,12 +71,12 @@ class Stream:
             cls.faults.at("after_first", cls.run)
 
 
-def execute(parallel: Any, mappings: Mappings, run: protocol.Run, call: bytes) -> None:
+def execute(parallel: Any, mappings: Mappings, run: protocol.Run) -> None:
     """Run one task; whatever happens in Python becomes a result, as the engine expects."""
     mon = None
     task_no = 0
     try:
-        task_no, mon, items = pickle.loads(call)
+        task_no, mon, items = pickle.loads(run.call)
         func, *args = map(payload.load, _frames(items, mappings.views(run.paths)))
         parallel.safely_call(func.unpickle(), args, task_no, mon)
     except Exception as exc:
@@ -129,9 +129,9 @@ def work(channel: int, *directories: str) -> None:
     memory, disk = map(Path, directories)
     agent, mappings = Channel(socket.socket(fileno=channel)), Mappings()
     Stream.faults = Faults()
-    agent.send(protocol.encode(protocol.Ready(pid=os.getpid())), b"")
-    for header, call in agent:
-        run = protocol.decode(header)
+    agent.send(protocol.encode(protocol.Ready(pid=os.getpid())))
+    for message in agent:
+        run = protocol.decode(message)
         name = f"{run.job}-{run.task}-{run.attempt}"
         spool = Spool(
             name,
@@ -144,14 +144,14 @@ def work(channel: int, *directories: str) -> None:
         Stream.faults.at("before_start", run)
         no_room = ""
         try:
-            execute(parallel, mappings, run, call)
+            execute(parallel, mappings, run)
         except NoRoom as exc:
             no_room = str(exc)
         mappings.task_ended()
         if no_room:
             spool.discard()
             lost = protocol.NoRoom(job=run.job, task=run.task, attempt=run.attempt, reason=no_room)
-            agent.send(protocol.encode(lost), b"")
+            agent.send(protocol.encode(lost))
             continue
         Stream.faults.at("before_end", run)
         path, body = spool.finish()
@@ -163,5 +163,6 @@ def work(channel: int, *directories: str) -> None:
             nbytes=spool.nbytes,
             digest=spool.digest,
             path=path,
+            body=body,
         )
-        agent.send(protocol.encode(ended), body)
+        agent.send(protocol.encode(ended))
