@@ -37,6 +37,7 @@ from oq_runtime import node as core
 from oq_runtime.channel import Channel
 from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
 from oq_runtime.errors import ConfigError, OqRuntimeError, ProtocolError, VersionError
+from oq_runtime.events import Events
 from oq_runtime.forkserver import Ended, ForkServer
 from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
@@ -189,8 +190,7 @@ class Agent:
         self.processes: dict[int, Process] = {}
         self.channels: dict[int, int] = {}  # descriptors of those that are open -> worker
         self.jobs: dict[str, JobIO] = {}
-        self.events: deque[core.Event] = deque()
-        self.handling = False
+        self._handle = Events(self.core.handle, self._apply)
         self.next_beat_s = self.next_look_s = 0.0
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
@@ -323,18 +323,6 @@ class Agent:
                 self._forget(name, "it has not asked for a lease")
             if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
-
-    def _handle(self, event: core.Event) -> None:
-        """Let the core take an event; one that comes of an effect waits for its turn."""
-        self.events.append(event)
-        if self.handling:
-            return
-        self.handling = True
-        try:
-            while self.events:
-                self._apply(self.core.handle(self.events.popleft(), time.monotonic()))
-        finally:
-            self.handling = False
 
     # ---- messages in
 
@@ -644,29 +632,28 @@ class Agent:
 
     # ---- effects out
 
-    def _apply(self, effects: list[core.Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case core.GrantLease(job, slots):
-                    self._to_broker(job, protocol.Leased(slots=slots))
-                case core.Spawn(worker, _):
-                    self._spawn(worker)
-                case core.RunOn(worker, job, task, attempt):
-                    self._run(worker, job, (task, attempt))
-                case core.Kill(worker):
-                    if self.forkserver is not None:
-                        self.forkserver.kill(worker)
-                case core.ReportDeath(job, task, attempt, reason, oom):
-                    self.journal.say(f"task {task} of {job}, attempt {attempt}: {reason}")
-                    died = protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom)
-                    self._to_broker(job, died)
-                case core.DropAttempt(job, task, attempt):
-                    if found := self.jobs.get(job):
-                        self._drop(job, found, (task, attempt))
-                case core.LeaseEnded(job, reason):
-                    if ended := self.jobs.pop(job, None):
-                        self.journal.say(f"lease of {job} of {ended.user} ended: {reason}")
-                        self._close(job, ended)
+    def _apply(self, effect: core.Effect) -> None:
+        match effect:
+            case core.GrantLease(job, slots):
+                self._to_broker(job, protocol.Leased(slots=slots))
+            case core.Spawn(worker, _):
+                self._spawn(worker)
+            case core.RunOn(worker, job, task, attempt):
+                self._run(worker, job, (task, attempt))
+            case core.Kill(worker):
+                if self.forkserver is not None:
+                    self.forkserver.kill(worker)
+            case core.ReportDeath(job, task, attempt, reason, oom):
+                self.journal.say(f"task {task} of {job}, attempt {attempt}: {reason}")
+                died = protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom)
+                self._to_broker(job, died)
+            case core.DropAttempt(job, task, attempt):
+                if found := self.jobs.get(job):
+                    self._drop(job, found, (task, attempt))
+            case core.LeaseEnded(job, reason):
+                if ended := self.jobs.pop(job, None):
+                    self.journal.say(f"lease of {job} of {ended.user} ended: {reason}")
+                    self._close(job, ended)
 
     def _run(self, worker: int, name: str, key: Key) -> None:
         process, job = self.processes[worker], self.jobs.get(name)

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from oq_runtime.errors import (
     TransitionError,
     VersionError,
 )
+from oq_runtime.events import Events
 from oq_runtime.journal import Journal
 from oq_runtime.limits import DEFAULTS, Limits
 from oq_runtime.store import Reception, Store
@@ -167,8 +168,7 @@ class Broker:
         self.groups: dict[tuple[bytes, int], int] = {}  # (client, its map) -> ours
         self.unsubmitted = 0
         self.told_wanted = 0
-        self.events: deque[core.Event] = deque()
-        self.handling = False
+        self._handle = Events(self.core.handle, self._apply)
         self.staging: dict[tuple[int, int], Staging] = {}
         # digest -> file -> tasks that need it; each client has files of its own
         self.blobs: dict[bytes, Counter[str]] = {}
@@ -375,19 +375,6 @@ class Broker:
                 self._lose(agent, f"refused: {exc}", "refused")
             else:
                 self.journal.repeat("message", f"refused a message: {exc}")
-
-    def _handle(self, event: core.Event) -> None:
-        """Let the core take an event; one that comes of an effect waits for its turn."""
-        self.events.append(event)
-        if self.handling:
-            return
-        self.handling = True
-        try:
-            while self.events:
-                for effect in self.core.handle(self.events.popleft(), time.monotonic()):
-                    self._apply(effect)
-        finally:
-            self.handling = False
 
     # ---- messages in
 

@@ -1,0 +1,35 @@
+"""The events of a pure core, one after the other, and what comes of them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class Events:
+    """Has the core take an event when called; one that comes of an effect waits for its turn.
+
+    :param handle: of the core: takes an event and the time (s), returns its effects
+    :param apply: carries out an effect
+    """
+
+    def __init__(
+        self, handle: Callable[[Any, float], Iterable[Any]], apply: Callable[[Any], None]
+    ) -> None:
+        self.handle, self.apply = handle, apply
+        self.waiting: deque[Any] = deque()
+        self.busy = False
+
+    def __call__(self, event: Any) -> None:
+        self.waiting.append(event)
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            while self.waiting:
+                for effect in self.handle(self.waiting.popleft(), time.monotonic()):
+                    self.apply(effect)
+        finally:
+            self.busy = False
