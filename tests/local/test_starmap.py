@@ -42,6 +42,10 @@ CASES = {
     "bad_result": "go(tasks.unpicklable, [(i,) for i in range(3)])",
     "bad_argument": "go(tasks.square, [(lambda: 1,), (2,)])",
     "refused_argument": "go(tasks.square, [(tasks.Refused(),), (2,)])",
+    "big_monitor": (
+        "(lambda s: [setattr(s.monitor, 'note', bytes(3 << 20)), s.reduce()])"
+        "(parallel.Starmap(tasks.square, [(1,), (2,)]))"
+    ),
     "one_task": "go(tasks.parts, [(5,)])['sum']",
     "one_task_splits": "go(tasks.splits, [(5,)])['sum']",
     "big": (
@@ -135,6 +139,7 @@ def test_value(outcomes: dict[str, Any], case: str, value: Any) -> None:
         ("raises", r"ValueError: [\s\S]*task with x=3 went wrong"),
         ("bad_result", r"(?i)error: [\s\S]*pickle[\s\S]*lambda|error: [\s\S]*lambda[\s\S]*pickle"),
         ("bad_argument", r"(?i)error: [\s\S]*lambda"),
+        ("big_monitor", r"CallTooBig: the call of a task square takes 3\d{6} bytes"),
         ("refused_argument", r"RuntimeError: [\s\S]*this argument cannot be unpickled"),
     ],
 )

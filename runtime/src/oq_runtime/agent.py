@@ -330,7 +330,7 @@ class Agent:
         peer = frames[0]
         try:
             message = protocol.decode(frames[1])
-        except (ProtocolError, IndexError) as exc:
+        except ProtocolError as exc:
             self.journal.repeat("message", f"refused a message on the control socket: {exc}")
             if isinstance(exc, VersionError):  # the peer reads both versions from any answer
                 transport.send_to(self.control, peer, protocol.Refused(reason=str(exc)))
@@ -539,7 +539,7 @@ class Agent:
             channel.flush()
             self.poller.modify(channel.fileno(), _events(channel))
         try:
-            while received := channel.receive():
+            while (received := channel.receive()) is not None:
                 self._from_worker(worker, protocol.decode(received))
         except EOFError:  # how it ended is told by the fork server
             self._stop_listening(channel)

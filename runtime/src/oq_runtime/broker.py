@@ -297,21 +297,21 @@ class Broker:
         for _ in range(AT_ONCE):
             if not (frames := transport.receive(peer.socket)):
                 return
-            self._decoded(frames[0], functools.partial(self._from_agent, peer), peer)
+            self._dispatch(frames[0], functools.partial(self._from_agent, peer), peer)
 
     def _read_data(self) -> None:
         assert self.data is not None
         for _ in range(AT_ONCE):
             if not (views := transport.receive(self.data, copy=False)):
                 return
-            sender, header, *chunk = views
-            self._decoded(header, functools.partial(self._from_data, bytes(sender), chunk))
+            sender, header, *rest = views
+            self._dispatch(header, functools.partial(self._from_data, bytes(sender), rest))
 
     def _read_engine(self) -> None:
         for _ in range(AT_ONCE):
             if not (frames := transport.receive(self.engine)):
                 return
-            self._decoded(frames[1], functools.partial(self._from_engine, frames[0]))
+            self._dispatch(frames[1], functools.partial(self._from_engine, frames[0]))
 
     def _watch_handshake(self, peer: Peer) -> None:
         for kind, reason in peer.monitor.events() if peer.monitor else ():
@@ -361,7 +361,7 @@ class Broker:
         peer.hang_up(state, reason)
         self.poller = None  # its sockets are others now
 
-    def _decoded(
+    def _dispatch(
         self,
         header: bytes | memoryview,
         take: Callable[[Any], None],
@@ -370,7 +370,7 @@ class Broker:
         """Have a message taken; one that cannot be decoded, or does not fit here, is refused."""
         try:
             take(protocol.decode(header))
-        except (ProtocolError, TransitionError, IndexError) as exc:
+        except (ProtocolError, TransitionError) as exc:
             if agent is not None and isinstance(exc, VersionError):
                 self._lose(agent, f"refused: {exc}", "refused")
             else:
@@ -478,7 +478,7 @@ class Broker:
                 reason = f"{message.reason}, host {peer.host}"
                 self._handle(core.Died(name, task, attempt, reason, oom, no_room))
 
-    def _from_data(self, sender: bytes, chunk: list[memoryview], message: Any) -> None:
+    def _from_data(self, sender: bytes, rest: list[memoryview], message: Any) -> None:
         assert self.data is not None
         if isinstance(message, protocol.Hello):
             greeted = self.peers.get(message.role)
@@ -495,10 +495,12 @@ class Broker:
         match message:
             case protocol.Fetch(digest=digest):
                 self._send_blob(peer, peer.data, digest)
+            case protocol.Chunk() if not rest:
+                self._lose(peer, "a chunk of results came without its bytes")
             case protocol.Chunk(task=task, attempt=attempt):
                 staging = self.staging.get((task, attempt))
                 if staging is not None and staging.granted:
-                    intact = self._receive(staging, message, chunk[0])
+                    intact = self._receive(staging, message, rest[0])
                     if intact is not None:
                         self._handle(core.Uploaded(peer.name, task, attempt, intact))
 

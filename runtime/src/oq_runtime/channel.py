@@ -85,7 +85,7 @@ class Channel:
     def __iter__(self) -> Iterator[bytes]:
         """Yield the messages until the other end closes; for a socket that waits."""
         with contextlib.suppress(EOFError):
-            while message := self.receive():
+            while (message := self.receive()) is not None:
                 yield message
 
     def _next(self) -> bytes | None:
@@ -94,7 +94,9 @@ class Channel:
         end = PREFIX.size + PREFIX.unpack_from(self.received)[0]
         if len(self.received) < end:
             return None
-        message = bytes(self.received[PREFIX.size : end])
+        view = memoryview(self.received)
+        message = bytes(view[PREFIX.size : end])
+        view.release()
         del self.received[:end]
         return message
 

@@ -25,6 +25,10 @@ class TransitionError(OqRuntimeError):
     """An event that the state table does not allow; the state is unchanged."""
 
 
+class CallTooBig(OqRuntimeError):
+    """A task has more around its arguments than fits into a message."""
+
+
 class BrokerLost(OqRuntimeError):
     """The broker process is gone, and with it the tasks that it held."""
 

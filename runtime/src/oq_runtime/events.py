@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Generic, TypeVar
+
+Event = TypeVar("Event")
+Effect = TypeVar("Effect")
 
 
-class Events:
+class Events(Generic[Event, Effect]):
     """Has the core take an event when called; one that comes of an effect waits for its turn.
 
     :param handle: of the core: takes an event and the time (s), returns its effects
@@ -16,13 +19,13 @@ class Events:
     """
 
     def __init__(
-        self, handle: Callable[[Any, float], Iterable[Any]], apply: Callable[[Any], None]
+        self, handle: Callable[[Event, float], Iterable[Effect]], apply: Callable[[Effect], None]
     ) -> None:
         self.handle, self.apply = handle, apply
-        self.waiting: deque[Any] = deque()
+        self.waiting: deque[Event] = deque()
         self.busy = False
 
-    def __call__(self, event: Any) -> None:
+    def __call__(self, event: Event) -> None:
         self.waiting.append(event)
         if self.busy:
             return

@@ -31,7 +31,8 @@ from typing import IO, NoReturn
 
 import msgspec
 
-from oq_runtime import channel, config, transport, worker
+from oq_runtime import config, transport, worker
+from oq_runtime.channel import read
 
 #: of one message
 MAX_BYTES = 4096
@@ -125,7 +126,7 @@ class ForkServer:
 
         Raises EOFError when the process has ended.
         """
-        data = channel.read(self.channel, MAX_BYTES)
+        data = read(self.channel, MAX_BYTES)
         return None if data is None else decode_ended(data)
 
     def close(self, workers: Iterable[int] = ()) -> int:
@@ -242,14 +243,14 @@ def preload() -> None:
 
 
 def main() -> None:
-    descriptor, agent, *args = sys.argv[1:]
+    channel, agent, *args = sys.argv[1:]
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     transport.die_with_parent()
     if os.getppid() != int(agent):
         sys.exit("the agent has ended")
     preload()
-    with socket.socket(fileno=int(descriptor)) as ours:
+    with socket.socket(fileno=int(channel)) as ours:
         Children(ours, lambda end: worker.work(end, *args)).serve()
 
 

@@ -1,9 +1,9 @@
 """The wire: message kinds, their fields, and how they become frames. Nothing else knows it.
 
-A message is a header frame, and chunks and pings are a header and a payload frame. The header is
-msgpack of one of the structs below, tagged by ``kind``, with the protocol version in ``v``. Calls,
-bodies and payload frames are opaque bytes (pickles that only the engine and the workers open); they
-are forwarded, never decoded. What is small is in the header: each frame is encrypted by itself.
+A message is a header frame; chunks and pings have a payload frame behind it. The header is msgpack
+of one of the structs below, tagged by ``kind``, with the protocol version in ``v``. Calls, bodies
+and payload frames are opaque bytes (pickles that only the engine and the workers open); they are
+forwarded, never decoded. What is small is in the header: each frame is encrypted by itself.
 
     engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status--            broker
@@ -34,14 +34,17 @@ PROTOCOL_VERSION = 4
 INLINE_BYTES = 64 * 1024
 #: bytes of one chunk on the data socket; a ZMTP heartbeat cuts much larger messages on slow links
 CHUNK_BYTES = 1024 * 1024
-#: bytes of the largest header that is decoded
+#: bytes of the largest header that is decoded, and of the largest call: what is around it is small
 HEADER_BYTES = 4 * 1024 * 1024
+CALL_BYTES = HEADER_BYTES // 2
 
 
 #: the name becomes part of file names
 JobName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]*\Z", max_length=64)]
-#: a size, of at most a pebibyte
-Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+#: bytes of the largest body: a pebibyte
+MOST_BYTES = 1 << 50
+#: a size or an offset
+Size = Annotated[int, msgspec.Meta(ge=0, le=MOST_BYTES)]
 
 
 class Message(
@@ -245,7 +248,7 @@ class Ended(Message, frozen=True, tag="ended"):
     task: int
     attempt: int
     parts: Annotated[int, msgspec.Meta(ge=1)]
-    nbytes: Size
+    nbytes: Annotated[int, msgspec.Meta(ge=1, le=MOST_BYTES)]
     digest: bytes = b""
     path: str = ""
     body: bytes = b""

@@ -138,6 +138,7 @@ class Session:
         :param unchanged: big arguments that cannot have changed since they were sent, and are not
             pickled again; those of this call are added
         :raises OSError: when there is no room for the big ones
+        :raises CallTooBig: when the rest does not fit into a message
         """
         items: list[Any] = []
         sizes: list[int] = []
@@ -166,6 +167,11 @@ class Session:
             blobs.append(blob)
             inline -= sizes[position]
         call = pickle.dumps((*context, items), payload.PROTOCOL)
+        if len(call) > protocol.CALL_BYTES:
+            raise errors.CallTooBig(
+                f"the call of a task {name} takes {len(call)} bytes besides its big arguments; "
+                f"at most {protocol.CALL_BYTES}: pass less with the monitor"
+            )
         task = next(self.tasks)
         self.needs[task] = [blob.digest for blob in blobs]
         self.send(
