@@ -149,7 +149,8 @@ def test_link_down_for_a_moment(cluster: Cluster) -> None:
 def drop(cluster: Cluster, direction: Direction) -> None:
     run = under_way(cluster, stream(cluster), "node3", least=5)
     cluster.net.drop("node3", direction)
-    assert check_stream(run)["retries"] >= 5
+    # those whose start was not heard any more are taken back before, as if they still waited
+    assert check_stream(run)["retries"] >= 1
 
 
 @short_beats
