@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oq_runtime.session import READY_SECS
 from tests.cluster import netns
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import SHORT_BEATS, calculate, stream, sum_of_stream, workers
@@ -179,9 +180,11 @@ class Drill:
         self.run.retries = report.get("retries", 0)
         error = str(report.get("error") or "").splitlines()
         if "NoWorkers" in "".join(error[:1]):
-            limit_s = self.settings["no_nodes_limit_s"] + self.settings["lost_s"] + GIVE_UP_S
-            late = self.run.seconds > self.reference_s.get(self.run.job, 0.0) + limit_s
             text = str(report.get("text") or report["error"])
+            limit_s = self.settings["no_nodes_limit_s"] + self.settings["lost_s"] + GIVE_UP_S
+            if "no worker slots after" in text:  # they were lost before the session had any
+                limit_s += READY_SECS
+            late = self.run.seconds > self.reference_s.get(self.run.job, 0.0) + limit_s
             hosts = [self.net.address[node] for node in self.cluster.slots]
             named = all(host in text for host in hosts) or self.run.job == "calculation"
             return "given up" + (", late" if late else "") + ("" if named else ": no hosts named")
