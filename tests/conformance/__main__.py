@@ -48,7 +48,8 @@ class Side:
         if self.results.exists():
             for line in self.results.read_text().splitlines():
                 row = json.loads(line)
-                if row["state"] in ("complete", "failed") and row["cores"] == cores:
+                complete = row["state"] == "complete" and (out / f"{row['key']}.hdf5").exists()
+                if (complete or row["state"] == "failed") and row["cores"] == cores:
                     self.rows[row["key"]] = row
 
     def environment(self) -> dict[str, str]:
