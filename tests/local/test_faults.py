@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,41 +144,75 @@ def test_kill_of_oq_run(env: dict[str, str], calculating: Calculating) -> None:
     assert state(env, calculating.number) == ("failed", 0), phase
 
 
+def launching(env: dict[str, str], **more: str) -> subprocess.Popen[str]:
+    """Start the launcher of a session of this process, with one worker slot."""
+    command = [sys.executable, "-m", "oq_runtime.launch", str(os.getpid()), "1", "1000000"]
+    command.append(launch.limits_text(DEFAULTS))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env | more, stdout=pipe, stderr=pipe, text=True)
+
+
+def launched(launcher: subprocess.Popen[str]) -> Path:
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, err
+    return Path(json.loads(out)["directory"])
+
+
+def kill(pids: list[int]) -> None:
+    """Kill processes at once and wait for their ends."""
+    processes = [psutil.Process(pid) for pid in pids]
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, signum)
+    assert wait_for(lambda: not alive(processes)), alive(processes)
+
+
 @pytest.mark.light
 def test_power_cut(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     # all processes of a session at once: nobody is left to tidy up but the next session
-    def session(**more: str) -> Path:
-        command = [sys.executable, "-m", "oq_runtime.launch", str(os.getpid()), "1", "1000000"]
-        command.append(launch.limits_text(DEFAULTS))
-        result = subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=60)
-        assert result.returncode == 0, result.stderr
-        return Path(json.loads(result.stdout)["directory"])
+    def made(name: str, lock: str) -> Path:
+        (tmpdir / name).mkdir()
+        (tmpdir / name / "lock").write_text(lock)
+        return tmpdir / name
 
-    def made(path: Path, host: str, *pids: int) -> Path:
-        path.mkdir()
-        (path / "host").write_text(host)
-        (path / "pids").write_text(json.dumps(pids))
-        return path
-
-    cut, living = session(), session()
-    gone = launch.pids(cut)
-    for signum in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in gone:
-            os.kill(pid, signum)
-    assert wait_for(lambda: not alive([*map(psutil.Process, filter(psutil.pid_exists, gone))]))
+    cut, living = launched(launching(env)), launched(launching(env))
+    kill(launch.pids(cut))
     assert cut.exists() and (SHARED_MEMORY / cut.name).exists(), "there is nothing to tidy up"
-    host = (cut / "host").read_text()
-    # a reboot empties the shared memory, and the number of a process may be another's by now
-    made(tmpdir / "oq-run-rebooted", host, os.getpid())
-    elsewhere = made(tmpdir / "oq-run-elsewhere", "another 1", *gone)  # TMPDIR may be shared
+    # a reboot empties the shared memory
+    made("oq-run-rebooted", socket.gethostname())
+    kept = [made("oq-run-elsewhere", "another"), made("oq-run-made-just-now", "")]
     spelt = tmp_path / "spelt"
     spelt.symlink_to(tmpdir)
-    newest = tmpdir / session(TMPDIR=str(spelt)).name
-    assert sessions(tmpdir) == sorted([living, newest, elsewhere])
+    newest = tmpdir / launched(launching(env, TMPDIR=str(spelt))).name
+    assert sessions(tmpdir) == sorted([living, newest, *kept])
     assert not (SHARED_MEMORY / cut.name).exists()
-    shutil.rmtree(elsewhere)
+    for directory in kept:
+        shutil.rmtree(directory)
     for directory in (living, newest):
         stop_session(directory)
+
+
+@pytest.mark.light
+@pytest.mark.parametrize("left", ["launcher", "broker", "agent"])
+def test_one_process_keeps_the_session(env: dict[str, str], tmpdir: Path, left: str) -> None:
+    launcher = launching(env)
+    if left == "launcher":
+        stays = launcher.pid
+        assert wait_for(lambda: [*tmpdir.glob("*/lock")]), "there is no session"
+        os.kill(stays, signal.SIGSTOP)
+    else:
+        broker, agent = launch.pids(launched(launcher))
+        stays, dies = (broker, agent) if left == "broker" else (agent, broker)
+        os.kill(stays, signal.SIGSTOP)
+        kill([dies])
+    [session] = sessions(tmpdir)
+    another = launched(launching(env))
+    assert sessions(tmpdir) == sorted([session, another])
+    os.kill(stays, signal.SIGCONT)
+    if left == "launcher":
+        assert launched(launcher) == session
+    stop_session(session)
+    stop_session(another)
 
 
 # ---- oq abort

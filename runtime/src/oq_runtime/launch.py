@@ -1,13 +1,15 @@
 """Start a session: a broker and a private agent, children of nobody, in a 0700 directory.
 
 They are started by a short-lived process of this module and so are adopted by init: the engine
-(3.26 and later) reaps and misreads every child that it has. Both end with the owner process.
+(3.26 and later) reaps and misreads every child that it has. Both end with the owner process. The
+directory's file ``lock`` is locked as long as one of them lives, see flock(2).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -80,34 +82,35 @@ def pids(directory: Path) -> list[int]:
     return []
 
 
+def lock(directory: Path) -> int:
+    """Lock a new session's directory; return the descriptor, which its processes are to inherit.
+
+    A pid could not tell whether one is left: it may be another process's by now, and a process that
+    has just been started has no command line by which to know it.
+    """
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.write(descriptor, os.fsencode(socket.gethostname()))
+    return descriptor
+
+
 def sweep(temporary: Path) -> None:
     """Remove what sessions of this user have left in a directory when all their processes died.
 
     One process that is left would have removed it; a power cut or a SIGKILL to all leaves none.
 
-    :param temporary: where sessions have their directories; other hosts may have theirs there too
+    :param temporary: where sessions have their directories; other hosts may have theirs there too,
+        and their locks need not be seen here
     """
-    for directory in temporary.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # somebody else removes it
-            if directory.lstat().st_uid != os.getuid() or not (directory / "host").exists():
+    for path in temporary.glob(f"{PREFIX}*/lock"):
+        with contextlib.suppress(OSError):  # it is locked, or somebody else removes it
+            if path.parent.lstat().st_uid != os.getuid():
                 continue
-            known = pids(directory)
-            here = (directory / "host").read_text() == _host()
-            if here and known and not any(_belongs(pid, directory.name) for pid in known):
-                remove(directory)
-
-
-def _host() -> str:
-    """Name the machine, or the part of it, in which a pid means the same process."""
-    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _belongs(pid: int, name: str) -> bool:
-    """Say whether a process is one of the session, and not another that got its number."""
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return any(word.endswith(b"/" + os.fsencode(name)) for word in words)
-    return False
+            with path.open("r+b") as file:
+                # it is empty until it is locked
+                if file.read() == os.fsencode(socket.gethostname()):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove(path.parent)
 
 
 def main() -> None:
@@ -124,7 +127,7 @@ def main() -> None:
     except OSError as exc:
         sys.exit(f"TMPDIR {temporary}: {exc.strerror}; set another TMPDIR")
     try:
-        (directory / "host").write_text(_host())
+        locked = lock(directory)
         (directory / "pids").write_bytes(b" " * 65536)  # before there are processes
     except OSError as exc:
         shutil.rmtree(directory)
@@ -138,12 +141,11 @@ def main() -> None:
     window = ["--window-bytes", str(args.window_bytes)]
     started = []
     if args.slots:
-        agent = _spawn(
-            directory, "agent", *common, "--control-url", control, "--slots", str(args.slots)
-        )
+        private = ["--control-url", control, "--slots", str(args.slots)]
+        agent = _spawn(directory, locked, "agent", *common, *private)
         started.append(agent)
         window += ["--agent-pid", str(agent.pid)]
-    broker = _spawn(directory, "broker", *common, *window)
+    broker = _spawn(directory, locked, "broker", *common, *window)
     (directory / "pids").write_text(json.dumps([p.pid for p in (broker, *started)]))
     with (directory / "broker.log").open() as log:
         deadline_s = time.monotonic() + START_SECS
@@ -157,7 +159,7 @@ def main() -> None:
     print(json.dumps({"directory": str(directory)}))
 
 
-def _spawn(directory: Path, name: str, *args: str) -> subprocess.Popen[bytes]:
+def _spawn(directory: Path, locked: int, name: str, *args: str) -> subprocess.Popen[bytes]:
     with (directory / f"{name}.log").open("wb") as stream:
         return subprocess.Popen(
             [sys.executable, "-m", f"oq_runtime.{name}", *args],
@@ -165,6 +167,7 @@ def _spawn(directory: Path, name: str, *args: str) -> subprocess.Popen[bytes]:
             stdout=stream,
             stderr=stream,
             start_new_session=True,
+            pass_fds=[locked],
             cwd="/",
             env=os.environ,
         )
