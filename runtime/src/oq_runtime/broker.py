@@ -51,14 +51,10 @@ MEMORY_REMEDY = (
 
 @dataclass(slots=True)
 class Submission:
-    """A task as the engine sent it: who, under which number, the call and its big arguments."""
+    """A task as an engine process, the client, has sent it; ``task`` is its number of it."""
 
     client: bytes
-    task: int
-    map: int
-    func: str
-    call: bytes
-    blobs: list[protocol.Blob]
+    sent: protocol.Submit
 
 
 #: a control socket, and on TCP what watches its handshakes
@@ -387,7 +383,7 @@ class Broker:
                 number = self.unsubmitted
                 self.unsubmitted += 1
                 group = self.groups.setdefault((peer, map_), len(self.groups))
-                self.submissions[number] = Submission(peer, task, map_, func, message.call, blobs)
+                self.submissions[number] = Submission(peer, message)
                 for blob in blobs:
                     self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
                 self.numbers[peer, task] = number
@@ -420,7 +416,7 @@ class Broker:
             cancelled = self.core.tasks[number].state is core.State.CANCELLED
             if submission.client == peer and cancelled:
                 self._forget(number)
-                del self.numbers[peer, submission.task]
+                del self.numbers[peer, submission.sent.task]
 
     def _client_ended(self, peer: bytes) -> None:
         self._cancel(peer, -1)
@@ -536,15 +532,15 @@ class Broker:
     def _apply(self, effect: core.Effect) -> None:
         match effect:
             case core.Assign(node, task, attempt, alone):
-                submission = self.submissions[task]
-                blobs = submission.blobs
+                sent = self.submissions[task].sent
+                blobs = sent.blobs
                 if not self.local:
                     blobs = [msgspec.structs.replace(blob, path="") for blob in blobs]
                 given = protocol.Task(
                     task=task,
                     attempt=attempt,
-                    func=submission.func,
-                    call=submission.call,
+                    func=sent.func,
+                    call=sent.call,
                     blobs=blobs,
                     alone=alone,
                 )
@@ -588,34 +584,34 @@ class Broker:
     def _deliver(self, task: int, attempt: int) -> None:
         ended = self._unstage(task, attempt).ended
         submission = self._forget(task)
-        phase = self.phases[submission.func]
+        sent = submission.sent
+        phase = self.phases[sent.func]
         phase.done += 1
         phase.received_bytes += ended.nbytes
         path = "" if ended.body else str(self.store.release(f"{task}-{attempt}")[0])
         delivered = protocol.Delivered(
-            job=self.job, task=submission.task, map=submission.map, path=path, body=ended.body
+            job=self.job, task=sent.task, map=sent.map, path=path, body=ended.body
         )
         transport.send_to(self.engine, submission.client, delivered)
 
     def _fail(self, task: int, error: str, history: tuple[str, ...]) -> None:
         submission = self._forget(task)
+        sent = submission.sent
         # all in the last line, which is the one that oq-run shows
         verdict = (
-            f"task #{submission.task} ({submission.func}) was given up after "
+            f"task #{sent.task} ({sent.func}) was given up after "
             f"{self.core.tasks[task].attempt} attempts; {history[-1]}"
         )
         if error == "OutOfMemory":
             verdict += MEMORY_REMEDY
         text = "\n".join([*history[:-1], verdict])
         self.journal.say(text)
-        header = protocol.Failed(
-            job=self.job, task=submission.task, map=submission.map, error=error, text=text
-        )
-        transport.send_to(self.engine, submission.client, header)
+        failed = protocol.Failed(job=self.job, task=sent.task, map=sent.map, error=error, text=text)
+        transport.send_to(self.engine, submission.client, failed)
 
     def _forget(self, task: int) -> Submission:
         submission = self.submissions.pop(task)
-        for blob in submission.blobs:
+        for blob in submission.sent.blobs:
             paths = self.blobs[blob.digest]
             paths[blob.path] -= 1
             if not paths[blob.path]:
