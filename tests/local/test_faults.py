@@ -193,24 +193,37 @@ def test_power_cut(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.light
-@pytest.mark.parametrize("left", ["launcher", "broker", "agent"])
-def test_one_process_keeps_the_session(env: dict[str, str], tmpdir: Path, left: str) -> None:
-    launcher = launching(env)
-    if left == "launcher":
-        stays = launcher.pid
-        assert wait_for(lambda: [*tmpdir.glob("*/lock")]), "there is no session"
-        os.kill(stays, signal.SIGSTOP)
-    else:
-        broker, agent = launch.pids(launched(launcher))
-        stays, dies = (broker, agent) if left == "broker" else (agent, broker)
-        os.kill(stays, signal.SIGSTOP)
-        kill([dies])
-    [session] = sessions(tmpdir)
+def test_the_lock_alone_keeps_a_session(tmpdir: Path) -> None:
+    session = tmpdir / "oq-run-without-a-process"
+    session.mkdir()
+    lock = launch.lock(session)
+    launch.sweep(tmpdir)
+    assert sessions(tmpdir) == [session]
+    os.close(lock)
+    launch.sweep(tmpdir)
+    assert not sessions(tmpdir)
+
+
+@pytest.mark.light
+@pytest.mark.parametrize("stays", ["broker", "agent"])
+def test_one_process_keeps_a_session(env: dict[str, str], tmpdir: Path, stays: str) -> None:
+    starting = (
+        "import os; from oq_runtime import config, launch; "
+        "print(launch.start(config.Config.from_sections(config.read()), os.getppid()))"
+    )
+    # without stdin, whose number the next file to be opened gets
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-c", starting]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    session = Path(done.stdout.strip())
+    stopped, dead = launch.pids(session)
+    if stays == "agent":
+        stopped, dead = dead, stopped
+    os.kill(stopped, signal.SIGSTOP)
+    kill([dead])
     another = launched(launching(env))
     assert sessions(tmpdir) == sorted([session, another])
-    os.kill(stays, signal.SIGCONT)
-    if left == "launcher":
-        assert launched(launcher) == session
+    os.kill(stopped, signal.SIGCONT)
     stop_session(session)
     stop_session(another)
 

@@ -47,6 +47,7 @@ def start(config: Config, owner: int) -> Path:
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
         [*command, str(config.window_bytes), limits_text(config.limits)],
+        stdin=subprocess.DEVNULL,  # it may be closed here, and a lock must not get its number
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -71,7 +72,7 @@ def limits(text: str) -> Limits:
 
 def remove(directory: Path) -> None:
     """Remove a session's directory, and the one of the same name in shared memory."""
-    for path in (directory, store.SHARED_MEMORY / directory.name):
+    for path in (store.SHARED_MEMORY / directory.name, directory):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -89,8 +90,9 @@ def lock(directory: Path) -> int:
     has just been started has no command line by which to know it.
     """
     descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.write(descriptor, os.fsencode(socket.gethostname()))
+    with contextlib.suppress(OSError):  # a file system without locks; then it stays empty
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, os.fsencode(socket.gethostname()))
     return descriptor
 
 
@@ -102,15 +104,15 @@ def sweep(temporary: Path) -> None:
     :param temporary: where sessions have their directories; other hosts may have theirs there too,
         and their locks need not be seen here
     """
-    for path in temporary.glob(f"{PREFIX}*/lock"):
+    for directory in temporary.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # it is locked, or somebody else removes it
-            if path.parent.lstat().st_uid != os.getuid():
+            if directory.lstat().st_uid != os.getuid():
                 continue
-            with path.open("r+b") as file:
-                # it is empty until it is locked
-                if file.read() == os.fsencode(socket.gethostname()):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    remove(path.parent)
+            with (directory / "lock").open("r+b") as file:
+                if file.read() != os.fsencode(socket.gethostname()):
+                    continue  # another host's, or not locked yet
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(directory)
 
 
 def main() -> None:
