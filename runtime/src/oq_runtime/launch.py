@@ -2,7 +2,8 @@
 
 They are started by a short-lived process of this module and so are adopted by init: the engine
 (3.26 and later) reaps and misreads every child that it has. Both end with the owner process. The
-directory's file ``lock`` is locked as long as one of them lives, see flock(2).
+directory's file ``lock`` is locked as long as one of them lives, see flock(2), and the next start
+removes the directories of which none lives.
 """
 
 from __future__ import annotations
