@@ -141,7 +141,7 @@ def loss(lab: Lab, name: str, quick: bool) -> dict[str, float]:
 def memory(lab: Lab, name: str, quick: bool) -> dict[str, float]:
     tasks, pause_s = (250, 5.0) if quick else (1250, 20.0)
     with lab.running(name, {"node1": 2}) as system:
-        [broker], [agent] = system.processes("broker"), system.processes("agent")
+        [broker], [agent] = system.processes("session.broker"), system.processes("node.daemon")
         system.ask("flood", LIMIT_S, tasks=tasks, pause_s=pause_s)
         return {
             "memory-broker": peak_bytes(broker.pid) / 2**30,

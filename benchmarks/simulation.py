@@ -27,8 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from oq_runtime import scheduler as core
-from oq_runtime.limits import Limits
+from oq_runtime.core import scheduler as core
+from oq_runtime.core.limits import Limits
 
 #: seconds between two beats of a node, and between two ticks of the broker
 BEAT_S = 2.0

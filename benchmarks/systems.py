@@ -149,7 +149,7 @@ class Lab:
             else:
                 shutil.copytree(self._empty_database(), cluster.home / "oqdata", dirs_exist_ok=True)
             if name.startswith("oq-runtime"):
-                argv = ["-m", "oq_runtime.cli", job, "--no-progress"]
+                argv = ["-m", "oq_runtime.commands.run", job, "--no-progress"]
             else:
                 argv = ["-m", "openquake.commands", "engine", "--run", job]
             yield (

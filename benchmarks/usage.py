@@ -18,10 +18,10 @@ from tests.cluster.netns import NAMESPACES, Net
 INTERVAL_S = 0.25
 #: what the command line of a process has when it starts; most of them rename themselves later
 ROLES = {
-    "oq_runtime.job": "engine",
+    "oq_runtime.engine.job": "engine",
     "openquake.commands": "engine",
-    "oq_runtime.broker": "broker",
-    "oq_runtime.agent": "agent",
+    "oq_runtime.session.broker": "broker",
+    "oq_runtime.node.daemon": "agent",
     "openquake.baselib.workerpool": "agent",  # the engine's own kind of it
 }
 PARENTS = ("agent", "engine", "worker")

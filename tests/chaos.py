@@ -95,7 +95,14 @@ def workers(tmpdir: Path) -> list[psutil.Process]:
 
 def run(job: Path, env: dict[str, str], kill_at: list[float], rng: random.Random) -> Outcome:
     """Run a job; SIGKILL a random worker ``kill_at`` seconds after the workers appeared."""
-    command = [sys.executable, "-m", "oq_runtime.cli", str(job), "--json", f"--cores={CORES}"]
+    command = [
+        sys.executable,
+        "-m",
+        "oq_runtime.commands.run",
+        str(job),
+        "--json",
+        f"--cores={CORES}",
+    ]
     log = Path(env["TMPDIR"]) / "oq-run.log"
     started_s = time.monotonic()
     kills: list[str] = []

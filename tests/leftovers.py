@@ -63,8 +63,8 @@ def _in_use() -> set[str]:
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = cmdline.read_text(errors="replace").split("\0")
-            if "oq_runtime.broker" in words:
+            if "oq_runtime.session.broker" in words:
                 found.add(Path(words[words.index("--directory") + 1]).name)
-            elif "oq_runtime.agent" in words and "--address" in words:
+            elif "oq_runtime.node.daemon" in words and "--address" in words:
                 found.add(f"oq-agent-{words[words.index('--address') + 1]}-")
     return found

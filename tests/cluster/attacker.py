@@ -26,7 +26,8 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from oq_runtime import config, facts, protocol, security, transport
+from oq_runtime import config, facts
+from oq_runtime.wire import protocol, security, transport
 
 #: RFC 23/ZMTP: signature, version 3.1, mechanism CURVE, as a client
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oq_runtime.session import READY_SECS
+from oq_runtime.session.client import READY_SECS
 from tests.cluster import netns
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import SHORT_BEATS, calculate, stream, sum_of_stream, workers

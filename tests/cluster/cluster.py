@@ -48,7 +48,7 @@ USER = "openquake"
 #: the modules of the task functions, for drivers and workers
 TASKS = Path(__file__).parents[1] / "local"
 TAIL_LINES = 20
-AGENT = ("-m", "oq_runtime.agent")
+AGENT = ("-m", "oq_runtime.node.daemon")
 
 CFG = """\
 [distribution]
@@ -289,7 +289,7 @@ class Cluster:
     def oq_run(self, job: Path | str, *args: str, **env: str) -> Process:
         """Start ``oq-run JOB args`` on the master; stdout is a pipe, stderr a file (``log``)."""
         self.start_dbserver()
-        return self.run(["-m", "oq_runtime.cli", str(job), *args], env)
+        return self.run(["-m", "oq_runtime.commands.run", str(job), *args], env)
 
     def run(self, args: Sequence[str], env: Mapping[str, str]) -> Process:
         """Start ``python args`` on the master; stdout is a pipe, stderr a file (``log``)."""

@@ -18,8 +18,8 @@ import tasks
 from openquake.baselib import parallel
 from openquake.baselib.general import AccumDict
 
-from oq_runtime import protocol
-from oq_runtime.adapter import Session
+from oq_runtime.engine.adapter import Session
+from oq_runtime.wire import protocol
 
 #: float64 values of the shared array: 8 MB
 SHARED = 1_000_000

@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from oq_runtime import protocol
-from oq_runtime.progress import StatusReader
+from oq_runtime.commands.progress import StatusReader
+from oq_runtime.wire import protocol
 from tests.cluster.cluster import Cluster
 from tests.cluster.netns import MASTER, Process
 from tests.conformance.compare import compare
@@ -112,7 +112,7 @@ def check_stream(run: Process, tasks: int = 24) -> dict[str, Any]:
 
 def status(cluster: Cluster, host: str = MASTER) -> dict[str, dict[str, Any]]:
     """Per node what ``oq-workers status`` says on a host."""
-    argv = [sys.executable, "-m", "oq_runtime.workers", "status", "--json"]
+    argv = [sys.executable, "-m", "oq_runtime.commands.workers", "status", "--json"]
     done = cluster.net.run(host, argv, cluster.env(host))
     assert done.stdout, done.stderr
     rows = json.loads(done.stdout)
@@ -153,7 +153,9 @@ def broker(run: Process) -> psutil.Process:
     def look() -> bool:
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
-            if "oq_runtime.broker" in words and words[words.index("--owner") + 1] == str(run.pid):
+            if "oq_runtime.session.broker" in words and words[words.index("--owner") + 1] == str(
+                run.pid
+            ):
                 found.append(process)
         return bool(found)
 

@@ -77,7 +77,7 @@ def test_job_whose_files_the_workers_do_not_see(cluster: Cluster, tmp_path: Path
 
 def test_status_names_the_host_that_does_not_answer(cluster: Cluster) -> None:
     cluster.stop_agent("node2")
-    argv = [sys.executable, "-m", "oq_runtime.workers", "status"]
+    argv = [sys.executable, "-m", "oq_runtime.commands.workers", "status"]
     done = cluster.net.run(MASTER, argv, cluster.env(MASTER))
     assert done.returncode == 1
     [line] = [line for line in done.stdout.splitlines() if "unreachable" in line]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oq_runtime import facts, protocol
+from oq_runtime import facts
+from oq_runtime.wire import protocol
 from tests.cluster.cluster import CTRL_PORT, Cluster
 from tests.cluster.jobs import (
     SHORT_BEATS,

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from oq_runtime.protocol import PROTOCOL_VERSION
+from oq_runtime.wire.protocol import PROTOCOL_VERSION
 from tests.cgroups import limited
 from tests.cluster.cluster import CTRL_PORT, Cluster
 from tests.cluster.jobs import (
@@ -53,7 +53,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 assert libc.unshare(0x20000) == 0, ctypes.get_errno()
 assert libc.mount(None, b"/", None, 0x44000, None) == 0, ctypes.get_errno()
 assert libc.mount(b"none", {path!r}, b"tmpfs", 0, None) == 0, ctypes.get_errno()
-from oq_runtime.agent import daemon
+from oq_runtime.node.daemon import daemon
 daemon()
 """
 
@@ -62,7 +62,7 @@ CONFINED = """
 import os
 with open({path!r}, "w") as file:
     file.write(str(os.getpid()))
-from oq_runtime.agent import daemon
+from oq_runtime.node.daemon import daemon
 daemon()
 """
 
@@ -71,7 +71,7 @@ def workers(
     cluster: Cluster, *args: str, prefix: tuple[str, ...] = (), **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``oq-workers args`` on the master."""
-    argv = [*prefix, sys.executable, "-m", "oq_runtime.workers", *args]
+    argv = [*prefix, sys.executable, "-m", "oq_runtime.commands.workers", *args]
     return cluster.net.run(MASTER, argv, cluster.env(MASTER, **env), limit_s=120)
 
 
@@ -146,7 +146,7 @@ def test_status_names_the_calculation(cluster: Cluster) -> None:
 def test_stop_drain_start_and_restart(cluster: Cluster) -> None:
     for name in ("stop", "drain"):
         assert {row["state"] for row in rows(cluster, name).values()} == {"stopped"}
-        run = cluster.run(["-m", "oq_runtime.workers", "status"], {})
+        run = cluster.run(["-m", "oq_runtime.commands.workers", "status"], {})
         assert run.communicate()[0].count("stopped") == len(cluster.slots)
         assert {row["state"] for row in rows(cluster, "start").values()} == {"up"}
     rows(cluster, "stop")
@@ -333,7 +333,7 @@ GATE = """#!/bin/sh
 # stands for the forced command of a deployed node; the rest of the way is real
 echo "$SSH_ORIGINAL_COMMAND" >> {home}/told
 case "$SSH_ORIGINAL_COMMAND" in
-start) . {home}/env; exec setsid {python} -m oq_runtime.agent --address {address} \\
+start) . {home}/env; exec setsid {python} -m oq_runtime.node.daemon --address {address} \\
     </dev/null >>{home}/agent.log 2>&1 & ;;
 kill) kill -9 $(cat {home}/pids) ;;
 *) echo "only start and kill" >&2; exit 126 ;;
@@ -438,7 +438,7 @@ def test_reason_when_ssh_fails_too(cluster: Cluster, sshd: Path) -> None:
 
 def _is_agent(pid: int) -> bool:
     try:
-        return b"oq_runtime.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"oq_runtime.node.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -19,19 +19,19 @@ pytestmark = pytest.mark.timeout(120)
 
 ACTIVE = """
 from openquake.baselib import parallel, workerpool
-from oq_runtime import adapter
+from oq_runtime.engine import adapter
 # install_parallel has called check_seams before it replaced anything
 assert adapter.engine_version() in adapter.SUPPORTED, adapter.engine_version()
-assert parallel.Starmap.submit.__module__ == "oq_runtime.adapter", parallel.Starmap.submit
-assert parallel.Socket.__module__ == "oq_runtime.adapter"
-assert workerpool.WorkerMaster.__module__ == "oq_runtime.adapter"
+assert parallel.Starmap.submit.__module__ == "oq_runtime.engine.adapter", parallel.Starmap.submit
+assert parallel.Socket.__module__ == "oq_runtime.engine.adapter"
+assert workerpool.WorkerMaster.__module__ == "oq_runtime.engine.workerpool"
 assert parallel.submit["processpool"].__module__ == parallel.__name__
 assert parallel.submit["no"].__module__ == parallel.__name__
 """
 
 PRISTINE = """
 from openquake.baselib import parallel
-from oq_runtime import adapter
+from oq_runtime.engine import adapter
 adapter.check_seams(parallel)
 assert parallel.Starmap.submit.__module__ == parallel.__name__
 """
@@ -50,7 +50,7 @@ else:
 
 FAKE_SEAM = """
 from openquake.baselib import parallel
-from oq_runtime import adapter
+from oq_runtime.engine import adapter
 from oq_runtime.errors import UnsupportedEngine
 def safely_call(func, args): pass
 parallel.safely_call = safely_call
@@ -112,7 +112,7 @@ def test_a_real_job_runs(tmp_path: Path) -> None:
         "CI": "true",
         "NUMBA_DISABLE_JIT": "1",  # compiling takes a minute or two, and changes no seam
     }
-    command = [sys.executable, "-m", "oq_runtime.cli", str(job), "--json"]
+    command = [sys.executable, "-m", "oq_runtime.commands.run", str(job), "--json"]
     done = subprocess.run(command, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [row] = json.loads(done.stdout)["jobs"]

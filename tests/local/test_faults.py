@@ -22,10 +22,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from oq_runtime import launch
-from oq_runtime.cli import stop_session
-from oq_runtime.limits import DEFAULTS
-from oq_runtime.store import SHARED_MEMORY
+from oq_runtime.commands.run import stop_session
+from oq_runtime.core.limits import DEFAULTS
+from oq_runtime.files.store import SHARED_MEMORY
+from oq_runtime.session import launch
 from tests.leftovers import LIMIT_S, wait_for
 
 from .conftest import sessions
@@ -146,8 +146,8 @@ def test_kill_of_oq_run(env: dict[str, str], calculating: Calculating) -> None:
 
 def launching(env: dict[str, str], **more: str) -> subprocess.Popen[str]:
     """Start the launcher of a session of this process, with one worker slot."""
-    command = [sys.executable, "-m", "oq_runtime.launch", str(os.getpid()), "1", "1000000"]
-    command.append(launch.limits_text(DEFAULTS))
+    command = [sys.executable, "-m", "oq_runtime.session.launch", str(os.getpid()), "1", "1000000"]
+    command.append(DEFAULTS.as_text())
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env | more, stdout=pipe, stderr=pipe, text=True)
 
@@ -208,7 +208,7 @@ def test_the_lock_alone_keeps_a_session(tmpdir: Path) -> None:
 @pytest.mark.parametrize("stays", ["broker", "agent"])
 def test_one_process_keeps_a_session(env: dict[str, str], tmpdir: Path, stays: str) -> None:
     starting = (
-        "import os; from oq_runtime import config, launch; "
+        "import os; from oq_runtime import config; from oq_runtime.session import launch; "
         "print(launch.start(config.Config.from_sections(config.read()), os.getppid()))"
     )
     # without stdin, whose number the next file to be opened gets

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from oq_runtime.memory import OOM_SCORE
+from oq_runtime.node.memory import OOM_SCORE
 from tests.cgroups import inside, limited
 
 from .test_limits import configured
@@ -28,7 +28,8 @@ MB_AT_ONCE = 400
 
 
 BODY = """
-from oq_runtime import adapter, protocol
+from oq_runtime.engine import adapter
+from oq_runtime.wire import protocol
 def retries():
     session = adapter.Session.current()
     session.send(protocol.StatusQuery())

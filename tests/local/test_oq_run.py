@@ -32,7 +32,7 @@ def corpus(job: str) -> Path:
 
 def start(env: dict[str, str], *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "oq_runtime.cli", *map(str, args)],
+        [sys.executable, "-m", "oq_runtime.commands.run", *map(str, args)],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

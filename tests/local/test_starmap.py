@@ -232,7 +232,7 @@ def test_death_of_a_random_worker(env: dict[str, str], tmpdir: Path) -> None:
 def test_results_outlive_their_workers(env: dict[str, str], tmpdir: Path) -> None:
     """Results that the engine has not looked at yet, when the workers that made them die."""
     body = """
-from oq_runtime.session import Session
+from oq_runtime.session.client import Session
 results = iter(parallel.Starmap(tasks.array, [(n, 200_000) for n in range(6)]))
 found = [next(results)]
 while sum(map(len, Session.current().inbox.values())) < 5:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oq_runtime.channel import PREFIX, Channel
+from oq_runtime.node.channel import PREFIX, Channel
 
 MESSAGES = st.lists(st.binary(max_size=20_000), max_size=5)
 

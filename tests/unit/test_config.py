@@ -7,10 +7,10 @@ import pathlib
 
 import pytest
 
-from oq_runtime import config, launch
+from oq_runtime import config
 from oq_runtime.config import Config, check_cores
+from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ConfigError
-from oq_runtime.limits import Limits
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_wrong_limit(section: dict[str, str], message: str) -> None:
 
 def test_limits_reach_broker_and_agent_unchanged() -> None:
     found = Limits(beat_s=0.5, max_attempts=7)
-    assert launch.limits(launch.limits_text(found)) == found
+    assert Limits.from_text(found.as_text()) == found
 
 
 # ---- the cluster

@@ -9,8 +9,8 @@ import re
 import typing
 from pathlib import Path
 
-from oq_runtime import protocol
-from oq_runtime.scheduler import FINAL, TRANSITIONS, State
+from oq_runtime.core.scheduler import FINAL, TRANSITIONS, State
+from oq_runtime.wire import protocol
 
 PAGE = Path(__file__).parents[2] / "docs/protocol.md"
 BLOCK = re.compile(r"```mermaid\n.*?```", re.DOTALL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from oq_runtime.events import Events
+from oq_runtime.core.events import Events
 
 
 class Counting:
@@ -13,10 +13,10 @@ class Counting:
     def __init__(self) -> None:
         self.applied: list[str] = []
         self.broken = ""
-        self.events = Events(self.handle, self.apply)
+        self.events = Events(self.handle, self.apply, lambda: 1.0)
 
     def handle(self, event: int, now: float) -> list[str]:
-        assert now > 0
+        assert now == 1.0
         return [f"{event}0", f"{event}1"]
 
     def apply(self, effect: str) -> None:

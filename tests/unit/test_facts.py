@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from oq_runtime import facts
-from oq_runtime.protocol import Facts
+from oq_runtime.wire.protocol import Facts
 
 MASTER = Facts(
     engine="3.26.2", python="3.11", numpy="2", dbserver="192.0.2.1", shared_dir="/oq_shared"

@@ -18,13 +18,16 @@ import msgspec
 import pytest
 import zmq
 
-from oq_runtime import facts, protocol, transport
-from oq_runtime.protocol import PROTOCOL_VERSION, Facts, Hello
+from oq_runtime import facts
+from oq_runtime.wire import protocol, transport
+from oq_runtime.wire.protocol import PROTOCOL_VERSION, Facts, Hello
 from tests.leftovers import wait_for
 
 LIMIT_MS = 10_000
 OTHER = PROTOCOL_VERSION + 1
 BOTH = rf"protocol {PROTOCOL_VERSION}\D.*{OTHER}|protocol {OTHER}\D.*{PROTOCOL_VERSION}"
+
+MODULES = {"agent": "node.daemon", "broker": "session.broker"}
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def running(name: str, directory: Path, *args: str) -> Iterator[Path]:
     common = ["--directory", str(directory), "--owner", str(os.getpid())]
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"oq_runtime.{name}", *common, *args], stderr=stream
+            [sys.executable, "-m", f"oq_runtime.{MODULES[name]}", *common, *args], stderr=stream
         )
     try:
         yield log

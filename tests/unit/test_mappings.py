@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oq_runtime import mappings
-from oq_runtime.mappings import Mappings, written
+from oq_runtime.node import mappings
+from oq_runtime.node.mappings import Mappings, written
 
 PAGE = mappings.PAGE_BYTES
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from oq_runtime import memory
-from oq_runtime.memory import Usage
+from oq_runtime.node import memory
+from oq_runtime.node.memory import Usage
 from tests.cgroups import inside, limited
 
 MIB = 1 << 20
@@ -110,7 +110,7 @@ def test_resident_memory_of_a_process() -> None:
     asked.close()
 
 
-ASK = "from oq_runtime import memory; print(memory.usage().limit_bytes, memory.oom_kills())"
+ASK = "from oq_runtime.node import memory; print(memory.usage().limit_bytes, memory.oom_kills())"
 FILL = "x = bytearray(1 << 30)"
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oq_runtime import payload
 from oq_runtime.errors import ProtocolError
+from oq_runtime.wire import payload
 
 parts = st.lists(st.lists(st.binary(max_size=300), min_size=1, max_size=5), max_size=5)
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oq_runtime import protocol
 from oq_runtime.errors import ProtocolError
+from oq_runtime.wire import protocol
 
 KINDS: tuple[type[protocol.Message], ...] = typing.get_args(protocol.AnyMessage)
 SIMPLE: dict[Any, st.SearchStrategy[Any]] = {

@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from oq_runtime.errors import TransitionError
-from oq_runtime.limits import Limits
-from oq_runtime.scheduler import (
+from oq_runtime.core.limits import Limits
+from oq_runtime.core.scheduler import (
     AHEAD,
     MAX_NODE_LOSSES,
     MAX_OOMS,
@@ -46,6 +45,7 @@ from oq_runtime.scheduler import (
     Tick,
     Uploaded,
 )
+from oq_runtime.errors import TransitionError
 
 WINDOW = 100
 LIMITS = Limits()

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import zmq
 
-from oq_runtime import security
 from oq_runtime.errors import ConfigError, SecurityError
-from oq_runtime.security import Gate, HandshakeMonitor, Keys, read_secret
+from oq_runtime.wire import security
+from oq_runtime.wire.security import Gate, HandshakeMonitor, Keys, read_secret
 from tests.leftovers import wait_for
 
 SECRET = "correct-horse-battery"

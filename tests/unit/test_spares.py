@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from oq_runtime import payload, spares
-from oq_runtime.spool import Spool
-from oq_runtime.store import Store
+from oq_runtime.files import spares
+from oq_runtime.files.store import Store
+from oq_runtime.node.spool import Spool
+from oq_runtime.wire import payload
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oq_runtime import payload
-from oq_runtime.spool import Spool
+from oq_runtime.node.spool import Spool
+from oq_runtime.wire import payload
 
 parts = st.lists(st.lists(st.binary(max_size=200), min_size=1, max_size=3), max_size=8)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oq_runtime import blobs, payload, store
-from oq_runtime.blobs import Blobs
-from oq_runtime.store import Store
+from oq_runtime.files import store
+from oq_runtime.files.store import Store
+from oq_runtime.session import blobs
+from oq_runtime.session.blobs import Blobs
+from oq_runtime.wire import payload
 
 
 def put(kept: Store, name: str, nbytes: int) -> Path:

@@ -41,8 +41,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError
-from oq_runtime.limits import DEFAULTS, Limits
 
 #: names the directory of a session that ``oq-run`` has started for its engine process
 SESSION_VARIABLE = "OQ_RUNTIME_SESSION"

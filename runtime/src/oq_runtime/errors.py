@@ -51,3 +51,7 @@ class NoWorkers(OqRuntimeError):
 
 class SecurityError(OqRuntimeError):
     """Encryption or authentication cannot be guaranteed; nothing is started."""
+
+
+class InputError(OqRuntimeError):
+    """Something that the user gave cannot be used; the text is the whole message."""

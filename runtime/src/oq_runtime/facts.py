@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import sys
 
-from oq_runtime.protocol import Facts
+from oq_runtime.wire.protocol import Facts
 
 #: what the fields of Facts are called in a message
 NAMES = {

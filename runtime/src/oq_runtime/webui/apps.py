@@ -9,7 +9,7 @@ import psutil
 from openquake.server import apps
 from openquake.server.db import actions
 
-from oq_runtime.job import RUNNING_HERE
+from oq_runtime.engine.jobtable import RUNNING_HERE
 
 
 def fail_lost_jobs(db: Any) -> None:

@@ -1,0 +1,1 @@
+"""The agents of the cluster as an administrator sees them."""

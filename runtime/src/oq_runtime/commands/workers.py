@@ -1,0 +1,168 @@
+"""``oq-workers``: what the nodes of the cluster are doing, and telling them to stop or go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from oq_runtime.cluster.pool import Answer, Pool
+from oq_runtime.config import Config, read
+from oq_runtime.errors import ConfigError, NoWorkers, OqRuntimeError
+
+EXIT_SILENT, EXIT_INPUT = 1, 2
+#: columns of a table that goes into a file or a pipe: nothing is wrapped
+WIDE_COLUMNS = 1000
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="oq-runtime")
+def main() -> None:
+    """Look after the workers of the OpenQuake cluster.
+
+    Exit codes: 0 all is well, 1 a host has not answered or has a problem, 2 wrong configuration.
+    """
+
+
+def command(name: str, help: str, act: Callable[[Pool], dict[str, Answer]]) -> None:
+    """Add a command that acts on all hosts and shows what they say."""
+
+    @main.command(name, help=help)
+    @as_json
+    def run(as_json: bool) -> None:
+        show(act(_pool()), as_json)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+STOP = "Let no host take new tasks; those under way go on."
+command("status", "Show slots, jobs, memory and state of each host.", lambda p: p.ask("status"))
+command("start", "Let all hosts take tasks; start over ssh those that are down.", Pool.start)
+command("stop", STOP, lambda pool: pool.ask("stop"))
+command("drain", STOP, lambda pool: pool.ask("stop"))
+command("restart", "Kill the workers and let all hosts take tasks.", Pool.restart)
+command(
+    "kill",
+    "Kill the workers of all jobs, whose tasks are run again; over ssh where no agent answers.",
+    Pool.kill,
+)
+
+
+@main.command()
+@click.option("--seconds", default=120.0, show_default=True, help="How long at most.")
+@as_json
+def wait(seconds: float, as_json: bool) -> None:
+    """Wait until every host answers."""
+    pool = _pool()
+    try:
+        answers = pool.wait(seconds)
+    except NoWorkers as exc:
+        click.echo(f"oq-workers: {exc}", err=True)
+        answers = pool.ask("status")
+        if not as_json:
+            sys.exit(EXIT_SILENT)
+    show(answers, as_json)
+
+
+@main.command()
+@as_json
+def debug(as_json: bool) -> None:
+    """Run a task on every slot, kill a worker, and look for a file of the master on each host."""
+    pool = _pool()
+    os.environ["OQ_DISTRIBUTE"] = "zmq"
+    import oq_runtime.activate  # noqa: F401  before the engine is imported
+    from oq_runtime.cluster.debug import Host, examine
+
+    report = examine(pool)
+    if as_json:
+        click.echo(json.dumps(report.as_dict()))
+    else:
+        rows = {address: host.as_dict() for address, host in report.hosts.items()}
+        titles = list(Host().as_dict())
+        print_table(
+            ["host", *titles],
+            [[address, *(_text(row[title]) for title in titles)] for address, row in rows.items()],
+        )
+        if report.survived:
+            attempt, host = report.survived
+            click.echo(f"a worker died on purpose: attempt {attempt} came through on {host}")
+    for problem in report.problems:
+        click.echo(f"oq-workers: {problem}", err=True)
+    if report.problems:
+        sys.exit(EXIT_SILENT)
+
+
+def _pool() -> Pool:
+    try:
+        cluster = Config.from_sections(read()).cluster
+        if cluster is None:
+            raise ConfigError(
+                "no cluster is configured: set [distribution] oq_distribute = zmq and the "
+                "workers' addresses in [zworkers] host_cores of openquake.cfg"
+            )
+        return Pool(cluster)
+    except OqRuntimeError as exc:
+        click.echo(f"oq-workers: {exc}", err=True)
+        sys.exit(EXIT_INPUT)
+
+
+def show(answers: dict[str, Answer], as_json: bool) -> None:
+    """Print what the hosts say; exit with EXIT_SILENT when one says nothing."""
+    if as_json:
+        click.echo(json.dumps({host: _object(answer) for host, answer in answers.items()}))
+    else:
+        titles = ["host", "slots", "jobs", "memory", "engine", "state", "beat age"]
+        print_table(titles, [_row(host, answer) for host, answer in answers.items()])
+    if any(isinstance(answer, str) for answer in answers.values()):
+        sys.exit(EXIT_SILENT)
+
+
+def _object(answer: Answer) -> object:
+    if isinstance(answer, str):
+        return {"state": "unreachable", "reason": answer}
+    row = msgspec.to_builtins(answer)
+    return {name: row[name] for name in type(answer).__annotations__}
+
+
+def _row(host: str, answer: Answer) -> list[str]:
+    if isinstance(answer, str):
+        return [host, "-", "-", "-", "-", f"unreachable: {answer}", "-"]
+    if answer.state == "killed":
+        return [host, "-", "-", "-", "-", "killed over ssh", "-"]
+    return [
+        host,
+        f"{answer.busy}/{answer.slots}",
+        ", ".join(answer.jobs) or "-",
+        f"{answer.memory:.0%}",
+        answer.engine,
+        answer.state,
+        "-" if answer.beat_age_s is None else f"{answer.beat_age_s:.1f} s",
+    ]
+
+
+def _text(value: object) -> str:
+    return "-" if value in (None, "") else str(value)
+
+
+def print_table(titles: list[str], rows: list[list[str]]) -> None:
+    """Print a table for a person."""
+    table = Table(box=None)
+    for title in titles:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*map(Text, row))  # a reason may have [brackets]
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE_COLUMNS
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,485 @@
+"""The pure core of the agent: leases, worker slots, and which worker runs which attempt.
+
+``Node.handle(event, now)`` returns effects for the shell (``agent``). No process or socket here.
+A worker belongs to one lease and runs one task at a time, so that blame for its death is exact.
+
+Several leases share the slots by max-min fairness: none gets more than it wants while another has
+less than its part; what cannot be divided is held in turns, by the lease that has been served
+least. A share that shrinks stops nothing that runs. An attempt that must be alone waits until no
+other runs on the node, whoever's it is, and holds all others back until it has ended.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from oq_runtime.core.limits import DEFAULTS, Limits
+
+#: seconds that a slot which cannot be divided stays with a lease: each change costs the start of a
+#: worker, up to 4 s of computing
+TURN_S = 30.0
+#: seconds between two kills for lack of memory: that of the first must be free before the second
+KILL_INTERVAL_S = 2.0
+#: bytes by which a worker may grow over what it had at its start before it is replaced
+GROWTH_BYTES = 1 << 30
+
+
+class WorkerState(Enum):
+    STARTING = "starting"
+    IDLE = "idle"
+    BUSY = "busy"
+
+
+@dataclass(slots=True)
+class Worker:
+    id: int
+    job: str
+    state: WorkerState = WorkerState.STARTING
+    task: int = -1
+    attempt: int = -1
+    alone: bool = False
+    since_s: float = 0.0
+    start_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Lease:
+    """``slots``: its share; ``wanted``: live tasks of the job, -1: not told."""
+
+    job: str
+    slots: int
+    heard_s: float
+    wanted: int = -1
+    served_s: float = 0.0
+    pending: deque[tuple[int, int]] = field(default_factory=deque)
+    alone: set[tuple[int, int]] = field(default_factory=set)
+
+
+# ---- events
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseAsked:
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A sign of life of the job's broker, which may say how many tasks it has."""
+
+    job: str
+    wanted: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsed:
+    """What is in use of the memory of this node (or of its cgroup), and by each worker."""
+
+    used_bytes: int
+    limit_bytes: int
+    workers: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    on: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    job: str
+    reason: str = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class AloneAsked:
+    """An attempt that is going to be given must run alone on this node."""
+
+    job: str
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskGiven:
+    job: str
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAsked:
+    job: str
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    worker: int
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """The worker has ended its task, and now holds so much memory; ``last``: it is gone, too."""
+
+    worker: int
+    nbytes: int = 0
+    last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """The process has ended; ``oom``: killed by the kernel for lack of memory.
+
+    ``nbytes`` is the most memory that it had.
+    """
+
+    worker: int
+    reason: str
+    oom: bool = False
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = (
+    LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | AloneAsked | TaskGiven | AbortAsked
+    | WorkerReady | WorkerEnded | WorkerGone | Tick
+)  # fmt: skip
+
+
+# ---- effects
+
+
+@dataclass(frozen=True, slots=True)
+class GrantLease:
+    job: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    worker: int
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunOn:
+    worker: int
+    job: str
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportDeath:
+    job: str
+    task: int
+    attempt: int
+    reason: str
+    oom: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DropAttempt:
+    job: str
+    task: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    job: str
+    reason: str
+
+
+Effect = GrantLease | Spawn | RunOn | Kill | ReportDeath | DropAttempt | LeaseEnded
+
+
+class Node:
+    """State of one agent.
+
+    :param slots: worker processes that may run a task at a time
+    :param limits: of silence, of memory and of the time of a task
+    """
+
+    def __init__(self, slots: int, limits: Limits = DEFAULTS) -> None:
+        self.slots = slots
+        self.limits = limits
+        self.leases: dict[str, Lease] = {}
+        self.workers: dict[int, Worker] = {}
+        self.spawned = 0
+        self.draining = False
+        self.memory = MemoryUsed(0, 1)
+        self.killed_s = -KILL_INTERVAL_S
+        self.ticked_s: float | None = None
+
+    @property
+    def busy(self) -> int:
+        return sum(w.state is WorkerState.BUSY for w in self.workers.values())
+
+    @property
+    def closed(self) -> bool:
+        """Whether no new task should come: draining, or short of memory with tasks under way."""
+        return self.draining or self.short
+
+    @property
+    def short(self) -> bool:
+        """Whether memory is short, and there are tasks whose end may change that."""
+        return self.memory_percent > self.limits.memory_soft_percent and self.busy > 0
+
+    @property
+    def ready(self) -> int:
+        """Workers that have started."""
+        return sum(w.state is not WorkerState.STARTING for w in self.workers.values())
+
+    def beat_age_s(self, now: float) -> float | None:
+        """Return the longest silence of a broker, None without a lease."""
+        return max((now - lease.heard_s for lease in self.leases.values()), default=None)
+
+    @property
+    def memory_percent(self) -> float:
+        """How much of the memory is in use."""
+        return 100 * self.memory.used_bytes / self.memory.limit_bytes
+
+    def grown(self, workers: Mapping[int, int]) -> int:
+        """Return the bytes that workers hold beyond those of their start.
+
+        :param workers: worker -> bytes that it holds
+        """
+        known = [(self.workers[w], held) for w, held in workers.items() if w in self.workers]
+        return sum(max(0, held - worker.start_bytes) for worker, held in known)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take one event at time ``now`` (seconds, monotonic); return what is to be done."""
+        effects: list[Effect] = []
+        match event:
+            case LeaseAsked(job):
+                self._end(job, "asked for again", effects)
+                # as if it had been here before: else it would hold what is left for hours
+                served_s = min((lease.served_s for lease in self.leases.values()), default=0.0)
+                self.leases[job] = Lease(job, -1, now, served_s=served_s)
+                self._share(effects)
+                for _ in range(min(self.leases[job].slots, self.slots - len(self.workers))):
+                    self._spawn(self.leases[job], effects)
+            case Heard(job, wanted):
+                if job in self.leases:
+                    self.leases[job].heard_s = now
+                    if wanted is not None and wanted != self.leases[job].wanted:
+                        self.leases[job].wanted = wanted
+                        self._share(effects)
+            case MemoryUsed():
+                self.memory = event
+                full = self.memory_percent > self.limits.memory_hard_percent
+                if full and now - self.killed_s >= KILL_INTERVAL_S:
+                    self._kill_newest(now, effects)
+            case DrainAsked(on):
+                self.draining = on
+            case Released(job, reason):
+                self._end(job, reason, effects)
+            case AloneAsked(job, task, attempt):
+                if job in self.leases:
+                    self.leases[job].alone.add((task, attempt))
+            case TaskGiven(job, task, attempt):
+                if job in self.leases:
+                    self.leases[job].pending.append((task, attempt))
+                else:
+                    effects.append(DropAttempt(job, task, attempt))
+            case AbortAsked(job, task, attempt):
+                self._abort(job, task, attempt, effects)
+            case WorkerReady(worker, nbytes):
+                if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
+                    found.state, found.start_bytes = WorkerState.IDLE, nbytes
+            case WorkerEnded(worker, nbytes, last):
+                if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
+                    found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
+                    if last or nbytes - found.start_bytes > GROWTH_BYTES:
+                        self._kill(found, effects)
+                        self._spawn(self.leases[found.job], effects)
+            case WorkerGone():
+                self._gone(event, effects)
+            case Tick():
+                self._tick(now, effects)
+        self._fill(now, effects)
+        return effects
+
+    def _of(self, job: str) -> list[Worker]:
+        return [w for w in self.workers.values() if w.job == job]
+
+    def _spawn(self, lease: Lease, effects: list[Effect]) -> None:
+        self.spawned += 1
+        self.workers[self.spawned] = Worker(self.spawned, lease.job)
+        effects.append(Spawn(self.spawned, lease.job))
+
+    def _kill(self, worker: Worker, effects: list[Effect]) -> None:
+        """Kill a worker whose death is wanted and charged to nobody."""
+        del self.workers[worker.id]
+        effects.append(Kill(worker.id))
+
+    def _share(self, effects: list[Effect]) -> None:
+        """Divide the slots among the leases and tell those whose share has changed."""
+        alone = len(self.leases) == 1
+        wants = {
+            job: self.slots if alone or lease.wanted < 0 else min(lease.wanted, self.slots)
+            for job, lease in self.leases.items()
+        }
+        shares = dict.fromkeys(wants, 0)
+        left = self.slots
+        # in rounds of one slot each; the last, partial round starts with the least served
+        while left and (hungry := [job for job in wants if shares[job] < wants[job]]):
+            hungry.sort(key=self._turns)
+            for job in hungry[:left]:
+                shares[job] += 1
+            left -= min(left, len(hungry))
+        for job, share in shares.items():
+            if share != self.leases[job].slots:
+                self.leases[job].slots = share
+                effects.append(GrantLease(job, share))
+
+    def _turns(self, job: str) -> int:
+        """How many turns the lease has been served."""
+        return int(self.leases[job].served_s / (TURN_S * self.slots))
+
+    def _fill(self, now: float, effects: list[Effect]) -> None:
+        """Give waiting tasks to idle workers, and start workers where they are missing."""
+        free = self.slots - self.busy
+        leases = [lease for lease in self.leases.values() if lease.pending]
+        if not leases or free <= 0 or self.short:
+            return
+        # the lease that is furthest below its share comes first
+        leases.sort(key=lambda one: self._running(one) - one.slots)
+        alone = [one for one in leases if one.pending[0] in one.alone]
+        if alone or any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
+            if self.busy:
+                return
+            leases, free = alone[:1], 1
+        for lease in leases:
+            for worker in self._of(lease.job):
+                idle = worker.state is WorkerState.IDLE
+                if free > 0 and lease.pending and idle and not self.short:
+                    self._start(worker, lease, now, effects)
+                    free -= 1
+            starting = sum(w.state is WorkerState.STARTING for w in self._of(lease.job))
+            for _ in range(min(len(lease.pending) - starting, free - starting)):
+                if len(self.workers) >= self.slots and not self._make_room(lease, effects):
+                    break
+                self._spawn(lease, effects)
+
+    def _start(self, worker: Worker, lease: Lease, now: float, effects: list[Effect]) -> None:
+        worker.task, worker.attempt = key = lease.pending.popleft()
+        worker.state, worker.since_s, worker.alone = WorkerState.BUSY, now, key in lease.alone
+        if worker.alone:
+            lease.alone.remove(key)
+            for other in [w for w in self.workers.values() if w is not worker]:
+                self._kill(other, effects)  # idle ones hold memory as well
+        effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
+
+    def _running(self, lease: Lease) -> int:
+        return sum(w.state is WorkerState.BUSY for w in self._of(lease.job))
+
+    def _make_room(self, lease: Lease, effects: list[Effect]) -> bool:
+        """End an idle worker of another lease; False when there is none."""
+        for worker in self.workers.values():
+            if worker.state is WorkerState.IDLE and worker.job != lease.job:
+                self._kill(worker, effects)
+                return True
+        return False
+
+    def _tick(self, now: float, effects: list[Effect]) -> None:
+        seconds = now - self.ticked_s if self.ticked_s is not None else 0.0
+        self.ticked_s = now
+        for lease in list(self.leases.values()):
+            lease.served_s += seconds * self._running(lease)
+            # a beat early: at the latest lost_s after a cut its slots are to be free
+            if now - lease.heard_s > self.limits.lost_s - self.limits.beat_s:
+                self._end(lease.job, f"broker silent for {now - lease.heard_s:.0f} s", effects)
+        if len(self.leases) > 1:
+            self._share(effects)
+        for worker in list(self.workers.values()):
+            limit = self.limits.task_timeout_s
+            if limit and worker.state is WorkerState.BUSY and now - worker.since_s > limit:
+                reason = f"killed after {now - worker.since_s:.0f} s, task_timeout_s is {limit:g} s"
+                self._kill_busy(worker, reason, effects)
+
+    def _kill_newest(self, now: float, effects: list[Effect]) -> None:
+        busy = [w for w in self.workers.values() if w.state is WorkerState.BUSY]
+        if not busy:
+            return
+        self.killed_s = now
+        newest = max(busy, key=lambda w: (w.since_s, w.id))
+        figures = self._figures(self.memory.workers.get(newest.id, 0))
+        limit = self.limits.memory_hard_percent
+        reason = f"killed to free memory: {figures}, the limit is {limit:g}%"
+        self._kill_busy(newest, reason, effects, oom=True)
+
+    def _figures(self, worker_bytes: int) -> str:
+        used, limit = gib(self.memory.used_bytes), gib(self.memory.limit_bytes)
+        return f"its worker had {gib(worker_bytes)}, {used} of {limit} were in use"
+
+    def _kill_busy(
+        self, worker: Worker, reason: str, effects: list[Effect], *, oom: bool = False
+    ) -> None:
+        self._kill(worker, effects)
+        effects.append(DropAttempt(worker.job, worker.task, worker.attempt))
+        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, oom))
+
+    def _gone(self, gone: WorkerGone, effects: list[Effect]) -> None:
+        worker = self.workers.pop(gone.worker, None)
+        if worker is None:
+            return
+        lease = self.leases[worker.job]
+        reason = gone.reason
+        if gone.oom:
+            reason += f" by the kernel for lack of memory: {self._figures(gone.nbytes)}"
+        if worker.state is WorkerState.BUSY:
+            task, attempt = worker.task, worker.attempt
+            effects.append(DropAttempt(lease.job, task, attempt))
+            effects.append(ReportDeath(lease.job, task, attempt, reason, gone.oom))
+        elif worker.state is WorkerState.STARTING and lease.pending:
+            # workers that cannot start must not be spawned for ever: charge a waiting task
+            task, attempt = lease.pending.popleft()
+            lease.alone.discard((task, attempt))
+            effects.append(DropAttempt(lease.job, task, attempt))
+            text = f"worker could not start: {reason}"
+            effects.append(ReportDeath(lease.job, task, attempt, text, gone.oom))
+        if worker.state is not WorkerState.STARTING and len(self._of(lease.job)) < lease.slots:
+            self._spawn(lease, effects)
+
+    def _abort(self, job: str, task: int, attempt: int, effects: list[Effect]) -> None:
+        effects.append(DropAttempt(job, task, attempt))
+        lease = self.leases.get(job)
+        if lease is None:
+            return
+        lease.alone.discard((task, attempt))
+        if (task, attempt) in lease.pending:
+            lease.pending.remove((task, attempt))
+        for worker in self._of(job):
+            if (worker.task, worker.attempt) == (task, attempt):
+                self._kill(worker, effects)
+                self._spawn(lease, effects)
+
+    def _end(self, job: str, reason: str, effects: list[Effect]) -> None:
+        if self.leases.pop(job, None) is None:
+            return
+        for worker in self._of(job):
+            self._kill(worker, effects)
+        effects.append(LeaseEnded(job, reason))
+        self._share(effects)
+
+
+def gib(nbytes: int) -> str:
+    """Return a number of bytes in GiB, for a message."""
+    return f"{nbytes / (1 << 30):.2f} GiB"

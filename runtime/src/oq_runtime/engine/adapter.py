@@ -1,0 +1,334 @@
+"""The seam to the engine; with ``worker`` the only module that knows the engine's internals.
+
+Seams, the same from 3.23.5 to 3.26.2: ``parallel.Socket``, ``parallel.host_cores``,
+``parallel.get_return_ip``, ``Starmap.submit``, ``Starmap._loop``, ``Starmap.shutdown``, and
+``workerpool.WorkerMaster``. ``check_seams`` compares their signatures with what is expected here.
+Everything that is not ``oq_distribute = zmq`` is left as it was. Not covered: how tasks travel
+(``session``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import os
+import pickle
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy
+import zmq
+
+from oq_runtime import errors
+from oq_runtime.engine.records import Records
+from oq_runtime.session.client import Session, Unchanged
+from oq_runtime.wire import payload
+
+SUPPORTED = ("3.23.5", "3.25.1", "3.26.2")
+#: marks the receiver of a Starmap whose results come from the broker
+RECEIVER = "oq-runtime://"
+#: "ports" of our receivers; above 65535, so that they are never taken for real ones
+FIRST_PORT = 100_000
+#: tasks, and bytes of their big arguments, that are under way at a time beyond ``Starmap.CT``
+LIVE_TASKS, LIVE_BYTES = 4096, 256 << 20
+
+#: seconds for which the engine's check of the memory holds
+CHECK_SECS = 0.1
+
+#: what is called or replaced, with its positional parameters
+SEAMS = {
+    "safely_call": ["func", "args", "task_no", "mon"],
+    "getargnames": ["task_func"],
+    "check_mem_usage": ["soft_percent", "hard_percent"],
+    "get_return_ip": ["receiver_host"],
+    "Starmap.submit": ["self", "args", "func"],
+    "Starmap._loop": ["self"],
+    "Starmap.log_percent": ["self"],
+    "Starmap.share": ["self"],
+    "Starmap.unlink": ["self"],
+    "Starmap.shutdown": [],
+    "Monitor.get_data": ["self"],
+    "Pickled.__init__": ["self", "obj"],
+    "Result.__init__": ["self", "val", "mon", "tb_str", "msg"],
+    "Socket.__init__": ["self", "end_point", "socket_type", "mode", "timeout"],
+}
+
+
+def check_seams(parallel: ModuleType) -> None:
+    """Raise UnsupportedEngine unless the engine has the seams that this adapter was made for."""
+    version = engine_version()
+    wrong = []
+    for path, expected in SEAMS.items():
+        found: Any = parallel
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if found is None:
+            wrong.append(f"{path} is missing")
+            continue
+        names = [
+            p.name
+            for p in inspect.signature(found).parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        if names != expected:
+            wrong.append(f"{path}({', '.join(names)})")
+    wrong += [
+        f"{name} is missing" for name in ("host_cores", "config") if name not in vars(parallel)
+    ]
+    if wrong or version not in SUPPORTED:
+        detail = f" ({'; '.join(wrong)})" if wrong else ""
+        raise errors.UnsupportedEngine(
+            f"OpenQuake engine {version} is not supported{detail}; "
+            f"supported are {', '.join(SUPPORTED)}"
+        )
+
+
+def engine_version() -> str:
+    """Return the version of the imported engine."""
+    from openquake import baselib
+
+    return str(baselib.__version__)
+
+
+class Receiver:
+    """Stands in for the engine's PULL socket of one Starmap, and for its loop over results."""
+
+    ports = itertools.count(FIRST_PORT)
+    by_port: dict[int, Receiver] = {}
+    parallel: Any
+
+    def __init__(self) -> None:
+        self.port = next(self.ports)
+        self.local: deque[Any] = deque()
+        self.numbers: dict[int, tuple[int, str]] = {}  # task in the session -> number and name
+        self.argnames: dict[Any, list[str]] = {}
+        self.functions: dict[Any, list[payload.Buffer]] = {}  # their frames
+
+    def __enter__(self) -> Receiver:
+        self.by_port[self.port] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.by_port.pop(self.port, None)
+        if session := Session.existing():
+            session.close_map(self.port)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the results of tasks that run inside the engine process."""
+        while self.local:
+            yield self.local.popleft()
+
+    @classmethod
+    def of(cls, starmap: Any) -> Receiver:
+        """Return the receiver of a Starmap, which gets it with its first task."""
+        if not hasattr(starmap, "socket"):
+            type(starmap).running_tasks = starmap.tasks
+            starmap.socket = cls().__enter__()
+            starmap.monitor.shared = starmap._shared
+            starmap.monitor.backurl = RECEIVER
+        receiver: Receiver = starmap.socket
+        return receiver
+
+    def submit(self, starmap: Any, args: Sequence[Any], func: Any, unchanged: Unchanged) -> None:
+        """Hand one task to the broker, with what the engine notes of it."""
+        name = getattr(func, "__name__", type(func).__name__)
+        if func not in self.argnames:
+            self.argnames[func] = self.parallel.getargnames(func)[:-1]
+        task, (_, *sizes) = Session.current().submit(
+            self.port,
+            name,
+            (starmap.task_no, starmap.monitor),
+            [func, *args],
+            dump=self._dump,
+            weight=float(getattr(args[0], "weight", 1.0)),
+            unchanged=unchanged,
+        )
+        starmap.sent[name] += dict(zip(self.argnames[func], sizes, strict=False))
+        self.numbers[task] = starmap.task_no, name
+        starmap.tasks.append(starmap.task_no)
+        starmap.task_no += 1
+
+    def _dump(self, obj: Any) -> list[payload.Buffer]:
+        """Return the frames of an argument, which the worker finds pickled as by the engine."""
+        if isinstance(obj, FunctionType):  # pickled by its name, whatever happens meanwhile
+            if obj not in self.functions:
+                self.functions[obj] = self._pickle(obj)
+            return self.functions[obj]
+        return self._pickle(obj)
+
+    def _pickle(self, obj: Any) -> list[payload.Buffer]:
+        if not hasattr(obj, "unpickle"):
+            compress = self.parallel.config.distribution.get("compress")
+            obj = (self.parallel.Pickled if compress else payload.Pickled)(obj)
+        return payload.dump(obj)
+
+    def refill(self, starmap: Any) -> None:
+        """Submit what waits in the Starmap, as far as it is good to have it under way.
+
+        Nothing of the engine runs between the tasks submitted here, so no argument can change.
+        """
+        queue, unchanged = starmap.task_queue, Unchanged()
+        if len(starmap.tasks) > LIVE_TASKS // 2:
+            return
+        taken = 0
+        for func, args in queue:
+            live = len(starmap.tasks)
+            blobs = Session.current().blobs
+            if live >= starmap.CT and (live >= LIVE_TASKS or blobs.needed_bytes >= LIVE_BYTES):
+                break
+            self.submit(starmap, args, func, unchanged)
+            taken += 1
+        del queue[:taken]
+
+    def loop(self, starmap: Any) -> Iterator[Any]:
+        """Yield the results of all tasks, subtasks included, and keep the engine's records."""
+        records = Records(self.parallel, starmap.h5)
+        try:
+            for task, objects, error in Session.current().results(self.port):
+                number, name = self.numbers.pop(task)
+                if error is not None:
+                    records.write(starmap.sent)
+                    mon = starmap.monitor.new(operation=f"total {name}", measuremem=False)
+                    mon.task_no = number
+                    yield self.parallel.Result(error, mon, "lost task\n")
+                for result in objects:
+                    starmap.log_percent()
+                    if result.msg == "TASK_ENDED":
+                        starmap.busytime += {result.workerid: result.mon.duration}
+                        operation = result.mon.operation.removeprefix("total ")
+                        if operation == "split_task":  # of engine 3.23
+                            operation = f"{starmap.name}:{operation}"
+                        records.add(result, operation, starmap.sent)
+                    elif result.func:
+                        starmap.task_queue.append((result.func, result.pik))
+                    else:
+                        if result.tb_str:  # the engine will raise it, and not come back
+                            records.write(starmap.sent)
+                        starmap.n_out += 1
+                        yield result
+                starmap.tasks.remove(number)
+                self.refill(starmap)
+                if not starmap.tasks:
+                    break
+            records.write(starmap.sent)
+        finally:
+            self.__exit__()
+
+
+class LocalSocket:
+    """Stands in for the PUSH socket of a task that runs inside the engine process."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
+
+    def __enter__(self) -> LocalSocket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def send(self, result: Any) -> None:
+        # through pickle, as over a socket: what the task keeps must not change what was sent
+        data = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+        self.receiver.local.append(pickle.loads(data))
+
+
+class MemoryCheck:
+    """The engine's check of this machine's memory, which it makes for every result.
+
+    :param check: the engine's function; its answer holds for CHECK_SECS
+    """
+
+    def __init__(self, check: Callable[[], Any]) -> None:
+        self.check = check
+        self.next_s = 0.0
+        self.found: Any = None
+
+    def __call__(self) -> Any:
+        if time.monotonic() > self.next_s:
+            self.found = self.check()
+            self.next_s = time.monotonic() + CHECK_SECS
+        return self.found
+
+
+def local(starmap: Any) -> bool:
+    """Whether the engine runs the tasks of this Starmap by itself."""
+    # OQ_TASK_NO: engine 3.23 runs one task only, to debug it
+    return starmap.distribute != "zmq" or starmap.num_tasks == 1 or "OQ_TASK_NO" in os.environ
+
+
+def install_parallel(parallel: Any) -> None:
+    """Take over ``oq_distribute = zmq`` in the engine's parallel module."""
+    check_seams(parallel)
+    engine_socket, starmap = parallel.Socket, parallel.Starmap
+    engine_init, engine_submit, engine_loop = starmap.__init__, starmap.submit, starmap._loop
+    engine_shutdown = starmap.shutdown.__func__
+    get_return_ip = parallel.get_return_ip
+    Receiver.parallel = parallel
+
+    def open_socket(end_point: str, socket_type: int, mode: str, timeout: int = 60) -> Any:
+        if end_point == RECEIVER:
+            return Receiver()
+        port = re.search(r":(\d+)$", end_point) if socket_type == zmq.PUSH else None
+        if port and (receiver := Receiver.by_port.get(int(port.group(1)))):
+            return LocalSocket(receiver)
+        return engine_socket(end_point, socket_type, mode, timeout)
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        engine_init(self, *args, **kwargs)
+        if self.distribute == "zmq":
+            self.receiver = RECEIVER
+
+    def submit(self: Any, args: Any, func: Any = None) -> None:
+        if local(self):
+            engine_submit(self, args, func)
+        else:
+            Receiver.of(self).submit(self, args, func or self.task_func, Unchanged())
+
+    def loop(self: Any) -> Iterator[Any]:
+        if local(self):
+            yield from engine_loop(self)
+            return
+        self.busytime = parallel.AccumDict(accum=[])
+        if self.task_queue:
+            Receiver.of(self).refill(self)
+        if not self.tasks:
+            return
+        nbytes = sum(self.sent[self.task_func.__name__].values())
+        size = parallel.humansize(nbytes)
+        logging.warning("Sent %d %s tasks, %s", len(self.tasks), self.name, size)
+        yield from self.socket.loop(self)
+        self.log_percent()
+        self.unlink()
+        if self.expected_outputs:
+            assert self.expected_outputs == self.n_out, (self.expected_outputs, self.n_out)
+        if len(self.busytime) < 2 or getattr(self.h5, "mode", "r") == "r":
+            return
+        if hasattr(self.monitor, "save_starmap_info"):  # from 3.26 on
+            times = numpy.array(list(self.busytime.values()))
+            self.monitor.save_starmap_info(self.h5, self.name, times)
+
+    def shutdown(cls: Any) -> None:
+        if session := Session.existing():
+            session.cancel()
+        engine_shutdown(cls)
+
+    def return_ip(receiver_host: str) -> Any:
+        # the engine resolves its own host name, for sockets that it does not open here
+        return get_return_ip(receiver_host) if receiver_host else "127.0.0.1"
+
+    parallel.Socket = open_socket
+    parallel.check_mem_usage = MemoryCheck(parallel.check_mem_usage)
+    parallel.get_return_ip = return_ip
+    # the engine would ask each of these hosts for its memory, and wait a minute for a dead one
+    parallel.host_cores[:] = []
+    starmap.__init__ = init
+    starmap.submit = submit
+    starmap._loop = loop
+    starmap.shutdown = classmethod(shutdown)
+    logging.getLogger("oq_runtime").debug("the runtime is active")

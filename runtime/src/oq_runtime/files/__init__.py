@@ -1,0 +1,1 @@
+"""Bodies and private directories on this host. May import ``core`` and ``wire``."""

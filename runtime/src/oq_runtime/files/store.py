@@ -1,0 +1,149 @@
+"""Bodies as files: in shared memory while there is room, beyond that on the local disk.
+
+A ``Store`` belongs to one process, which counts what it keeps there; others map the files by their
+paths. Not covered: the layout of a body (``payload``), attempts that are still growing (``spool``),
+and files that are used again (``spares``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from oq_runtime.files import spares
+from oq_runtime.wire.payload import Buffer
+
+SHARED_MEMORY = Path("/dev/shm")
+#: buffers that one writev(2) takes
+IOV_MAX = 1024
+
+
+def shared_memory(name: str) -> Path:
+    """Return the directory of this name in shared memory, new and empty, for this user only."""
+    path = SHARED_MEMORY / name
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # none, or full: everything goes to the disk
+        path.mkdir(mode=0o700)
+        (path / spares.FOLDER).mkdir(mode=0o700)
+    return path
+
+
+def write(descriptor: int, buffers: Sequence[Buffer]) -> None:
+    """Write all buffers at the position of a descriptor; raises OSError when there is no room."""
+    waiting = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    while waiting:
+        written = os.writev(descriptor, waiting[:IOV_MAX])
+        while waiting and written >= len(waiting[0]):
+            written -= len(waiting.pop(0))
+        if written:
+            waiting[0] = waiting[0][written:]
+
+
+class Reception:
+    """A body that arrives in chunks, in order, and is written and hashed on its way.
+
+    :param descriptor: of a file that has room for it; closed here
+    :param nbytes: how much is to come
+    :param hash: an object of ``hashlib`` or ``xxhash``, as yet of nothing
+    """
+
+    def __init__(self, descriptor: int, nbytes: int, hash: Any) -> None:
+        self.descriptor = descriptor
+        self.nbytes = nbytes
+        self.hash = hash
+        self.received = 0
+
+    def take(self, offset: int, chunk: memoryview) -> bool:
+        """Write the next chunk; False when it is not the next one."""
+        if offset != self.received or offset + len(chunk) > self.nbytes:
+            return False
+        self.hash.update(chunk)
+        write(self.descriptor, [chunk])
+        self.received += len(chunk)
+        return True
+
+    @property
+    def whole(self) -> bool:
+        return self.received == self.nbytes
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Store:
+    """
+    :param memory: directory in shared memory
+    :param disk: directory on the local disk
+    :param memory_bytes: how much may lie in shared memory at a time
+    """
+
+    def __init__(self, memory: Path, disk: Path, *, memory_bytes: int) -> None:
+        self.memory = memory
+        self.disk = disk
+        self.memory_bytes = memory_bytes
+        self.files: dict[str, tuple[Path, int]] = {}
+        self.used_bytes = 0  # in shared memory
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def path(self, name: str) -> Path:
+        return self.files[name][0]
+
+    @property
+    def free_bytes(self) -> int:
+        """Return what may still be put into shared memory."""
+        return max(0, self.memory_bytes - self.used_bytes)
+
+    def create(self, name: str, nbytes: int) -> int:
+        """Return the descriptor of a new file that has room for so many bytes.
+
+        Raises OSError when there is no room anywhere; then there is no file.
+        """
+        places = [self.memory] if nbytes <= self.free_bytes else []
+        for place in (*places, self.disk):
+            path = place / name
+            descriptor = -1
+            try:
+                descriptor = spares.open_file(path)
+                if os.fstat(descriptor).st_size < nbytes:
+                    os.posix_fallocate(descriptor, 0, nbytes)  # full now, not in the middle
+                else:
+                    os.ftruncate(descriptor, nbytes)
+            except OSError:
+                if descriptor >= 0:
+                    os.close(descriptor)
+                    path.unlink(missing_ok=True)
+                if place is self.disk:
+                    raise
+            else:
+                self.adopt(name, path, nbytes)
+                return descriptor
+        raise AssertionError("the disk is the last place")
+
+    def adopt(self, name: str, path: Path, nbytes: int) -> None:
+        """Take over a file that is complete."""
+        self.files[name] = path, nbytes
+        if path.parent == self.memory:
+            self.used_bytes += nbytes
+
+    def release(self, name: str) -> tuple[Path, int]:
+        """Forget a file, which now belongs to the caller, and return its path and size."""
+        path, nbytes = self.files.pop(name)
+        if path.parent == self.memory:
+            self.used_bytes -= nbytes
+        return path, nbytes
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        if name in self.files:
+            self.release(name)[0].unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Delete all files."""
+        for name in list(self.files):
+            self.remove(name)

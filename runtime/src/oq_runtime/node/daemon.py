@@ -1,0 +1,160 @@
+"""Start-up of an agent: ``oq-agent``, the daemon of a node, and the private one of a session.
+
+Finds the node's address and its directories, and leaves none of them behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import psutil
+import zmq
+
+from oq_runtime import config, facts
+from oq_runtime.core.limits import DEFAULTS, Limits
+from oq_runtime.errors import ConfigError, OqRuntimeError
+from oq_runtime.files import private, store
+from oq_runtime.node import systemd
+from oq_runtime.node.agent import DIRECTORIES, Agent
+from oq_runtime.wire import security
+
+
+def own_address(cluster: config.Cluster) -> str:
+    """Return the address in ``host_cores`` that belongs to this node; raises ConfigError."""
+    local = {a.address for found in psutil.net_if_addrs().values() for a in found}
+    mine = [host for host in cluster.hosts if host in local or _resolved(host) & local]
+    if len(mine) != 1:
+        raise ConfigError(
+            f"[zworkers] host_cores names {len(mine)} addresses of this node; "
+            f"it has {', '.join(sorted(a for a in local if '.' in a))}; set --address"
+        )
+    return mine[0]
+
+
+def _resolved(host: str) -> set[str]:
+    try:
+        return {str(row[4][0]) for row in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()
+
+
+def own_directory(variable: str, name: str) -> Path:
+    """Return the directory ``name`` where systemd wants it, else where temporary files are.
+
+    Raises ConfigError when somebody else has it already, or it cannot be made.
+    """
+    path = Path(os.environ.get(variable) or tempfile.gettempdir(), name)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}; set another TMPDIR") from exc
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigError(f"{path} is not a directory of this user alone; remove it")
+    return path
+
+
+def run_daemon(address: str | None) -> None:
+    """Serve the cluster of openquake.cfg on this node until SIGTERM, which drains.
+
+    Raises ConfigError for a node that is not in the cluster, and OqRuntimeError when the address
+    cannot be bound or is not protected.
+    """
+    settings = config.Config.from_sections(config.read())
+    cluster = settings.cluster
+    if cluster is None:
+        raise ConfigError(
+            "no cluster is configured: set [distribution] oq_distribute = zmq and the workers' "
+            "addresses in [zworkers] host_cores of openquake.cfg"
+        )
+    address = address or own_address(cluster)
+    if address not in cluster.hosts:
+        raise ConfigError(f"{address} is not in [zworkers] host_cores: {', '.join(cluster.hosts)}")
+    wanted = cluster.hosts[address]
+    keys = security.Keys.derive(security.read_secret(cluster.authkey))
+    os.umask(0o077)
+    # named alike each time, so that what a killed predecessor has left is found
+    name = f"oq-agent-{address}-{cluster.ctrl_port}"
+    directory, disk = (own_directory(variable, name) for variable in DIRECTORIES)
+    memory = store.SHARED_MEMORY / f"{name}-{zlib.crc32(os.fsencode(directory)):08x}"
+    try:
+        agent = Agent(
+            directory=directory,
+            memory=memory,
+            disk=disk,
+            control_url=cluster.control_url(address),
+            slots=config.available_cores() if wanted < 0 else wanted,
+            owner=None,
+            own_facts=facts.own(cluster.dbserver, cluster.shared_dir),
+            limits=settings.limits,
+            keys=keys,
+        )
+    except zmq.ZMQError as exc:
+        raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc
+    # from here on the port is bound, so no other agent uses these directories
+    try:
+        store.shared_memory(memory.name)
+        for stale in [*directory.iterdir(), *disk.iterdir()]:
+            stale.unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, lambda *_: agent.drain())
+        signal.signal(signal.SIGINT, lambda *_: agent.stop())
+        systemd.notify("READY=1")
+        agent.journal.say(f"ready on {agent.control_url} with {agent.core.slots} slots")
+        agent.run()
+        agent.journal.say("ended")
+    finally:
+        for path in (memory, directory, disk):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def daemon() -> None:
+    """``oq-agent``: exit 0 after SIGTERM or SIGINT, 2 for a wrong configuration."""
+    parser = argparse.ArgumentParser(
+        prog="oq-agent", description="Serve this node's slots to the OpenQuake cluster."
+    )
+    parser.add_argument("--address", help="of this node in host_cores, if it has several")
+    args = parser.parse_args()
+    try:
+        run_daemon(args.address)
+    except OqRuntimeError as exc:
+        print(f"oq-agent: {exc}", file=sys.stderr)
+        sys.exit(2 if isinstance(exc, ConfigError) else 1)
+
+
+def main() -> None:
+    """The private agent of ``launch``."""
+    parser = argparse.ArgumentParser(prog="oq-agent-private")
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--control-url", required=True)
+    parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--owner", type=int, required=True)
+    parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
+    args = parser.parse_args()
+    try:
+        agent = Agent(
+            directory=args.directory,
+            memory=store.SHARED_MEMORY / args.directory.name,
+            disk=args.directory,
+            control_url=args.control_url,
+            slots=args.slots,
+            owner=args.owner,
+            own_facts=facts.own(),
+            limits=args.limits,
+        )
+        signal.signal(signal.SIGTERM, lambda *_: agent.stop())
+        agent.run()
+    finally:
+        private.remove(args.directory)
+
+
+if __name__ == "__main__":
+    main() if "--directory" in sys.argv else daemon()

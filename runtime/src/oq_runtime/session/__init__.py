@@ -1,0 +1,1 @@
+"""The processes of a job: its engine's client and its broker."""

@@ -1,0 +1,635 @@
+"""The broker of one session: queue, staging and commit between an engine and the agents.
+
+    engine --ipc--> broker --control--> agents
+    engine <--ipc-- broker <==data==>   agents
+
+Decisions are ``scheduler``'s; this module moves the bytes. Its own process, because unpickling in
+the engine holds Python's lock for seconds; never the engine's child; ends with its owner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import getpass
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+import zmq
+
+from oq_runtime import config, facts, processes
+from oq_runtime.core import scheduler as core
+from oq_runtime.core.events import Events
+from oq_runtime.core.limits import DEFAULTS, Limits
+from oq_runtime.errors import (
+    ConfigError,
+    OqRuntimeError,
+    ProtocolError,
+    TransitionError,
+    VersionError,
+)
+from oq_runtime.files import private, store
+from oq_runtime.files.store import Reception, Store
+from oq_runtime.journal import Journal
+from oq_runtime.session.peer import Connection, Peer
+from oq_runtime.wire import payload, protocol, security, transport
+
+#: messages that are read from one peer before the others have their turn
+AT_ONCE = 500
+MEMORY_REMEDY = (
+    "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
+)
+
+
+@dataclass(slots=True)
+class Submission:
+    """A task as an engine process, the client, has sent it; ``task`` is its number of it."""
+
+    client: bytes
+    sent: protocol.Submit
+
+
+@dataclass(slots=True)
+class Staging:
+    """The body of an attempt: in the message that ended it, in its node's file, or on its way."""
+
+    ended: protocol.Ended
+    granted: bool = False
+    reception: Reception | None = None
+
+
+class Broker:
+    """
+    :param directory: 0700 directory of the sockets
+    :param agents: name of each agent and its control URL
+    :param data_urls: where to receive results: the first that is free
+    :param agent_pid: pid of a private agent, whose death is seen at once
+    :param owner: pid with which this broker ends
+    :param window_bytes: results staged at a time
+    :param limits: of silence and attempts
+    :param own_facts: what the agents must have in common with this host
+    :param keys: of the cluster, where the agents are reached over TCP
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        agents: dict[str, str],
+        data_urls: list[str],
+        agent_pid: int | None,
+        owner: int,
+        window_bytes: int,
+        limits: Limits,
+        own_facts: protocol.Facts,
+        keys: security.Keys | None = None,
+    ) -> None:
+        self.job = directory.name
+        self.journal = Journal()
+        self.keys = keys
+        self.own_facts = own_facts
+        self.user, self.title = getpass.getuser(), ""
+        self.core = core.Scheduler(limits, window_bytes=window_bytes)
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.gate = security.Gate(self.context, keys) if keys else None
+        self.data_urls = data_urls
+        self.data: zmq.Socket[Any] | None = None
+        self.peers = {
+            name: Peer(name, self._connector(url), limits.beat_s) for name, url in agents.items()
+        }
+        self.data_peers: dict[bytes, Peer] = {}
+        self.watched: dict[int, Callable[[], None]] = {}
+        self.sources: dict[Any, Callable[[], None]] = {}
+        self.poller: zmq.Poller | None = None  # of these; None when they have changed
+        self.running = True
+        self.submissions: dict[int, Submission] = {}
+        self.numbers: dict[tuple[bytes, int], int] = {}  # (client, its task) -> ours
+        self.groups: dict[tuple[bytes, int], int] = {}  # (client, its map) -> ours
+        self.unsubmitted = 0
+        self.told_wanted = 0
+        self._handle = Events(self.core.handle, self._apply, time.monotonic)
+        self.staging: dict[tuple[int, int], Staging] = {}
+        # digest -> file -> tasks that need it; each client has files of its own
+        self.blobs: dict[bytes, Counter[str]] = {}
+        # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
+        self.store = Store(
+            store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes
+        )
+        self.local = all(url.startswith("ipc:") for url in data_urls)
+        self.phases: dict[str, protocol.Phase] = {}
+        self.next_beat_s = 0.0
+        self._watch(owner, self.stop)
+        if agent_pid is not None:
+            self._watch(agent_pid, self._agent_ended)
+        self._bind_data()
+        # the last: whoever finds this socket knows that all the rest could be set up
+        self.engine = transport.router(self.context, f"ipc://{directory}/engine")
+
+    def _connector(self, url: str) -> Callable[[], Connection]:
+        hwm = transport.UNREAD  # many short tasks may be on their way to a node with many slots
+
+        def connect() -> Connection:
+            if self.keys is None:
+                return transport.dealer(self.context, url, send_hwm=hwm, immediate=True), None
+            monitors: list[security.HandshakeMonitor] = []
+
+            def secure(socket: zmq.Socket[Any]) -> None:
+                assert self.keys is not None
+                security.secure_client(socket, self.keys)
+                monitors.append(security.HandshakeMonitor(socket))
+
+            made = transport.dealer(self.context, url, send_hwm=hwm, immediate=True, secure=secure)
+            return made, monitors[0]
+
+        return connect
+
+    def _bind_data(self) -> None:
+        """Take the first free data URL; with none free the session waits for one."""
+        for url in self.data_urls:
+            try:
+                keys = self.keys
+                secure = functools.partial(security.secure_server, keys=keys) if keys else None
+                self.data = transport.router(self.context, url, secure=secure)
+            except zmq.ZMQError as exc:
+                if exc.errno != zmq.EADDRINUSE:
+                    raise ConfigError(
+                        f"{url}: {exc.strerror}; set [dbserver] receiver_host to an address of "
+                        "this host"
+                    ) from exc
+            else:
+                self.data_url = url
+                self.poller = None
+                return
+
+    def run(self) -> None:
+        try:
+            while self.running:
+                self._step()
+        finally:
+            for peer in self.peers.values():
+                if peer.state == "leased":
+                    peer.link.send(protocol.Release())
+                peer.close(linger_ms=500)
+            if self.gate is not None:
+                self.gate.stop()
+            self.context.destroy(linger=500)
+
+    def stop(self) -> None:
+        self.running = False
+
+    def _watch(self, pid: int, ended: Callable[[], None]) -> None:
+        descriptor = processes.pidfd(pid)
+        if descriptor is None:
+            ended()
+            return
+        self.watched[descriptor] = ended
+        self.poller = None
+
+    def _agent_ended(self) -> None:
+        self.core.no_nodes_limit_s = 0.0  # a private agent does not come back
+        for peer in self.peers.values():
+            self._lose(peer, "its agent process ended")
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        due_s = min([self.next_beat_s, *(p.next_call_s for p in self._callable())])
+        if self.poller is None:
+            self.poller = self._poll_all()
+        for source, _ in self.poller.poll(max(0, round((due_s - now) * 1000))):
+            self.sources[source]()
+        now = time.monotonic()
+        for peer in self._callable():
+            if now >= peer.next_call_s:
+                hello = protocol.Hello(
+                    pid=os.getpid(), role="broker", facts=self.own_facts, user=self.user
+                )
+                peer.call(self.job, hello, now)
+        if now >= self.next_beat_s:
+            self._beat(now)
+        elif bool(self.core.live) != bool(self.told_wanted):
+            self._tell_wanted()
+
+    def _poll_all(self) -> zmq.Poller:
+        """Return a poller of all sources, and note what is to be done with each that is ready."""
+        self.sources = {
+            descriptor: functools.partial(self._ended, descriptor) for descriptor in self.watched
+        }
+        for peer in self.peers.values():
+            if peer.monitor:
+                watch = functools.partial(self._watch_handshake, peer)
+                self.sources[peer.monitor.socket] = watch
+            self.sources[peer.socket] = functools.partial(self._read_agent, peer)
+        if self.data:
+            self.sources[self.data] = self._read_data
+        self.sources[self.engine] = self._read_engine
+        poller = zmq.Poller()
+        for source in self.sources:
+            poller.register(source, zmq.POLLIN)
+        return poller
+
+    def _ended(self, descriptor: int) -> None:
+        os.close(descriptor)
+        self.poller = None
+        self.watched.pop(descriptor)()
+
+    def _read_agent(self, peer: Peer) -> None:
+        for _ in range(AT_ONCE):
+            if not (frames := transport.receive(peer.socket)):
+                return
+            self._dispatch(frames[0], functools.partial(self._from_agent, peer), peer)
+
+    def _read_data(self) -> None:
+        assert self.data is not None
+        for _ in range(AT_ONCE):
+            if not (views := transport.receive(self.data, copy=False)):
+                return
+            sender, header, *rest = views
+            self._dispatch(header, functools.partial(self._from_data, bytes(sender), rest))
+
+    def _read_engine(self) -> None:
+        for _ in range(AT_ONCE):
+            if not (frames := transport.receive(self.engine)):
+                return
+            self._dispatch(frames[1], functools.partial(self._from_engine, frames[0]))
+
+    def _watch_handshake(self, peer: Peer) -> None:
+        for kind, reason in peer.monitor.events() if peer.monitor else ():
+            if kind == "refused":
+                self._lose(peer, reason, "refused")
+                return
+            if kind == "disconnected" and peer.state == "leased":
+                self._lose(peer, "its connection was closed")
+                return
+
+    def _callable(self) -> list[Peer]:
+        """The agents to be called: only when there is a place for their results."""
+        return [p for p in self.peers.values() if p.state != "leased"] if self.data else []
+
+    def _beat(self, now: float) -> None:
+        self.next_beat_s = now + self.core.limits.beat_s
+        if self.data is None:
+            self._bind_data()
+        self._tell_wanted()
+        self.journal.flush()
+        for peer in self.peers.values():
+            if peer.data is not None:
+                peer.data.send(protocol.Beat())
+        self._handle(core.Tick())
+        for peer in self.peers.values():
+            if peer.state == "leased" and peer.name not in self.core.nodes:
+                self._hang_up(peer, "calling", self.core.lost[-1])
+
+    def _tell_wanted(self) -> None:
+        self.told_wanted = len(self.core.live)
+        for peer in self.peers.values():
+            if peer.state == "leased":
+                self._send(peer, protocol.Beat(wanted=self.told_wanted, title=self.title))
+
+    def _send(self, peer: Peer, message: protocol.Message) -> None:
+        """Send to an agent; one that cannot take it is lost, for it would never know of it."""
+        if peer.state == "leased" and not peer.link.send(message):
+            self._lose(peer, "its connection broke")
+
+    def _lose(self, peer: Peer, reason: str, state: str = "calling") -> None:
+        if peer.state == "leased" or state != peer.state:
+            self.journal.say(f"{peer.host}: {reason}")
+        self._hang_up(peer, state, reason)
+        self._handle(core.NodeGone(peer.name, reason))
+
+    def _hang_up(self, peer: Peer, state: str, reason: str) -> None:
+        peer.hang_up(state, reason)
+        self.poller = None  # its sockets are others now
+
+    def _dispatch(
+        self,
+        header: bytes | memoryview,
+        take: Callable[[Any], None],
+        agent: Peer | None = None,
+    ) -> None:
+        """Have a message taken; one that cannot be decoded, or does not fit here, is refused."""
+        try:
+            take(protocol.decode(header))
+        except (ProtocolError, TransitionError) as exc:
+            if agent is not None and isinstance(exc, VersionError):
+                self._lose(agent, f"refused: {exc}", "refused")
+            else:
+                self.journal.repeat("message", f"refused a message: {exc}")
+
+    # ---- messages in
+
+    def _from_engine(self, peer: bytes, message: Any) -> None:
+        match message:
+            case protocol.Hello(pid=pid):
+                self._watch(pid, lambda: self._client_ended(peer))
+                self._welcome(peer)
+            case protocol.Submit(task=task, map=map_, func=func, blobs=blobs):
+                number = self.unsubmitted
+                self.unsubmitted += 1
+                group = self.groups.setdefault((peer, map_), len(self.groups))
+                self.submissions[number] = Submission(peer, message)
+                for blob in blobs:
+                    self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
+                self.numbers[peer, task] = number
+                phase = self.phases.setdefault(func, protocol.Phase(name=func))
+                phase.total += 1
+                self._handle(core.Submitted(number, group, func, message.weight))
+            case protocol.Consumed(tasks=tasks):
+                for task in tasks:
+                    self._handle(core.Consumed(self.numbers.pop((peer, task), -1)))
+            case protocol.Cancel(map=map_):
+                self._cancel(peer, map_)
+            case protocol.Title(text=text):
+                self.title = text
+            case protocol.StatusQuery():
+                transport.send_to(self.engine, peer, self._status())
+
+    def _welcome(self, peer: bytes) -> None:
+        slots = sum(node.slots for node in self.core.nodes.values())
+        welcome = protocol.Welcome(job=self.job, pid=os.getpid(), slots=slots)
+        transport.send_to(self.engine, peer, welcome)
+
+    def _cancel(self, peer: bytes, map_: int) -> None:
+        before = self.core.cancelled
+        for (client, number), group in list(self.groups.items()):
+            if client == peer and map_ in (-1, number):
+                self._handle(core.Cancelled(group))
+        if self.core.cancelled == before:
+            return  # as at the end of every job
+        for number, submission in list(self.submissions.items()):
+            cancelled = self.core.tasks[number].state is core.State.CANCELLED
+            if submission.client == peer and cancelled:
+                self._forget(number)
+                del self.numbers[peer, submission.sent.task]
+
+    def _client_ended(self, peer: bytes) -> None:
+        self._cancel(peer, -1)
+        for client, task in [key for key in self.numbers if key[0] == peer]:
+            self._handle(core.Consumed(self.numbers.pop((client, task))))
+
+    def _from_agent(self, peer: Peer, message: Any) -> None:
+        if message.epoch != peer.link.epoch or message.job != self.job:
+            return  # of an epoch that is over
+        if isinstance(message, protocol.NoLease):
+            self._lose(peer, message.reason or "its agent was started anew")
+            return
+        if not peer.link.accepts(message):
+            self._lose(peer, "messages were lost on the way")
+            return
+        if peer.state == "leased":
+            self._from_node(peer, message)
+            return
+        match message:
+            case protocol.Welcome(host=host, slots=slots):
+                peer.host, peer.slots = host or peer.name, slots
+                if different := facts.difference(self.own_facts, message.facts):
+                    self._lose(peer, f"refused: {different}", "refused")
+                elif slots == 0:
+                    self._lose(peer, "it has no slots", "refused")
+                else:
+                    peer.link.send(protocol.Lease(node=peer.name, data_url=self.data_url))
+            case protocol.Refused(reason=reason):
+                self._lose(peer, f"it refused this job: {reason}", "refused")
+            case protocol.Leased(slots=slots):
+                peer.state, peer.reason = "leased", ""
+                self._handle(core.NodeJoined(peer.name, slots))
+
+    def _from_node(self, peer: Peer, message: Any) -> None:
+        name = peer.name
+        match message:
+            case protocol.Beat(closed=closed, free_bytes=free_bytes):
+                self._handle(core.NodeSeen(name, closed, free_bytes))
+            case protocol.Leased(slots=slots):
+                self._handle(core.NodeResized(name, slots))
+            case protocol.Started(task=task, attempt=attempt):
+                self._handle(core.Started(name, task, attempt))
+            case protocol.Ended(task=task, attempt=attempt):
+                if not self.local and message.path:
+                    message = msgspec.structs.replace(message, path="")
+                self.staging[task, attempt] = Staging(message)
+                self._handle(core.Ended(name, task, attempt, message.nbytes))
+            case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
+                if staging := self.staging.get((task, attempt)):
+                    self.store.adopt(f"{task}-{attempt}", Path(path), staging.ended.nbytes)
+                    self._handle(core.Uploaded(name, task, attempt, True))
+                else:
+                    Path(path).unlink(missing_ok=True)
+            case protocol.Died(task=task, attempt=attempt, oom=oom, no_room=no_room):
+                reason = f"{message.reason}, host {peer.host}"
+                self._handle(core.Died(name, task, attempt, reason, oom, no_room))
+
+    def _from_data(self, sender: bytes, rest: list[memoryview], message: Any) -> None:
+        assert self.data is not None
+        if isinstance(message, protocol.Hello):
+            greeted = self.peers.get(message.role)
+            if greeted and (message.job, message.epoch) == (self.job, greeted.link.epoch):
+                self.data_peers = {s: p for s, p in self.data_peers.items() if p is not greeted}
+                self.data_peers[sender] = greeted
+                greeted.data = transport.Link(self.data, self.job, message.epoch, sender)
+        peer = self.data_peers.get(sender)
+        if peer is None or peer.data is None or message.epoch != peer.data.epoch:
+            return  # of an epoch that is over
+        if not peer.data.accepts(message):
+            self._lose(peer, "results were lost on the way")
+            return
+        match message:
+            case protocol.Fetch(digest=digest):
+                self._send_blob(peer, peer.data, digest)
+            case protocol.Chunk() if not rest:
+                self._lose(peer, "a chunk of results came without its bytes")
+            case protocol.Chunk(task=task, attempt=attempt):
+                staging = self.staging.get((task, attempt))
+                if staging is not None and staging.granted:
+                    intact = self._receive(staging, message, rest[0])
+                    if intact is not None:
+                        self._handle(core.Uploaded(peer.name, task, attempt, intact))
+
+    def _receive(self, staging: Staging, message: protocol.Chunk, chunk: memoryview) -> bool | None:
+        """Write the next chunk of a body; return whether all of it is intact, once that is known.
+
+        The file is made with the first chunk, not when the node is told to send: by then the engine
+        may have given back the file of an earlier one.
+        """
+        if staging.reception is None:
+            nbytes = staging.ended.nbytes
+            try:
+                descriptor = self.store.create(f"{message.task}-{message.attempt}", nbytes)
+            except OSError as exc:
+                self.journal.say(f"no room for {nbytes} bytes of results: {exc}")
+                return False
+            staging.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
+        in_order = staging.reception.take(message.offset, chunk)
+        if in_order and not staging.reception.whole:
+            return None
+        return in_order and staging.reception.hash.digest() == staging.ended.digest
+
+    def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
+        if (paths := self.blobs.get(digest)) is None:
+            return  # of a task that is not wanted any more
+        for offset, chunk in protocol.chunks(payload.map_file(next(iter(paths)), private=True)):
+            if not link.send(protocol.BlobChunk(digest=digest, offset=offset), chunk):
+                self._lose(peer, "its data connection broke")
+                return
+
+    # ---- effects out
+
+    def _apply(self, effect: core.Effect) -> None:
+        match effect:
+            case core.Assign(node, task, attempt, alone):
+                sent = self.submissions[task].sent
+                blobs = sent.blobs
+                if not self.local:
+                    blobs = [msgspec.structs.replace(blob, path="") for blob in blobs]
+                given = protocol.Task(
+                    task=task,
+                    attempt=attempt,
+                    func=sent.func,
+                    call=sent.call,
+                    blobs=blobs,
+                    alone=alone,
+                )
+                self._send(self.peers[node], given)
+            case core.GrantUpload(node, task, attempt):
+                self._grant(self.peers[node], task, attempt)
+            case core.AbortAttempt(node, task, attempt):
+                found = self.core.tasks.get(task)
+                if found is None or found.attempt != attempt:
+                    self._drop(task, attempt)
+                self._send(self.peers[node], protocol.Abort(task=task, attempt=attempt))
+            case core.DropStaged(task, attempt):
+                self._drop(task, attempt)
+            case core.Commit(_, task, attempt):
+                self._deliver(task, attempt)
+            case core.GiveUp(task, error, history):
+                self._fail(task, error, history)
+
+    def _grant(self, peer: Peer, task: int, attempt: int) -> None:
+        """Get the body of an attempt, for which there is room in the window."""
+        staging = self.staging[task, attempt]
+        if body := staging.ended.body:
+            whole = len(body) == staging.ended.nbytes
+            intact = whole and xxhash.xxh3_128(body).digest() == staging.ended.digest
+            self._handle(core.Uploaded(peer.name, task, attempt, intact))
+            return
+        staging.granted = not staging.ended.path
+        self._send(peer, protocol.Grant(task=task, attempt=attempt))
+
+    def _drop(self, task: int, attempt: int) -> None:
+        if self.staging.get((task, attempt)):
+            self._unstage(task, attempt)
+            self.store.remove(f"{task}-{attempt}")
+
+    def _unstage(self, task: int, attempt: int) -> Staging:
+        staging = self.staging.pop((task, attempt))
+        if staging.reception is not None:
+            staging.reception.close()
+        return staging
+
+    def _deliver(self, task: int, attempt: int) -> None:
+        ended = self._unstage(task, attempt).ended
+        submission = self._forget(task)
+        sent = submission.sent
+        phase = self.phases[sent.func]
+        phase.done += 1
+        phase.received_bytes += ended.nbytes
+        path = "" if ended.body else str(self.store.release(f"{task}-{attempt}")[0])
+        delivered = protocol.Delivered(
+            job=self.job, task=sent.task, map=sent.map, path=path, body=ended.body
+        )
+        transport.send_to(self.engine, submission.client, delivered)
+
+    def _fail(self, task: int, error: str, history: tuple[str, ...]) -> None:
+        submission = self._forget(task)
+        sent = submission.sent
+        # all in the last line, which is the one that oq-run shows
+        verdict = (
+            f"task #{sent.task} ({sent.func}) was given up after "
+            f"{self.core.tasks[task].attempt} attempts; {history[-1]}"
+        )
+        if error == "OutOfMemory":
+            verdict += MEMORY_REMEDY
+        text = "\n".join([*history[:-1], verdict])
+        self.journal.say(text)
+        failed = protocol.Failed(job=self.job, task=sent.task, map=sent.map, error=error, text=text)
+        transport.send_to(self.engine, submission.client, failed)
+
+    def _forget(self, task: int) -> Submission:
+        submission = self.submissions.pop(task)
+        for blob in submission.sent.blobs:
+            paths = self.blobs[blob.digest]
+            paths[blob.path] -= 1
+            if not paths[blob.path]:
+                del paths[blob.path]
+            if not paths:
+                del self.blobs[blob.digest]
+        return submission
+
+    def _status(self) -> protocol.Status:
+        for name, phase in self.phases.items():
+            phase.running, phase.retries = self.core.busy[name], self.core.retries[name]
+        nodes = []
+        for peer in self.peers.values():
+            found = self.core.nodes.get(peer.name)
+            slots, busy = (found.slots, found.busy) if found else (0, 0)
+            if found and not self.core.live:
+                slots = peer.slots  # its share is small because it wants nothing now
+            nodes.append(
+                protocol.Node(
+                    host=peer.host, slots=slots, busy=busy, state=peer.state, reason=peer.reason
+                )
+            )
+        note = "" if self.data else f"all of {', '.join(self.data_urls)} are in use by other jobs"
+        return protocol.Status(
+            job=self.job, phases=list(self.phases.values()), nodes=nodes, note=note
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="oq-broker")
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--agent-pid", type=int, help="of a private agent; without: the cluster")
+    parser.add_argument("--owner", type=int, required=True)
+    parser.add_argument("--window-bytes", type=int, required=True)
+    parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
+    args = parser.parse_args()
+    agents = {"private": f"ipc://{args.directory}/control"}
+    data_urls = [f"ipc://{args.directory}/data"]
+    own, keys = facts.own(), None
+    if args.agent_pid is None:
+        cluster = config.Config.from_sections(config.read()).cluster
+        assert cluster is not None, "the launcher has read the same configuration"
+        agents = {host: cluster.control_url(host) for host in cluster.hosts}
+        data_urls = [f"tcp://{cluster.receiver_host}:{port}" for port in cluster.receiver_ports]
+        own = facts.own(cluster.dbserver, cluster.shared_dir)
+        keys = security.Keys.derive(security.read_secret(cluster.authkey))
+    try:
+        broker = Broker(
+            directory=args.directory,
+            agents=agents,
+            data_urls=data_urls,
+            agent_pid=args.agent_pid,
+            owner=args.owner,
+            window_bytes=args.window_bytes,
+            limits=args.limits,
+            own_facts=own,
+            keys=keys,
+        )
+        signal.signal(signal.SIGTERM, lambda *_: broker.stop())
+        broker.run()
+    except OqRuntimeError as exc:
+        print(exc, file=sys.stderr)
+        sys.exit(1)
+    finally:
+        private.remove(args.directory)
+
+
+if __name__ == "__main__":
+    main()

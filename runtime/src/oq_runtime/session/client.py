@@ -1,0 +1,277 @@
+"""The engine process's side of a session: tasks to the broker, whole attempts back.
+
+    engine --Submit(call)--> broker        big arguments lie in files, see ``blobs``
+    engine <--Delivered----- broker        so do big results
+
+Not covered: what the engine makes of them (``adapter``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from oq_runtime import errors, processes
+from oq_runtime.config import SESSION_VARIABLE, Config
+from oq_runtime.files import spares, store
+from oq_runtime.session import launch
+from oq_runtime.session.blobs import Blobs
+from oq_runtime.wire import payload, protocol, transport
+from oq_runtime.wire.payload import Buffer
+
+#: seconds for the session to have its first worker slots, and then for the other nodes to answer
+READY_SECS, OTHERS_SECS = 60.0, 3.0
+#: ended tasks of which the broker is told in one message
+CONSUMED_TASKS = 32
+BROKER_LOST = "the broker process of this job has ended; run the job again"
+
+#: id of an argument -> the argument itself, so that the id stays its own, and its blob
+Unchanged = dict[int, tuple[object, protocol.Blob]]
+
+
+class Session:
+    """This process's connection to its broker; one per engine process.
+
+    :param directory: of the session's sockets
+    """
+
+    _current: Session | None = None
+
+    def __init__(self, directory: Path) -> None:
+        self.pid = os.getpid()
+        self.name = directory.name
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.socket = transport.dealer(self.context, f"ipc://{directory}/engine")
+        self.poller = zmq.Poller()
+        self.poller.register(self.socket, zmq.POLLIN)
+        self.sending = zmq.Poller()
+        self.sending.register(self.socket, zmq.POLLOUT)
+        self.blobs = Blobs(store.SHARED_MEMORY / directory.name, directory)
+        self.needs: dict[int, list[bytes]] = {}  # live task -> digests of its blobs
+        self.consumed: list[int] = []
+        self.tasks = itertools.count()
+        self.inbox: dict[int, deque[Any]] = {}
+        self.broker: int | None = None
+        self.slots = self._greet()
+
+    @classmethod
+    def current(cls) -> Session:
+        """Return the session of this process, starting one where there is none."""
+        if cls._current is None or cls._current.pid != os.getpid():
+            inherited = os.environ.get(SESSION_VARIABLE)
+            if inherited and Path(inherited).is_dir():
+                directory = Path(inherited)
+            else:
+                from openquake.baselib import config
+
+                directory = launch.start(Config.from_sections(config), os.getpid())
+            cls._current = cls(directory)
+        return cls._current
+
+    @classmethod
+    def existing(cls) -> Session | None:
+        """Return the session of this process, if there is one."""
+        current = cls._current
+        return current if current is not None and current.pid == os.getpid() else None
+
+    def _greet(self) -> int:
+        """Wait for the first nodes; return their slots."""
+        started_s = time.monotonic()
+        told = reasons = ""
+        transport.send(self.socket, protocol.Hello(pid=self.pid, role="engine"))
+        while (waited_s := time.monotonic() - started_s) < READY_SECS:
+            ready = dict(self.poller.poll(100))
+            if not ready:
+                continue
+            if (frames := transport.receive(self.socket)) is None:
+                raise errors.BrokerLost(BROKER_LOST)
+            message = protocol.decode(frames[0])
+            if isinstance(message, protocol.Welcome) and self.broker is None:
+                self.broker = processes.pidfd(message.pid)
+                if self.broker is not None:
+                    self.poller.register(self.broker, zmq.POLLIN)
+                    self.sending.register(self.broker, zmq.POLLIN)
+            if isinstance(message, protocol.Status):
+                if message.note and message.note != told:
+                    logging.warning("waiting: %s", told := message.note)
+                if message.note:
+                    started_s = time.monotonic()
+                states = [node.state for node in message.nodes]
+                reasons = "; ".join(f"{n.host}: {n.reason}" for n in message.nodes if n.reason)
+                if set(states) == {"refused"}:
+                    raise errors.NoWorkers(f"no node takes this job: {reasons}")
+                if "leased" in states and ("calling" not in states or waited_s > OTHERS_SECS):
+                    if reasons:
+                        logging.warning("running without %s", reasons)
+                    return sum(node.slots for node in message.nodes)
+            time.sleep(0.01)
+            transport.send(self.socket, protocol.StatusQuery())
+        raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s: {reasons}")
+
+    # ---- tasks out
+
+    def submit(
+        self,
+        map_: int,
+        name: str,
+        context: tuple[Any, ...],
+        arguments: Sequence[Any],
+        *,
+        dump: Callable[[Any], list[Buffer]],
+        weight: float,
+        unchanged: Unchanged,
+    ) -> tuple[int, list[int]]:
+        """Hand one task to the broker; return its number and the bytes of each argument.
+
+        :param map_: whose inbox gets the results
+        :param name: of the task function, for people
+        :param context: what is pickled in front of the arguments
+        :param arguments: objects
+        :param dump: makes frames of an object, see ``payload.dump``
+        :param weight: tasks with a higher one go first
+        :param unchanged: big arguments that cannot have changed since they were sent, and are not
+            pickled again; those of this call are added
+        :raises OSError: when there is no room for the big ones
+        :raises CallTooBig: when the rest does not fit into a message
+        """
+        items: list[Any] = []
+        sizes: list[int] = []
+        for obj in arguments:
+            if id(obj) in unchanged:
+                items.append(None)
+                sizes.append(unchanged[id(obj)][1].nbytes)
+            else:
+                items.append(dump(obj))
+                sizes.append(payload.nbytes(items[-1]))
+        inline = sum(sizes)
+        blobs: list[protocol.Blob] = []
+        # the biggest first, until the rest fits into a message
+        for position in sorted(range(len(items)), key=sizes.__getitem__, reverse=True):
+            frames, obj = items[position], arguments[position]
+            if frames is None:
+                blob = self.blobs.again(unchanged[id(obj)][1].digest)
+            elif inline > protocol.INLINE_BYTES:
+                blob = self.blobs.add(frames, obj)
+                unchanged[id(obj)] = obj, blob
+            else:
+                # writable in the worker, as pickle itself would make them
+                items[position] = [frames[0], *map(bytearray, frames[1:])]
+                continue
+            items[position] = len(blobs)
+            blobs.append(blob)
+            inline -= sizes[position]
+        call = pickle.dumps((*context, items), payload.PROTOCOL)
+        if len(call) > protocol.CALL_BYTES:
+            raise errors.CallTooBig(
+                f"the call of a task {name} takes {len(call)} bytes besides its big arguments; "
+                f"at most {protocol.CALL_BYTES}: pass less with the monitor"
+            )
+        task = next(self.tasks)
+        self.needs[task] = [blob.digest for blob in blobs]
+        self.send(
+            protocol.Submit(task=task, map=map_, func=name, call=call, weight=weight, blobs=blobs)
+        )
+        return task, sizes
+
+    def send(self, message: protocol.Message) -> None:
+        """Send to the broker; raises BrokerLost when it is gone and the queue to it is full."""
+        data = [protocol.encode(message)]
+        while not transport.send_frames(self.socket, data):
+            ready = dict(self.sending.poll())
+            if self.broker in ready and self.socket not in ready:
+                raise errors.BrokerLost(BROKER_LOST)
+
+    # ---- results in
+
+    def results(self, map_: int) -> Iterator[Any]:
+        """Yield ``(task, objects of its attempt, error or None)`` for each task of a map."""
+        inbox = self.inbox.setdefault(map_, deque())
+        while True:
+            while not inbox:
+                self._tell_consumed()
+                self.receive()
+            message = inbox.popleft()
+            if isinstance(message, protocol.Failed):
+                self._ended(message.task)
+                yield message.task, (), getattr(errors, message.error)(message.text)
+                continue
+            if message.path:
+                view = spares.consume(Path(message.path))
+            else:
+                view = payload.writable(message.body)
+            self._ended(message.task)
+            yield message.task, map(payload.load, payload.parts(view)), None
+
+    def _ended(self, task: int) -> None:
+        if digests := self.needs.pop(task, None):
+            self.blobs.done(Counter(digests))
+        self.consumed.append(task)
+        if len(self.consumed) >= CONSUMED_TASKS:
+            self._tell_consumed()
+
+    def _tell_consumed(self) -> None:
+        if self.consumed:
+            self.send(protocol.Consumed(tasks=self.consumed))
+            self.consumed = []
+
+    def receive(self) -> list[Any]:
+        """Wait for messages; results go to the inbox of their map, others are returned.
+
+        Raises BrokerLost when the broker process has ended.
+        """
+        ready = dict(self.poller.poll())
+        rest = []
+        while frames := transport.receive(self.socket):
+            message = protocol.decode(frames[0])
+            if isinstance(message, (protocol.Delivered, protocol.Failed)):
+                if message.map in self.inbox:
+                    self.inbox[message.map].append(message)
+                elif isinstance(message, protocol.Delivered) and message.path:
+                    Path(message.path).unlink(missing_ok=True)  # of a map that was given up
+            else:
+                rest.append(message)
+        if self.socket not in ready and self.broker in ready:
+            raise errors.BrokerLost(BROKER_LOST)
+        return rest
+
+    def call_it(self, title: str) -> None:
+        """Say what people call the job, for ``oq-workers status``."""
+        self.send(protocol.Title(text=title))
+
+    def nodes(self) -> list[protocol.Node]:
+        """Return what the broker knows of its nodes."""
+        self.send(protocol.StatusQuery())
+        while True:
+            for message in self.receive():
+                if isinstance(message, protocol.Status):
+                    return message.nodes
+
+    def status(self) -> list[tuple[str, int, int]]:
+        """Return ``[(host, busy slots, slots), ...]``."""
+        return [(n.host, n.busy, n.slots) for n in self.nodes() if n.state == "leased"]
+
+    def close_map(self, map_: int) -> None:
+        """Forget a map whose results are not wanted any more."""
+        for message in self.inbox.pop(map_, ()):
+            if isinstance(message, protocol.Delivered) and message.path:
+                Path(message.path).unlink(missing_ok=True)
+
+    def cancel(self) -> None:
+        """Cancel whatever this process has submitted."""
+        for map_ in list(self.inbox):
+            self.close_map(map_)
+        self.blobs.done(Counter(itertools.chain.from_iterable(self.needs.values())))
+        self.needs.clear()
+        try:
+            self.send(protocol.Cancel())
+        except errors.BrokerLost:
+            Session._current = None

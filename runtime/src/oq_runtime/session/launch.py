@@ -1,0 +1,165 @@
+"""Start a session: a broker and a private agent, children of nobody, in a 0700 directory.
+
+They are started by a short-lived process of this module and so are adopted by init: the engine
+(3.26 and later) reaps and misreads every child that it has. Both end with the owner process. The
+directory's file ``lock`` is locked as long as one of them lives, see flock(2), and the next start
+removes the directories of which none lives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from oq_runtime.config import Config
+from oq_runtime.errors import OqRuntimeError
+from oq_runtime.files import private, store
+from oq_runtime.wire import security
+
+#: seconds for the broker to be there
+START_SECS = 20.0
+#: of the names of session directories
+PREFIX = "oq-run-"
+#: bytes of a socket's path, see unix(7)
+SOCKET_PATH_BYTES = 107
+
+
+def start(config: Config, owner: int) -> Path:
+    """Start broker and agent for ``owner`` (a pid) and return the session's directory.
+
+    With a cluster there is only the broker. Raises ConfigError for a weak authkey, and
+    OqRuntimeError when the temporary directory is full or not writable.
+    """
+    if config.cluster is not None:
+        security.read_secret(config.cluster.authkey)  # refuses a weak one before anything starts
+    slots = config.cores if config.cluster is None else 0
+    command = [sys.executable, "-m", "oq_runtime.session.launch", str(owner), str(slots)]
+    # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
+    process = subprocess.Popen(
+        [*command, str(config.window_bytes), config.limits.as_text()],
+        stdin=subprocess.DEVNULL,  # it may be closed here, and a lock must not get its number
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    out, err = process.communicate()
+    try:
+        return Path(json.loads(out)["directory"])
+    except ValueError:
+        lines = err.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise OqRuntimeError(f"the session could not be started: {lines[-1]}") from None
+
+
+def pids(directory: Path) -> list[int]:
+    """Return the processes of a session, broker and agent; none if it is only being started."""
+    with contextlib.suppress(OSError, ValueError):
+        return list(json.loads((directory / "pids").read_text()))
+    return []
+
+
+def lock(directory: Path) -> int:
+    """Lock a new session's directory; return the descriptor, which its processes are to inherit.
+
+    A pid could not tell whether one is left: it may be another process's by now, and a process that
+    has just been started has no command line by which to know it.
+    """
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    with contextlib.suppress(OSError):  # a file system without locks; then it stays empty
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, os.fsencode(socket.gethostname()))
+    return descriptor
+
+
+def sweep(temporary: Path) -> None:
+    """Remove what sessions of this user have left in a directory when all their processes died.
+
+    One process that is left would have removed it; a power cut or a SIGKILL to all leaves none.
+
+    :param temporary: where sessions have their directories; other hosts may have theirs there too,
+        and their locks need not be seen here
+    """
+    for directory in temporary.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is locked, or somebody else removes it
+            if directory.lstat().st_uid != os.getuid():
+                continue
+            with (directory / "lock").open("r+b") as file:
+                if file.read() != os.fsencode(socket.gethostname()):
+                    continue  # another host's, or not locked yet
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            private.remove(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("owner", type=int)
+    parser.add_argument("slots", type=int, help="of the private agent; 0: none, use the cluster")
+    parser.add_argument("window_bytes", type=int)
+    parser.add_argument("limits")
+    args = parser.parse_args()
+    temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    sweep(temporary)
+    try:  # mkdtemp alone would fall back to another directory without a word
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary))
+    except OSError as exc:
+        sys.exit(f"TMPDIR {temporary}: {exc.strerror}; set another TMPDIR")
+    try:
+        locked = lock(directory)
+        (directory / "pids").write_bytes(b" " * 65536)  # before there are processes
+    except OSError as exc:
+        shutil.rmtree(directory)
+        sys.exit(f"TMPDIR {temporary}: {exc.strerror}; free space or set another TMPDIR")
+    if len(os.fsencode(directory / "control")) > SOCKET_PATH_BYTES:
+        shutil.rmtree(directory)
+        sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
+    store.shared_memory(directory.name)
+    control = f"ipc://{directory}/control"
+    common = ["--directory", str(directory), "--owner", str(args.owner), "--limits", args.limits]
+    window = ["--window-bytes", str(args.window_bytes)]
+    started = []
+    if args.slots:
+        private = ["--control-url", control, "--slots", str(args.slots)]
+        agent = _spawn(directory, locked, "agent", "node.daemon", *common, *private)
+        started.append(agent)
+        window += ["--agent-pid", str(agent.pid)]
+    broker = _spawn(directory, locked, "broker", "session.broker", *common, *window)
+    (directory / "pids").write_text(json.dumps([p.pid for p in (broker, *started)]))
+    with (directory / "broker.log").open() as log:
+        deadline_s = time.monotonic() + START_SECS
+        while not (directory / "engine").exists():
+            if broker.poll() is not None or time.monotonic() > deadline_s:
+                for process in (broker, *started):
+                    process.terminate()
+                lines = log.read().strip().splitlines() or ["the broker did not start"]
+                sys.exit(lines[-1])
+            time.sleep(0.01)
+    print(json.dumps({"directory": str(directory)}))
+
+
+def _spawn(
+    directory: Path, locked: int, name: str, module: str, *args: str
+) -> subprocess.Popen[bytes]:
+    with (directory / f"{name}.log").open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"oq_runtime.{module}", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            pass_fds=[locked],
+            cwd="/",
+            env=os.environ,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""ZeroMQ sockets as this project uses them: bounded, never lingering, never silently dropping.
+
+``Link`` numbers what goes to one peer and checks what comes from it. Not covered: what the messages
+mean (``protocol``) and who may connect (``security``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import msgspec
+import zmq
+
+from oq_runtime.wire import protocol
+
+# as plain numbers: to combine pyzmq's enumerations takes longer than to send a frame
+DONTWAIT, SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
+EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+#: messages queued per peer of a router or dealer; the byte window bounds what they hold
+HWM = 1000
+#: small messages that wait for one peer of a router on TCP before it counts as gone
+UNREAD = 50_000
+LINGER_MS = 0
+#: bytes up to which frames are copied when they are sent
+COPY_BYTES = 64 * 1024
+#: bytes of the largest message on a TCP socket: a chunk and its header
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+#: time between attempts to connect, at first and at most
+RECONNECT_MS, RECONNECT_MAX_MS = 50, 2000
+CONNECT_TIMEOUT_MS = 5000
+#: seconds of a connection without life after which TCP asks, how often, and at what interval
+KEEPALIVE_IDLE_S, KEEPALIVE_PROBES, KEEPALIVE_INTERVAL_S = 10, 3, 5
+
+#: sets what a socket needs to be encrypted; see ``security``
+Secure = Callable[["zmq.Socket[Any]"], None]
+
+
+def router(context: zmq.Context[Any], url: str, *, secure: Secure | None = None) -> zmq.Socket[Any]:
+    """Return a ROUTER bound to ``url`` that raises instead of dropping what it cannot route.
+
+    Raises zmq.ZMQError when the address is in use or not of this machine.
+    """
+    socket = _socket(context, zmq.ROUTER, url, secure)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    # on TCP a peer that does not read must not fill the memory; others are of the same session
+    socket.setsockopt(zmq.SNDHWM, UNREAD if url.startswith("tcp:") else 0)
+    socket.setsockopt(zmq.RCVHWM, HWM)
+    try:
+        socket.bind(url)
+    except zmq.ZMQError:
+        socket.close()
+        raise
+    return socket
+
+
+def dealer(
+    context: zmq.Context[Any],
+    url: str,
+    *,
+    send_hwm: int = HWM,
+    secure: Secure | None = None,
+    immediate: bool = False,
+) -> zmq.Socket[Any]:
+    """Return a DEALER connected to ``url``; ``immediate``: it takes messages only while it is."""
+    socket = _socket(context, zmq.DEALER, url, secure)
+    socket.setsockopt(zmq.SNDHWM, send_hwm)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.IMMEDIATE, int(immediate))
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    socket.connect(url)
+    return socket
+
+
+def _socket(
+    context: zmq.Context[Any], kind: int, url: str, secure: Secure | None
+) -> zmq.Socket[Any]:
+    socket: zmq.Socket[Any] = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, LINGER_MS)
+    if url.startswith("tcp:"):
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)
+    if secure is not None:
+        secure(socket)
+    return socket
+
+
+class Link:
+    """One peer on one socket during one epoch.
+
+    :param socket: a DEALER, or a ROUTER with the ``peer`` to send to
+    :param job: goes into every header
+    :param epoch: goes into every header
+    """
+
+    def __init__(
+        self, socket: zmq.Socket[Any], job: str, epoch: int, peer: bytes | None = None
+    ) -> None:
+        self.socket, self.job, self.epoch, self.peer = socket, job, epoch, peer
+        self.sent = self.received = 0
+
+    def send(self, message: protocol.Message, *frames: Any) -> bool:
+        """Send the next message; False, and nothing is sent, when the peer is gone or full."""
+        header = msgspec.structs.replace(message, job=self.job, epoch=self.epoch, seq=self.sent)
+        data = [protocol.encode(header), *frames]
+        if not send_frames(self.socket, data if self.peer is None else [self.peer, *data]):
+            return False
+        self.sent += 1
+        return True
+
+    def accepts(self, message: protocol.Message) -> bool:
+        """Whether this is the next message of the peer; False when one was lost before it."""
+        if message.seq != self.received:
+            return False
+        self.received += 1
+        return True
+
+
+def send(socket: zmq.Socket[Any], message: protocol.Message, *frames: Any) -> None:
+    """Send a message to the peer of a DEALER, waiting until it can be queued."""
+    send_frames(socket, [protocol.encode(message), *frames], 0)
+
+
+def send_to(socket: zmq.Socket[Any], peer: bytes, message: protocol.Message, *frames: Any) -> bool:
+    """Send a message to one peer of a ROUTER; False when that peer is gone, or does not read."""
+    return send_frames(socket, [peer, protocol.encode(message), *frames])
+
+
+def send_frames(socket: zmq.Socket[Any], frames: Sequence[Any], flags: int = DONTWAIT) -> bool:
+    """Send the frames of one message; False, and nothing is sent, when nobody can take it now.
+
+    As ``send_multipart``, which takes half as long again for two small frames (2.4 µs and 1.6 µs).
+    """
+    copy = sum(map(len, frames)) <= COPY_BYTES  # cheaper than to keep track of them
+    try:
+        for frame in frames[:-1]:
+            socket.send(frame, SNDMORE | flags, copy=copy)
+        socket.send(frames[-1], flags, copy=copy)
+    except zmq.ZMQError as exc:
+        if exc.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+            return False
+        raise
+    return True
+
+
+@overload
+def receive(socket: zmq.Socket[Any], *, copy: Literal[True] = True) -> list[bytes] | None: ...
+@overload
+def receive(socket: zmq.Socket[Any], *, copy: Literal[False]) -> list[memoryview] | None: ...
+def receive(socket: zmq.Socket[Any], *, copy: bool = True) -> list[bytes] | list[memoryview] | None:
+    """Return the frames of one waiting message, or None when nothing waits.
+
+    :param copy: as bytes; else as views of what libzmq has received
+    """
+    # asking first is faster than an exception for each time that nothing waits
+    if not int(socket.getsockopt(EVENTS)) & POLLIN:
+        return None
+    frames = [socket.recv(DONTWAIT, copy=False)]
+    while frames[-1].more:  # known with the frame; to ask the socket takes longer
+        frames.append(socket.recv(DONTWAIT, copy=False))
+    return [frame.bytes for frame in frames] if copy else [frame.buffer for frame in frames]

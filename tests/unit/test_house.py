@@ -1,0 +1,103 @@
+"""The house: which wing of the package may import which. See docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import oq_runtime
+
+ROOT = Path(oq_runtime.__file__).parent
+#: floors from the ground up, each a set of wings; a wing is a package or a module of the top level
+FLOORS = (
+    {"errors"},
+    {"core", "wire", "processes"},
+    {"files"},
+    {"config", "facts", "journal"},
+    {"session", "node"},
+    {"cluster"},
+    {"engine"},
+    {"activate", "webui"},
+    {"commands"},
+)
+FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
+#: what the pure wing may use: no I/O, no clock, no chance
+PURE = {
+    "__future__", "collections", "dataclasses", "enum", "heapq", "json", "statistics", "typing",
+    "itertools", "math",
+}  # fmt: skip
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        if path.name != "__init__.py" or path.parent != ROOT:
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the full names of the modules that a module imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(path: Path) -> Iterator[str]:
+    """Yield the modules of the package that one imports, as ``wing.module``."""
+    known = {name for name, _ in modules()}
+    for name in imported(path):
+        inner = name.removeprefix("oq_runtime.")
+        if inner == name:
+            continue
+        while inner and inner not in known:
+            inner = inner.rpartition(".")[0]
+        if inner:
+            yield inner
+
+
+def wing(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_wing_has_a_floor() -> None:
+    assert {wing(name) for name, _ in modules()} == set(FLOOR)
+
+
+def test_imports_point_down() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules()
+        for other in ours(path)
+        if wing(other) != wing(name) and FLOOR[wing(other)] >= FLOOR[wing(name)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_circle_inside_a_wing() -> None:
+    graph = {name: sorted(set(ours(path))) for name, path in modules()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_core_is_pure() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules()
+        for other in imported(path)
+        if wing(name) == "core"
+        and not other.startswith("oq_runtime.")
+        and other.partition(".")[0] not in PURE
+    ]
+    assert not wrong, "\n".join(wrong)
