@@ -11,10 +11,10 @@ import oq_runtime
 ROOT = Path(oq_runtime.__file__).parent
 #: floors from the ground up, each a set of wings; a wing is a package or a module of the top level
 FLOORS = (
-    {"errors"},
-    {"core", "wire", "processes"},
+    {"errors", "text"},
+    {"core", "wire", "processes", "logs"},
     {"files"},
-    {"config", "facts", "journal"},
+    {"config", "facts"},
     {"session", "node"},
     {"cluster"},
     {"engine"},

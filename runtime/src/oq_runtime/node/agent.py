@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import signal
@@ -25,7 +26,7 @@ import msgspec
 import xxhash
 import zmq
 
-from oq_runtime import facts, processes
+from oq_runtime import facts, logs, processes
 from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
 from oq_runtime.core import slots as core
 from oq_runtime.core.events import Events
@@ -33,12 +34,14 @@ from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ProtocolError, VersionError
 from oq_runtime.files import spares, store
 from oq_runtime.files.store import Reception
-from oq_runtime.journal import Journal
+from oq_runtime.logs import about
 from oq_runtime.node import systemd
 from oq_runtime.node.channel import Channel
 from oq_runtime.node.forkserver import Ended, ForkServer
 from oq_runtime.node.memory import Resident, oom_kills, usage
 from oq_runtime.wire import protocol, security, transport
+
+log = logging.getLogger(__name__)
 
 #: seconds between two looks at the memory
 LOOK_SECS = 0.5
@@ -166,7 +169,6 @@ class Agent:
     ) -> None:
         self.directory = directory
         self.control_url = control_url
-        self.journal = Journal()
         self.store = store.Store(memory, disk, memory_bytes=SHARED_BYTES)
         self.blobs: dict[str, int] = {}  # names in the store, the least recently used first: users
         self.own_facts = own_facts
@@ -233,7 +235,7 @@ class Agent:
         self.ending = True
         self.next_beat_s = 0.0  # tell the brokers now
         systemd.notify("STOPPING=1")
-        self.journal.say("draining: no new tasks; ends when those under way are done")
+        log.info("draining: no new tasks; ends when those under way are done")
         self._handle(core.DrainAsked())
 
     def _step(self) -> None:
@@ -285,7 +287,7 @@ class Agent:
     def _watch_handshakes(self, monitor: security.HandshakeMonitor) -> None:
         for kind, reason in monitor.events():
             if kind == "refused":
-                self.journal.repeat("connection", f"refused a connection: {reason}")
+                log.warning(f"refused a connection: {reason}", extra=about("connection"))
             elif kind == "disconnected":
                 self.next_beat_s = 0.0  # a broker that died is found by sending to it
 
@@ -302,7 +304,7 @@ class Agent:
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
-        self.journal.flush()
+        logs.recount()
         if not self.jobs:
             spares.clear(self.store.memory)
         if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
@@ -327,7 +329,7 @@ class Agent:
         try:
             message = protocol.decode(frames[1])
         except ProtocolError as exc:
-            self.journal.repeat("message", f"refused a message on the control socket: {exc}")
+            log.warning(f"refused a message on the control socket: {exc}", extra=about("message"))
             if isinstance(exc, VersionError):  # the peer reads both versions from any answer
                 transport.send_to(self.control, peer, protocol.Refused(reason=str(exc)))
             return
@@ -370,7 +372,7 @@ class Agent:
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(core.LeaseAsked(name))
                 if lease := self.core.leases.get(name):
-                    self.journal.say(f"lease of {name} of {job.user} granted: {lease.slots} slots")
+                    log.info(f"lease of {name} of {job.user} granted: {lease.slots} slots")
             case protocol.Task(task=task, attempt=attempt, alone=alone) if job.data:
                 if alone:
                     self._handle(core.AloneAsked(name, task, attempt))
@@ -386,11 +388,11 @@ class Agent:
                 job.title = title
             case _:
                 what = f"refused {type(message).__name__} on the control socket"
-                self.journal.repeat("message", what)
+                log.warning(what, extra=about("message"))
 
     def _command(self, action: str) -> None:
         if action != "status":
-            self.journal.say(f"told to {action} by an administrator")
+            log.info(f"told to {action} by an administrator")
         match action:
             case "stop":
                 self._handle(core.DrainAsked())
@@ -422,7 +424,7 @@ class Agent:
             return
         if different := facts.difference(hello.facts, self.own_facts):
             who = f"{hello.job} of {hello.user}"
-            self.journal.repeat(f"{who}: {different}", f"refused {who}: {different}")
+            log.warning(f"refused {who}: {different}", extra=about(f"{who}: {different}"))
             link.send(protocol.Refused(reason=different))
             return
         self.jobs[hello.job] = JobIO(link, hello.user)
@@ -600,7 +602,7 @@ class Agent:
         """It has died, or could not import the engine; the kernel ends its workers with it."""
         code = self._close_forkserver(forkserver)
         words = "".join(_tail(self.directory / FORKSERVER_LOG)[-1:])
-        self.journal.say(f"the fork server ended with {code}: {words}")
+        log.info(f"the fork server ended with {code}: {words}")
         for worker, process in list(self.processes.items()):
             ended = Ended(worker, process.pid or forkserver.process.pid, code)
             self._reap(ended, "" if process.pid else words)
@@ -620,7 +622,7 @@ class Agent:
             process.memory.close()
         known = self.core.workers.get(ended.worker)  # one that was killed on purpose is not
         if known is not None and known.state is core.WorkerState.IDLE:
-            self.journal.say(f"{reason}, while it had no task")
+            log.info(f"{reason}, while it had no task")
         self.starting.pop(ended.worker, None)
         for place in (self.store.memory, self.store.disk):
             (place / process.spool).unlink(missing_ok=True)
@@ -640,7 +642,7 @@ class Agent:
                 if self.forkserver is not None:
                     self.forkserver.kill(worker)
             case core.ReportDeath(job, task, attempt, reason, oom):
-                self.journal.say(f"task {task} of {job}, attempt {attempt}: {reason}")
+                log.info(f"task {task} of {job}, attempt {attempt}: {reason}")
                 died = protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom)
                 self._to_broker(job, died)
             case core.DropAttempt(job, task, attempt):
@@ -648,7 +650,7 @@ class Agent:
                     self._drop(job, found, (task, attempt))
             case core.LeaseEnded(job, reason):
                 if ended := self.jobs.pop(job, None):
-                    self.journal.say(f"lease of {job} of {ended.user} ended: {reason}")
+                    log.info(f"lease of {job} of {ended.user} ended: {reason}")
                     self._close(job, ended)
 
     def _run(self, worker: int, name: str, key: Key) -> None:
@@ -766,7 +768,7 @@ class Agent:
         try:
             return path.open("wb")
         except OSError as exc:
-            self.journal.repeat("log", f"{path}: {exc.strerror}")
+            log.warning(f"{path}: {exc.strerror}", extra=about("log"))
             return Path(os.devnull).open("wb")
 
 

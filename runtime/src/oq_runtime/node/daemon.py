@@ -6,6 +6,7 @@ Finds the node's address and its directories, and leaves none of them behind.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -19,13 +20,15 @@ from pathlib import Path
 import psutil
 import zmq
 
-from oq_runtime import config, facts
+from oq_runtime import config, facts, logs
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import private, store
 from oq_runtime.node import systemd
 from oq_runtime.node.agent import DIRECTORIES, Agent
 from oq_runtime.wire import security
+
+log = logging.getLogger(__name__)
 
 
 def own_address(cluster: config.Cluster) -> str:
@@ -108,9 +111,9 @@ def run_daemon(address: str | None) -> None:
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
         systemd.notify("READY=1")
-        agent.journal.say(f"ready on {agent.control_url} with {agent.core.slots} slots")
+        log.info(f"ready on {agent.control_url} with {agent.core.slots} slots")
         agent.run()
-        agent.journal.say("ended")
+        log.info("ended")
     finally:
         for path in (memory, directory, disk):
             shutil.rmtree(path, ignore_errors=True)
@@ -123,6 +126,7 @@ def daemon() -> None:
     )
     parser.add_argument("--address", help="of this node in host_cores, if it has several")
     args = parser.parse_args()
+    logs.start()
     try:
         run_daemon(args.address)
     except OqRuntimeError as exc:
@@ -139,6 +143,7 @@ def main() -> None:
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
     args = parser.parse_args()
+    logs.start()
     try:
         agent = Agent(
             directory=args.directory,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import getpass
+import logging
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ import msgspec
 import xxhash
 import zmq
 
-from oq_runtime import config, facts, processes
+from oq_runtime import config, facts, logs, processes
 from oq_runtime.core import scheduler as core
 from oq_runtime.core.events import Events
 from oq_runtime.core.limits import DEFAULTS, Limits
@@ -39,9 +40,11 @@ from oq_runtime.errors import (
 )
 from oq_runtime.files import private, store
 from oq_runtime.files.store import Reception, Store
-from oq_runtime.journal import Journal
+from oq_runtime.logs import about
 from oq_runtime.session.peer import Connection, Peer
 from oq_runtime.wire import payload, protocol, security, transport
+
+log = logging.getLogger(__name__)
 
 #: messages that are read from one peer before the others have their turn
 AT_ONCE = 500
@@ -94,7 +97,6 @@ class Broker:
         keys: security.Keys | None = None,
     ) -> None:
         self.job = directory.name
-        self.journal = Journal()
         self.keys = keys
         self.own_facts = own_facts
         self.user, self.title = getpass.getuser(), ""
@@ -279,7 +281,7 @@ class Broker:
         if self.data is None:
             self._bind_data()
         self._tell_wanted()
-        self.journal.flush()
+        logs.recount()
         for peer in self.peers.values():
             if peer.data is not None:
                 peer.data.send(protocol.Beat())
@@ -301,7 +303,7 @@ class Broker:
 
     def _lose(self, peer: Peer, reason: str, state: str = "calling") -> None:
         if peer.state == "leased" or state != peer.state:
-            self.journal.say(f"{peer.host}: {reason}")
+            log.info(f"{peer.host}: {reason}")
         self._hang_up(peer, state, reason)
         self._handle(core.NodeGone(peer.name, reason))
 
@@ -322,7 +324,7 @@ class Broker:
             if agent is not None and isinstance(exc, VersionError):
                 self._lose(agent, f"refused: {exc}", "refused")
             else:
-                self.journal.repeat("message", f"refused a message: {exc}")
+                log.warning(f"refused a message: {exc}", extra=about("message"))
 
     # ---- messages in
 
@@ -463,7 +465,7 @@ class Broker:
             try:
                 descriptor = self.store.create(f"{message.task}-{message.attempt}", nbytes)
             except OSError as exc:
-                self.journal.say(f"no room for {nbytes} bytes of results: {exc}")
+                log.info(f"no room for {nbytes} bytes of results: {exc}")
                 return False
             staging.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
         in_order = staging.reception.take(message.offset, chunk)
@@ -557,7 +559,7 @@ class Broker:
         if error == "OutOfMemory":
             verdict += MEMORY_REMEDY
         text = "\n".join([*history[:-1], verdict])
-        self.journal.say(text)
+        log.info(text)
         failed = protocol.Failed(job=self.job, task=sent.task, map=sent.map, error=error, text=text)
         transport.send_to(self.engine, submission.client, failed)
 
@@ -600,6 +602,7 @@ def main() -> None:
     parser.add_argument("--window-bytes", type=int, required=True)
     parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
     args = parser.parse_args()
+    logs.start()
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
     own, keys = facts.own(), None
