@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster conformance chaos bench simulate \
+.PHONY: help demo test lint types unit local cluster attack conformance chaos bench simulate \
 	provisioning molecule wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -31,7 +31,7 @@ help:
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
-	@echo "make lint | types | unit | local | cluster    one test lane"
+	@echo "make lint | types | unit | local | cluster | attack    one test lane"
 	@echo "make provisioning checks of the playbooks and roles without hosts"
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
 	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
@@ -111,6 +111,9 @@ local: $(STAMP)
 
 cluster: $(STAMP)
 	$(VENV)/bin/python -m pytest -rs tests/cluster
+
+attack: $(STAMP)
+	$(VENV)/bin/python -m pytest -rs -m attack tests/local tests/cluster
 
 conformance: $(STAMP)
 	$(VENV)/bin/python -m tests.conformance $(if $(SAMPLE),--sample $(SAMPLE)) \

@@ -37,12 +37,15 @@ PROVISIONING = (("pytest", "tests/provisioning"),)
 CONTRACT = (("pytest", "tests/contract"),)
 CONFORMANCE = (("tests.conformance", "--fixed"),)
 MOLECULE = (("molecule/run", "test"),)
+CLUSTER = (("pytest", "-rs", "-m", "not slow and not attack", "tests/cluster"),)
+ATTACK = (("pytest", "-rs", "-m", "attack and not slow", "tests/local", "tests/cluster"),)
 LANES = (
     Lane("lint", "tests", (("ruff", "check", "."), ("ruff", "format", "--check", "."))),
     Lane("types", "runtime/src", (("mypy",),)),
     Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
-    Lane("local", "tests/local", (("pytest", "tests/local"),)),
-    Lane("cluster", "tests/cluster", (("pytest", "-rs", "-m", "not slow", "tests/cluster"),)),
+    Lane("local", "tests/local", (("pytest", "-m", "not attack", "tests/local"),)),
+    Lane("cluster", "tests/cluster", CLUSTER),
+    Lane("attack", "tests/cluster", ATTACK),
     Lane("molecule", "molecule/run", MOLECULE, ".venv-provision", asked_by="MOLECULE"),
     Lane("provisioning", "tests/provisioning", PROVISIONING, ".venv-provision", beside=True),
     Lane("contract-3.25", "tests/contract", CONTRACT, ".venv-3.25", beside=True),

@@ -19,7 +19,7 @@ from tests.cluster.jobs import broker, drive, result, status, under_way
 from tests.cluster.netns import MASTER, Process
 from tests.leftovers import wait_for
 
-pytestmark = [pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.attack]
 
 ATTACKER = str(Path(__file__).parent / "attacker.py")
 RECEIVER_PORT = 1912
