@@ -42,6 +42,14 @@ def state(env: dict[str, str], number: int) -> tuple[str, int]:
     return {job: (status, is_running) for job, status, is_running in jobs(env)}[number]
 
 
+def assert_closed(env: dict[str, str], number: int) -> None:
+    """The datastore of a job that did not complete can be opened by whoever wants to look at it."""
+    import h5py
+
+    with h5py.File(Path(env["OQ_DATADIR"]) / f"calc_{number}.hdf5") as file:
+        assert "oqparam" in file
+
+
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     found = []
     for process in processes:
@@ -112,6 +120,7 @@ def test_signal(env: dict[str, str], calculating: Calculating, name: str) -> Non
     assert code == 130, (phase, err)
     assert "interrupted" in one_line(err), phase
     assert state(env, calculating.number) in [("aborted", 0), ("failed", 0)], phase
+    assert_closed(env, calculating.number)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +140,8 @@ def test_kill(
     assert code in codes, (phase, err)
     assert re.search(words, one_line(err)), (phase, err)
     assert state(env, calculating.number) == ("failed", 0), phase
+    if victim != "engine":
+        assert_closed(env, calculating.number)
 
 
 def test_kill_of_oq_run(env: dict[str, str], calculating: Calculating) -> None:
@@ -252,6 +263,7 @@ def test_abort(env: dict[str, str], calculating: Calculating) -> None:
     assert code != 0, "oq abort: oq-run says that the job is complete"
     one_line(err)
     assert state(env, calculating.number) in [("aborted", 0), ("failed", 0)], said
+    assert_closed(env, calculating.number)
 
 
 def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) -> None:

@@ -180,6 +180,7 @@ class Run:
         self.database: str | None = None
         self.interrupted_s: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
+        self.outcome: int | None = None  # exit code, as the engine process says itself
 
     def execute(self) -> int:
         """Run the jobs and return the exit code."""
@@ -233,7 +234,7 @@ class Run:
             status.close()
         code = process.wait()
         log.join(timeout=5)
-        return self._verdict(code)
+        return self._verdict(code if self.outcome is None else self.outcome)
 
     def _copy_log(self, stream: IO[bytes]) -> None:
         traceback = False
@@ -293,6 +294,8 @@ class Run:
             case "input" | "failed":
                 self.error = row["error"]
                 self.finished.append(row) if row["kind"] == "failed" else None
+            case "end":
+                self.outcome = row["code"]
 
     def _interrupt(self, *_: object) -> None:
         if self.interrupted_s is None:

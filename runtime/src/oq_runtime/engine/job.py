@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import sqlite3
 import sys
@@ -29,6 +30,8 @@ from oq_runtime.engine.hook import activate
 from oq_runtime.engine.jobtable import mend, parent_job
 from oq_runtime.errors import InputError, UnsupportedEngine
 
+#: seconds that the files of a job have to close
+CLOSE_SECS = 20
 FULL = os.strerror(errno.ENOSPC)
 NOT_THERE = f"{os.strerror(errno.ENOENT)}|{os.strerror(errno.EACCES)}"
 
@@ -220,8 +223,26 @@ def main() -> None:
             traceback.print_exc(file=sys.stderr)
             report({"kind": "failed", "job": None, "error": first_line(exc)})
             code = 1
-    # no clean-up by the interpreter: HDF5 may crash in it after a full disk
+        # from here on nothing can change the outcome, nor the interpreter's own end be safer
+        report({"kind": "end", "code": code})
+        close_files()
     os._exit(code)
+
+
+def close_files() -> None:
+    """Close the HDF5 files that a job has left open, or nobody could open them again.
+
+    HDF5 may crash in it after a full disk, and a file system may keep it waiting; so the outcome
+    of the job must have been reported before.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.alarm(CLOSE_SECS)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if h5py := sys.modules.get("h5py"):
+        for identifier in h5py.h5f.get_obj_ids(types=h5py.h5f.OBJ_FILE):
+            with contextlib.suppress(Exception):
+                h5py.File(identifier).close()
 
 
 if __name__ == "__main__":
