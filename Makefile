@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster attack conformance chaos bench simulate \
+.PHONY: help demo test lint types unit local cluster attack conformance chaos bench bench-peers simulate \
 	provisioning molecule wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
+	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster | attack    one test lane"
 	@echo "make provisioning checks of the playbooks and roles without hosts"
@@ -136,6 +137,10 @@ $(PEERS)/.stamp: constraints/bench.txt
 bench: $(STAMP) $(PEERS)/.stamp
 	$(VENV)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	  $(if $(ROW),--row $(ROW)) $(if $(SYSTEM),--system $(SYSTEM)) $(if $(PLOTS),--plots $(PLOTS))
+
+# One broker and many nodes: NODES="20 200 2000".
+bench-peers: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.peers $(NODES)
 
 simulate: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.simulation $(if $(SWEEP),--sweep) \
