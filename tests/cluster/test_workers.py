@@ -453,12 +453,28 @@ def test_log_has_a_line_per_event(cluster: Cluster, tmp_path: Path) -> None:
         victim.kill()
         assert wait_for(lambda: "SIGKILL" in agent_log(cluster, "node3")[before:])
     assert wait_for(lambda: "ended" in agent_log(cluster, "node3")[before:])
-    granted, died, ended = agent_log(cluster, "node3")[before:].splitlines()
+    lines = agent_log(cluster, "node3")[before:].splitlines()
+    granted, died, ended = (line.partition(" INFO ")[2] for line in lines)
     name = granted.split()[2]
     assert granted == f"lease of {name} of root granted: 5 slots"
     task = rf"task \d of {name}, attempt 1: worker process {victim.pid} killed by SIGKILL"
     assert re.fullmatch(task, died), died
     assert ended == f"lease of {name} of root ended: released"
+
+
+def test_log_level(cluster: Cluster) -> None:
+    def told(*args: str) -> str:
+        before = len(agent_log(cluster, "node1"))
+        cluster.start_agent("node1", *args)
+        cluster.stop_agent("node1")
+        return agent_log(cluster, "node1")[before:]
+
+    cluster.stop_agent("node1")
+    assert told("--log-level", "error") == ""
+    assert "ready on" in told("--log-level", "info")
+    cluster.configure(log_level="error")
+    assert told() == ""
+    assert "ready on" in told("--log-level", "info")
 
 
 def test_strangers_make_one_line(cluster: Cluster, tmp_path: Path) -> None:

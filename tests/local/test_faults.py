@@ -158,7 +158,7 @@ def test_kill_of_oq_run(env: dict[str, str], calculating: Calculating) -> None:
 def launching(env: dict[str, str], **more: str) -> subprocess.Popen[str]:
     """Start the launcher of a session of this process, with one worker slot."""
     command = [sys.executable, "-m", "oq_runtime.session.launch", str(os.getpid()), "1", "1000000"]
-    command.append(DEFAULTS.as_text())
+    command += [DEFAULTS.as_text(), "info"]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env | more, stdout=pipe, stderr=pipe, text=True)
 

@@ -43,10 +43,17 @@ def test_crash_in_native_code_says_where(env: dict[str, str], tmpdir: Path, tmp_
     assert "tasks.py" in row["text"] and "in crash" in row["text"]
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("lost_s = 5", "[oq_runtime] lost_s=5: give more than suspect_s, 10"),
+        ("lost = 5", "[oq_runtime] lost is not a setting; did you mean lost_s?"),
+    ],
+)
 def test_wrong_limit_stops_the_job_in_one_line(
-    env: dict[str, str], tmpdir: Path, tmp_path: Path
+    env: dict[str, str], tmpdir: Path, tmp_path: Path, line: str, text: str
 ) -> None:
-    env = configured(env, tmp_path, "lost_s = 5\n")
+    env = configured(env, tmp_path, line + "\n")
     code, [row], err = run(env, tmpdir, NEVER_RETURNS)
     assert code == 0, err
-    assert row["text"] == "[oq_runtime] lost_s=5: give more than suspect_s, 10"
+    assert row["text"] == text

@@ -5,11 +5,14 @@ from __future__ import annotations
 import configparser
 import json
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
 from oq_runtime.config import Config
-from tests.provisioning.roles import ROOT, ansible
+from oq_runtime.settings import KEYS, Key
+from tests.provisioning.roles import ROOT, ansible, options
+from tests.provisioning.variables import plain
 
 INVENTORY = """\
 [master]
@@ -113,3 +116,23 @@ def test_more_settings_join_the_sections(tmp_path: Path) -> None:
         "pmap_max_mb": "200",
     }
     assert found["performance"] == {"pointsource_distance": "50"}
+
+
+def specified(key: Key) -> dict[str, Any]:
+    """What the argument specification of openquake_runtime must say of a key."""
+    assert key.meta.description
+    found: dict[str, Any] = {
+        "type": {bool: "bool", int: "int", float: "float"}.get(key.kind, "str"),
+        "description": key.meta.description[0].upper() + key.meta.description[1:] + ".",
+    }
+    if get_origin(key.kind) is Literal:
+        found["choices"] = list(get_args(key.kind))
+    return found
+
+
+def test_the_variable_has_the_keys_of_the_runtime() -> None:
+    """But ``code``, which the role sets, and ``cores``, which has no meaning on a cluster."""
+    spec = options("openquake")["openquake_runtime"]["options"]
+    found = {name: spec[name] | {"description": plain(spec[name]["description"])} for name in spec}
+    expected = {name: specified(key) for name, key in KEYS.items() if name not in ("code", "cores")}
+    assert found == expected

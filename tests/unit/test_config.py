@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
+import pwd
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +15,7 @@ from oq_runtime import config
 from oq_runtime.config import Config, check_cores
 from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ConfigError
+from oq_runtime.settings import KEYS
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +50,26 @@ def test_section() -> None:
     assert Config.from_sections({"oq_runtime": section}) == Config(cores=2, window_bytes=3 << 20)
 
 
+@pytest.mark.parametrize(
+    ("text", "modules"),
+    [("a, b.c,", ("a", "b.c")), ("", ()), (None, ("openquake.calculators.base",))],
+)
+def test_preload(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    text: str | None,
+    modules: tuple[str, ...],
+) -> None:
+    line = "" if text is None else f"preload = {text}\n"
+    (tmp_path / "openquake.cfg").write_text(f"[oq_runtime]\n{line}")
+    monkeypatch.setenv("OQ_CONFIG_FILE", str(tmp_path / "openquake.cfg"))
+    assert config.read_preload() == modules
+
+
+def test_log_level() -> None:
+    assert Config.from_sections({"oq_runtime": {"log_level": "debug"}}).log_level == "debug"
+
+
 @pytest.mark.parametrize(("section", "cores"), [({}, 3), ({"cores": "1"}, 1)])
 def test_environment_gives_way_to_the_section(
     monkeypatch: pytest.MonkeyPatch, section: dict[str, str], cores: int
@@ -63,7 +88,9 @@ def test_wrong_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_window(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_sections({"oq_runtime": {"window_mb": text}})
-    assert str(caught.value) == f"[oq_runtime] window_mb={text}: give a whole number from 1 up"
+    assert (
+        str(caught.value) == f"[oq_runtime] window_mb={text}: give a whole number of MiB from 1 up"
+    )
 
 
 def test_digit_that_is_no_number() -> None:
@@ -93,24 +120,39 @@ def test_the_limits_by_default() -> None:
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Limits)])
-def test_every_limit_can_be_set_and_is_described(name: str) -> None:
+def test_every_limit_can_be_set(name: str) -> None:
     values = {"beat_s": 0.5, "memory_soft_percent": 85, "memory_hard_percent": 85}
     value = True if name == "speculation" else values.get(name, 12)
     assert getattr(limits(**{name: str(value)}), name) == value
-    assert config.__doc__ is not None and f"\n{name} " in config.__doc__
+
+
+#: a uid that no account has
+NOBODYS_UID = 4_000_000
+SECONDS = "a number of seconds above 0 up to 1000000"
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"beat_s": "0"}, "beat_s=0: give a number of seconds above 0"),
-        ({"beat_s": "-1"}, "beat_s=-1: give a number of seconds above 0"),
-        ({"lost_s": "30 s"}, "lost_s=30 s: give a number of seconds above 0"),
-        ({"no_nodes_limit_s": "nan"}, "no_nodes_limit_s=nan: give a number of seconds above 0"),
-        ({"task_timeout_s": "x"}, "task_timeout_s=x: give a number of seconds from 0 up"),
+        ({"beat_s": "0"}, f"beat_s=0: give {SECONDS}"),
+        ({"beat_s": "-1"}, f"beat_s=-1: give {SECONDS}"),
+        ({"lost_s": "30 s"}, f"lost_s=30 s: give {SECONDS}"),
+        ({"no_nodes_limit_s": "nan"}, f"no_nodes_limit_s=nan: give {SECONDS}"),
+        ({"no_nodes_limit_s": "inf"}, f"no_nodes_limit_s=inf: give {SECONDS}"),
+        (
+            {"task_timeout_s": "x"},
+            "task_timeout_s=x: give a number of seconds from 0 up to 1000000",
+        ),
         ({"max_attempts": "0"}, "max_attempts=0: give a whole number from 1 up"),
         ({"speculation": "2"}, "speculation=2: give on or off"),
-        ({"memory_hard_percent": "101"}, "memory_hard_percent=101: give at most 100"),
+        (
+            {"memory_hard_percent": "101"},
+            "memory_hard_percent=101: give a whole number of per cent from 1 up to 100",
+        ),
+        ({"log_level": "loud"}, "log_level=loud: give one of debug, info, warning, error"),
+        ({"lost": "3"}, "lost is not a setting; did you mean lost_s?"),
+        ({"beats_s": "3"}, "beats_s is not a setting; did you mean beat_s?"),
+        ({"zzz": "3"}, f"zzz is not a setting; there are {', '.join(KEYS)}"),
         ({"beat_s": "10"}, "suspect_s=10: give more than beat_s, 10"),
         ({"lost_s": "5"}, "lost_s=5: give more than suspect_s, 10"),
         (
@@ -194,6 +236,24 @@ def test_files_are_read_in_the_order_of_the_engine(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OQ_CONFIG_FILE", str(tmp_path / "last.cfg"))
     assert config.read()["zworkers"] == {"host_cores": "b 2", "ctrl_port": "1"}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
+def test_an_account_without_a_home() -> None:
+    with pytest.raises(KeyError):
+        pwd.getpwuid(NOBODYS_UID)
+    code = (
+        "import os; from oq_runtime import config; "
+        f"os.setuid({NOBODYS_UID}); print(list(config.read()['distribution']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: text for name, text in os.environ.items() if name != "HOME"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert "oq_distribute" in done.stdout
 
 
 def test_a_file_that_cannot_be_parsed(

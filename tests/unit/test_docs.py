@@ -1,6 +1,6 @@
-"""docs/protocol.md shows the transition table and the message kinds that the code has.
+"""The documents show what the code has: the wire and its states, the settings.
 
-``python -m tests.unit.test_docs`` writes the diagram anew.
+``python -m tests.unit.test_docs`` writes the diagram and the table anew.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import typing
 from pathlib import Path
 
 from oq_runtime.core.scheduler import FINAL, TRANSITIONS, State
+from oq_runtime.settings import KEYS, Key
 from oq_runtime.wire import protocol
 
-PAGE = Path(__file__).parents[2] / "docs/protocol.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, SETTINGS = DOCS / "protocol.md", DOCS / "configuration.md"
 BLOCK = re.compile(r"```mermaid\n.*?```", re.DOTALL)
+TABLE = re.compile(r"^\| key \| default \|.*?\n(?=\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def diagram() -> str:
@@ -35,5 +38,27 @@ def test_every_message_is_described() -> None:
     assert [kind for kind in kinds if f"`{kind}`" not in text] == []
 
 
+def settings() -> str:
+    """The keys of [oq_runtime] as a table."""
+    lines = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for key in KEYS.values():
+        assert key.meta.description
+        meaning = key.meta.description.replace("|", "\\|")
+        lines.append(f"| `{key.name}` | {_default(key)} | {key.allowed} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(key: Key) -> str:
+    if key.kind is bool:
+        return "`on`" if key.default else "`off`"
+    text = ", ".join(key.default) if key.several else f"{key.default}".removesuffix(".0")
+    return f"`{text}`" if text else ""
+
+
+def test_settings_are_those_that_are_read() -> None:
+    assert TABLE.findall(SETTINGS.read_text()) == [settings()]
+
+
 if __name__ == "__main__":
     PAGE.write_text(BLOCK.sub(lambda _: diagram(), PAGE.read_text()))
+    SETTINGS.write_text(TABLE.sub(lambda _: settings(), SETTINGS.read_text()))

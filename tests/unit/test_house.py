@@ -13,7 +13,7 @@ ROOT = Path(oq_runtime.__file__).parent
 FLOORS = (
     {"errors", "text"},
     {"core", "wire", "processes", "logs"},
-    {"files"},
+    {"files", "settings"},
     {"config", "facts"},
     {"session", "node"},
     {"cluster"},
@@ -22,10 +22,10 @@ FLOORS = (
     {"commands"},
 )
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
-#: what the pure wing may use: no I/O, no clock, no chance
+#: what the pure wing may use: no I/O, no clock, no chance; msgspec to declare data
 PURE = {
     "__future__", "collections", "dataclasses", "enum", "heapq", "json", "statistics", "typing",
-    "itertools", "math",
+    "itertools", "math", "msgspec",
 }  # fmt: skip
 
 

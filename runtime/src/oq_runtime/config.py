@@ -1,31 +1,8 @@
-"""Settings: openquake.cfg as the engine reads it, without importing the engine.
+"""openquake.cfg as the engine reads it, without importing the engine: the cluster, the settings.
 
 The sections of the engine keep their meaning: ``[distribution] oq_distribute``, ``[dbserver]``,
 ``[zworkers]``, ``[directory] shared_dir``. A cluster is configured when ``oq_distribute = zmq`` and
-``host_cores`` names another host than this one. Ours are in ``[oq_runtime]``:
-
-======================  =======  ==================================================================
-key                     default  meaning
-======================  =======  ==================================================================
-code                             ``import oq_runtime.activate`` switches the runtime on
-cores                   all      slots of the private agent when no cluster is configured
-window_mb               1024     MiB of results staged in the broker at a time
-beat_s                  2        seconds between two beats of broker and agent, each way
-suspect_s               10       seconds of silence after which a node gets no new tasks
-lost_s                  30       seconds of silence after which a node is lost: its tasks are run
-                                 elsewhere, and it kills the workers of a job it does not hear of
-no_nodes_limit_s        60       seconds without any node after which a job fails
-memory_soft_percent     80       memory in use on a node, in per cent, above which it gets no tasks
-memory_hard_percent     90       the same, above which the newest task is killed
-max_attempts            3        attempts of a task that may end with the death of its worker
-task_timeout_s          0        seconds after which the worker of a task is killed; 0: never
-preload                 *        modules that a node imports once for all workers, separated by
-                                 commas; * ``openquake.calculators.base``
-speculation             off      on: a task that takes much longer than those of its function did
-                                 gets a second attempt on another node, when nothing else waits
-======================  =======  ==================================================================
-
-The limits must be the same on all hosts: broker and agents judge each other by them.
+``host_cores`` names another host than this one. Ours are in ``[oq_runtime]``, see ``settings``.
 """
 
 from __future__ import annotations
@@ -34,15 +11,16 @@ import configparser
 import importlib.util
 import ipaddress
 import os
-import re
 import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from oq_runtime import logs
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError
+from oq_runtime.settings import SECTION, Settings
 
 #: names the directory of a session that ``oq-run`` has started for its engine process
 SESSION_VARIABLE = "OQ_RUNTIME_SESSION"
@@ -52,7 +30,6 @@ WORKER_VARIABLE = "OQ_RUNTIME_WORKER"
 NODE_VARIABLE, ATTEMPT_VARIABLE = "OQ_RUNTIME_NODE", "OQ_RUNTIME_ATTEMPT"
 #: ``POINT:TASK:ATTEMPTS``: for tests, a worker kills itself at this point of this task
 FAULT_VARIABLE = "OQ_RUNTIME_FAULT"
-PRELOAD = "openquake.calculators.base"
 
 Sections = Mapping[str, Mapping[str, str]]
 
@@ -103,24 +80,34 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings after validation; sizes in bytes."""
+    """What openquake.cfg says, checked.
+
+    :param cores: tasks at a time on this machine, where no cluster is configured
+    :param window_bytes: of results that a job has in its broker at a time
+    :param limits: for broker and agents
+    :param log_level: for broker and agents
+    :param cluster: None: this machine alone
+    """
 
     cores: int
     window_bytes: int = 1 << 30
     limits: Limits = DEFAULTS
+    log_level: logs.Level = "info"
     cluster: Cluster | None = None
 
     @classmethod
     def from_sections(cls, sections: Sections) -> Config:
         """Check the settings; raises ConfigError naming the key and the allowed values."""
-        own = sections.get("oq_runtime", {})
+        section = sections.get(SECTION, {})
+        own = Settings.from_section(section)
         distribute = os.environ.get("OQ_DISTRIBUTE") or sections.get("distribution", {}).get(
             "oq_distribute", ""
         )
         return cls(
-            cores=check_cores(own.get("cores") or os.environ.get("OQ_NUM_CORES") or "-1"),
-            window_bytes=_number(own, "window_mb", 1024, least=1) << 20,
-            limits=read_limits(own),
+            cores=check_cores(section.get("cores") or os.environ.get("OQ_NUM_CORES") or own.cores),
+            window_bytes=own.window_mb << 20,
+            limits=own.limits,
+            log_level=own.log_level,
             cluster=Cluster.from_sections(sections) if distribute == "zmq" else None,
         )
 
@@ -136,9 +123,9 @@ def read() -> dict[str, dict[str, str]]:
     venv = sys.prefix != sys.base_prefix
     site = Path(sys.prefix) if venv else Path("/etc/openquake")
     paths = [Path(place, "engine", "openquake.cfg") for place in places]
-    paths += [site / "openquake.cfg", Path.home() / "openquake.cfg"]
+    paths += [site / "openquake.cfg", Path(os.path.expanduser("~/openquake.cfg"))]
     if extra := os.environ.get("OQ_CONFIG_FILE"):
-        paths.append(Path(extra).expanduser())
+        paths.append(Path(os.path.expanduser(extra)))
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read(paths, encoding="utf8")
@@ -147,10 +134,9 @@ def read() -> dict[str, dict[str, str]]:
     return {section: dict(parser.items(section)) for section in parser.sections()}
 
 
-def read_preload() -> list[str]:
+def read_preload() -> tuple[str, ...]:
     """Return the names of the modules that workers are to have before their first task."""
-    text = read().get("oq_runtime", {}).get("preload", PRELOAD)
-    return [name for name in map(str.strip, text.split(",")) if name]
+    return Settings.from_section(read().get(SECTION, {})).preload
 
 
 def parse_host_cores(text: str) -> dict[str, int]:
@@ -183,37 +169,6 @@ def parse_ports(text: str) -> range:
     if not ports:
         raise ConfigError(f"{name}={text}: the first port is above the last")
     return ports
-
-
-def read_limits(section: Mapping[str, str]) -> Limits:
-    """Return the limits of ``[oq_runtime]``; raises ConfigError naming key and allowed values."""
-    found = Limits(
-        beat_s=_seconds(section, "beat_s", DEFAULTS.beat_s),
-        suspect_s=_seconds(section, "suspect_s", DEFAULTS.suspect_s),
-        lost_s=_seconds(section, "lost_s", DEFAULTS.lost_s),
-        no_nodes_limit_s=_seconds(section, "no_nodes_limit_s", DEFAULTS.no_nodes_limit_s),
-        memory_soft_percent=_number(
-            section, "memory_soft_percent", DEFAULTS.memory_soft_percent, least=1
-        ),
-        memory_hard_percent=_number(
-            section, "memory_hard_percent", DEFAULTS.memory_hard_percent, least=1
-        ),
-        max_attempts=_number(section, "max_attempts", DEFAULTS.max_attempts, least=1),
-        task_timeout_s=_seconds(section, "task_timeout_s", DEFAULTS.task_timeout_s, zero=True),
-        speculation=_switch(section, "speculation", "off"),
-    )
-    for low, high in [
-        ("beat_s", "suspect_s"),
-        ("suspect_s", "lost_s"),
-        ("memory_soft_percent", "memory_hard_percent"),
-    ]:
-        least, value = getattr(found, low), getattr(found, high)
-        if value <= least:
-            raise ConfigError(f"[oq_runtime] {high}={value:g}: give more than {low}, {least:g}")
-    if found.memory_hard_percent > 100:
-        percent = found.memory_hard_percent
-        raise ConfigError(f"[oq_runtime] memory_hard_percent={percent:g}: give at most 100")
-    return found
 
 
 def is_loopback(host: str) -> bool:
@@ -255,26 +210,3 @@ def _port(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
         raise ConfigError(f"{name}={text}: give a port from 1 to 65535")
     return int(text)
-
-
-def _number(section: Mapping[str, str], key: str, default: int, *, least: int) -> int:
-    text = section.get(key) or str(default)
-    if not (text.isascii() and text.isdigit()) or int(text) < least:
-        raise ConfigError(f"[oq_runtime] {key}={text}: give a whole number from {least} up")
-    return int(text)
-
-
-def _seconds(section: Mapping[str, str], key: str, default: float, *, zero: bool = False) -> float:
-    text = section.get(key) or str(default)
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or (float(text) == 0 and not zero):
-        least = "from 0 up" if zero else "above 0"
-        raise ConfigError(f"[oq_runtime] {key}={text}: give a number of seconds {least}")
-    return float(text)
-
-
-def _switch(section: Mapping[str, str], key: str, default: str) -> bool:
-    text = section.get(key) or default
-    value = configparser.ConfigParser.BOOLEAN_STATES.get(text.lower())
-    if value is None:
-        raise ConfigError(f"[oq_runtime] {key}={text}: give on or off")
-    return value

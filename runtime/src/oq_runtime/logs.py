@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Literal, TextIO, get_args
 
 from oq_runtime.text import clean, clean_lines
 
@@ -21,7 +21,9 @@ from oq_runtime.text import clean, clean_lines
 PAUSE_SECS = 60.0
 #: topics that are told apart in a minute; strangers must not fill the memory with new ones
 MOST_TOPICS = 1000
-LEVELS = ("debug", "info", "warning", "error", "critical")
+#: from which on records are written
+Level = Literal["debug", "info", "warning", "error"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 #: characters of a line
 MOST_CHARACTERS = 4000
 #: priorities of sd-daemon(3), for the journal
@@ -115,7 +117,7 @@ class Handler(logging.StreamHandler[TextIO]):
                 del self.topics[topic]
 
 
-def start(level: str = "info") -> None:
+def start(level: Level = "info") -> None:
     """Send what this process logs to stderr.
 
     :param level: one of LEVELS, from which on records are written

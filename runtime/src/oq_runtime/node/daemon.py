@@ -66,13 +66,12 @@ def own_directory(variable: str, name: str) -> Path:
     return path
 
 
-def run_daemon(address: str | None) -> None:
+def run_daemon(address: str | None, settings: config.Config) -> None:
     """Serve the cluster of openquake.cfg on this node until SIGTERM, which drains.
 
     Raises ConfigError for a node that is not in the cluster, and OqRuntimeError when the address
     cannot be bound or is not protected.
     """
-    settings = config.Config.from_sections(config.read())
     cluster = settings.cluster
     if cluster is None:
         raise ConfigError(
@@ -125,10 +124,12 @@ def daemon() -> None:
         prog="oq-agent", description="Serve this node's slots to the OpenQuake cluster."
     )
     parser.add_argument("--address", help="of this node in host_cores, if it has several")
+    parser.add_argument("--log-level", choices=logs.LEVELS, help="instead of [oq_runtime]'s")
     args = parser.parse_args()
-    logs.start()
     try:
-        run_daemon(args.address)
+        settings = config.Config.from_sections(config.read())
+        logs.start(args.log_level or settings.log_level)
+        run_daemon(args.address, settings)
     except OqRuntimeError as exc:
         print(f"oq-agent: {exc}", file=sys.stderr)
         sys.exit(2 if isinstance(exc, ConfigError) else 1)
@@ -142,8 +143,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
+    parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
     args = parser.parse_args()
-    logs.start()
+    logs.start(args.log_level)
     try:
         agent = Agent(
             directory=args.directory,

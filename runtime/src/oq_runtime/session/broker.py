@@ -601,8 +601,9 @@ def main() -> None:
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--window-bytes", type=int, required=True)
     parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
+    parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
     args = parser.parse_args()
-    logs.start()
+    logs.start(args.log_level)
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
     own, keys = facts.own(), None

@@ -46,7 +46,7 @@ def start(config: Config, owner: int) -> Path:
     command = [sys.executable, "-m", "oq_runtime.session.launch", str(owner), str(slots)]
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
-        [*command, str(config.window_bytes), config.limits.as_text()],
+        [*command, str(config.window_bytes), config.limits.as_text(), config.log_level],
         stdin=subprocess.DEVNULL,  # it may be closed here, and a lock must not get its number
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("slots", type=int, help="of the private agent; 0: none, use the cluster")
     parser.add_argument("window_bytes", type=int)
     parser.add_argument("limits")
+    parser.add_argument("log_level")
     args = parser.parse_args()
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     sweep(temporary)
@@ -123,7 +124,8 @@ def main() -> None:
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
     store.shared_memory(directory.name)
     control = f"ipc://{directory}/control"
-    common = ["--directory", str(directory), "--owner", str(args.owner), "--limits", args.limits]
+    common = ["--directory", str(directory), "--owner", str(args.owner)]
+    common += ["--limits", args.limits, "--log-level", args.log_level]
     window = ["--window-bytes", str(args.window_bytes)]
     started = []
     if args.slots:
