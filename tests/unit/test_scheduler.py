@@ -212,7 +212,7 @@ class Cluster(RuleBasedStateMachine):
                 assert self.attempts[node, task, number].phase == "uploading"
                 self.commits[task] = self.commits.get(task, 0) + 1
                 self.unconsumed.add(task)
-            case DropStaged(task, _):
+            case DropStaged(_, task, _):
                 assert task not in self.commits
                 self.staged.pop(task, None)  # one that still waits for the window has none
             case GiveUp(task, error, history):
@@ -707,13 +707,13 @@ def test_window_grants_in_order_of_arrival_and_one_large_alone() -> None:
 def test_damaged_upload_runs_again() -> None:
     core = one_task(State.UPLOADING)
     effects = core.handle(Uploaded("a", 1, 1, False), 1.0)
-    assert effects == [DropStaged(1, 1), Assign("a", 1, 2)]
+    assert effects == [DropStaged("a", 1, 1), Assign("a", 1, 2)]
     assert core.handle(Uploaded("a", 1, 1, True), 1.0) == [AbortAttempt("a", 1, 1)]
 
 
 def test_cancel_aborts_and_drops() -> None:
     core = one_task(State.UPLOADING)
-    assert core.handle(Cancelled(0), 1.0) == [DropStaged(1, 1), AbortAttempt("a", 1, 1)]
+    assert core.handle(Cancelled(0), 1.0) == [DropStaged("a", 1, 1), AbortAttempt("a", 1, 1)]
     assert core.cancelled == 1 and core.staged == {} and core.live == set()
 
 

@@ -235,6 +235,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class DropStaged:
+    node: str
     task: int
     attempt: int
 
@@ -555,7 +556,7 @@ class Scheduler:
             del self.waiting[task.id]
         if task.state in (State.WAITING, State.UPLOADING):
             self._unstage(task.id)
-            effects.append(DropStaged(task.id, task.attempt))
+            effects.append(DropStaged(task.node, task.id, task.attempt))
 
     def _unstage(self, task: int) -> None:
         self.staged_bytes -= self.staged.pop(task, 0)

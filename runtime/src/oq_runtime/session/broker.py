@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import xxhash
 import zmq
 
 from oq_runtime import config, facts, logs, processes
@@ -39,9 +38,10 @@ from oq_runtime.errors import (
     VersionError,
 )
 from oq_runtime.files import private, store
-from oq_runtime.files.store import Reception, Store
+from oq_runtime.files.store import Store
 from oq_runtime.logs import about
 from oq_runtime.session.peer import Connection, Peer
+from oq_runtime.session.staging import Staging
 from oq_runtime.wire import payload, protocol, security, transport
 
 log = logging.getLogger(__name__)
@@ -59,15 +59,6 @@ class Submission:
 
     client: bytes
     sent: protocol.Submit
-
-
-@dataclass(slots=True)
-class Staging:
-    """The body of an attempt: in the message that ended it, in its node's file, or on its way."""
-
-    ended: protocol.Ended
-    granted: bool = False
-    reception: Reception | None = None
 
 
 class Broker:
@@ -119,12 +110,11 @@ class Broker:
         self.unsubmitted = 0
         self.told_wanted = 0
         self._handle = Events(self.core.handle, self._apply, time.monotonic)
-        self.staging: dict[tuple[int, int], Staging] = {}
         # digest -> file -> tasks that need it; each client has files of its own
         self.blobs: dict[bytes, Counter[str]] = {}
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
-        self.store = Store(
-            store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes
+        self.staging = Staging(
+            Store(store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes)
         )
         self.local = all(url.startswith("ipc:") for url in data_urls)
         self.phases: dict[str, protocol.Phase] = {}
@@ -416,14 +406,11 @@ class Broker:
             case protocol.Ended(task=task, attempt=attempt):
                 if not self.local and message.path:
                     message = msgspec.structs.replace(message, path="")
-                self.staging[task, attempt] = Staging(message)
+                self.staging.announce(name, message)
                 self._handle(core.Ended(name, task, attempt, message.nbytes))
             case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
-                if staging := self.staging.get((task, attempt)):
-                    self.store.adopt(f"{task}-{attempt}", Path(path), staging.ended.nbytes)
+                if self.staging.place((name, task, attempt), Path(path)):
                     self._handle(core.Uploaded(name, task, attempt, True))
-                else:
-                    Path(path).unlink(missing_ok=True)
             case protocol.Died(task=task, attempt=attempt, oom=oom, no_room=no_room):
                 reason = f"{message.reason}, host {peer.host}"
                 self._handle(core.Died(name, task, attempt, reason, oom, no_room))
@@ -447,31 +434,10 @@ class Broker:
                 self._send_blob(peer, peer.data, digest)
             case protocol.Chunk() if not rest:
                 self._lose(peer, "a chunk of results came without its bytes")
-            case protocol.Chunk(task=task, attempt=attempt):
-                staging = self.staging.get((task, attempt))
-                if staging is not None and staging.granted:
-                    intact = self._receive(staging, message, rest[0])
-                    if intact is not None:
-                        self._handle(core.Uploaded(peer.name, task, attempt, intact))
-
-    def _receive(self, staging: Staging, message: protocol.Chunk, chunk: memoryview) -> bool | None:
-        """Write the next chunk of a body; return whether all of it is intact, once that is known.
-
-        The file is made with the first chunk, not when the node is told to send: by then the engine
-        may have given back the file of an earlier one.
-        """
-        if staging.reception is None:
-            nbytes = staging.ended.nbytes
-            try:
-                descriptor = self.store.create(f"{message.task}-{message.attempt}", nbytes)
-            except OSError as exc:
-                log.info(f"no room for {nbytes} bytes of results: {exc}")
-                return False
-            staging.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
-        in_order = staging.reception.take(message.offset, chunk)
-        if in_order and not staging.reception.whole:
-            return None
-        return in_order and staging.reception.hash.digest() == staging.ended.digest
+            case protocol.Chunk(task=task, attempt=attempt, offset=offset):
+                intact = self.staging.receive((peer.name, task, attempt), offset, rest[0])
+                if intact is not None:
+                    self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
     def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
         if (paths := self.blobs.get(digest)) is None:
@@ -502,47 +468,30 @@ class Broker:
             case core.GrantUpload(node, task, attempt):
                 self._grant(self.peers[node], task, attempt)
             case core.AbortAttempt(node, task, attempt):
-                found = self.core.tasks.get(task)
-                if found is None or found.attempt != attempt:
-                    self._drop(task, attempt)
+                self.staging.drop((node, task, attempt))
                 self._send(self.peers[node], protocol.Abort(task=task, attempt=attempt))
-            case core.DropStaged(task, attempt):
-                self._drop(task, attempt)
-            case core.Commit(_, task, attempt):
-                self._deliver(task, attempt)
+            case core.DropStaged(node, task, attempt):
+                self.staging.drop((node, task, attempt))
+            case core.Commit(node, task, attempt):
+                self._deliver(node, task, attempt)
             case core.GiveUp(task, error, history):
                 self._fail(task, error, history)
 
     def _grant(self, peer: Peer, task: int, attempt: int) -> None:
         """Get the body of an attempt, for which there is room in the window."""
-        staging = self.staging[task, attempt]
-        if body := staging.ended.body:
-            whole = len(body) == staging.ended.nbytes
-            intact = whole and xxhash.xxh3_128(body).digest() == staging.ended.digest
+        intact = self.staging.grant((peer.name, task, attempt))
+        if intact is None:
+            self._send(peer, protocol.Grant(task=task, attempt=attempt))
+        else:
             self._handle(core.Uploaded(peer.name, task, attempt, intact))
-            return
-        staging.granted = not staging.ended.path
-        self._send(peer, protocol.Grant(task=task, attempt=attempt))
 
-    def _drop(self, task: int, attempt: int) -> None:
-        if self.staging.get((task, attempt)):
-            self._unstage(task, attempt)
-            self.store.remove(f"{task}-{attempt}")
-
-    def _unstage(self, task: int, attempt: int) -> Staging:
-        staging = self.staging.pop((task, attempt))
-        if staging.reception is not None:
-            staging.reception.close()
-        return staging
-
-    def _deliver(self, task: int, attempt: int) -> None:
-        ended = self._unstage(task, attempt).ended
+    def _deliver(self, node: str, task: int, attempt: int) -> None:
+        ended, path = self.staging.deliver((node, task, attempt))
         submission = self._forget(task)
         sent = submission.sent
         phase = self.phases[sent.func]
         phase.done += 1
         phase.received_bytes += ended.nbytes
-        path = "" if ended.body else str(self.store.release(f"{task}-{attempt}")[0])
         delivered = protocol.Delivered(
             job=self.job, task=sent.task, map=sent.map, path=path, body=ended.body
         )

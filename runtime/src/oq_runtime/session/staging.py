@@ -1,0 +1,107 @@
+"""The bodies of ended attempts, from the word of their node until they are the engine's.
+
+    announce -> grant -> receive, chunk by chunk, or place -> deliver
+                    any of these -> drop
+
+One owner: whatever file is made or taken over here is handed on by ``deliver`` or removed by
+``drop``. Not covered: which attempt gets its turn (``scheduler``), and the wire (``broker``).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from oq_runtime.files.store import Reception, Store
+from oq_runtime.wire import protocol
+
+log = logging.getLogger(__name__)
+
+#: node, task and attempt
+Key = tuple[str, int, int]
+
+
+@dataclass(slots=True)
+class Body:
+    """What an attempt has left: in the message that ended it, in its node's file, or on its way."""
+
+    ended: protocol.Ended
+    granted: bool = False
+    reception: Reception | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.ended.task}-{self.ended.attempt}"
+
+
+class Staging:
+    """
+    :param store: where bodies are kept that do not fit into a message; this object's own
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.bodies: dict[Key, Body] = {}
+
+    def announce(self, node: str, ended: protocol.Ended) -> None:
+        """Note that an attempt has ended; a second word on the same one changes nothing."""
+        self.bodies.setdefault((node, ended.task, ended.attempt), Body(ended))
+
+    def grant(self, key: Key) -> bool | None:
+        """Let a body come; return whether one that is here already is intact, else None."""
+        body = self.bodies[key]
+        if inline := body.ended.body:
+            whole = len(inline) == body.ended.nbytes
+            return whole and xxhash.xxh3_128(inline).digest() == body.ended.digest
+        body.granted = not body.ended.path
+        return None
+
+    def receive(self, key: Key, offset: int, chunk: memoryview) -> bool | None:
+        """Write the next chunk of a body; return whether all of it is intact, once that is known.
+
+        The file is made with the first chunk, not when the node is told to send: by then the engine
+        may have given back the file of an earlier one.
+        """
+        body = self.bodies.get(key)
+        if body is None or not body.granted:
+            return None
+        if body.reception is None:
+            nbytes = body.ended.nbytes
+            try:
+                descriptor = self.store.create(body.name, nbytes)
+            except OSError as exc:
+                log.info(f"no room for {nbytes} bytes of results: {exc}")
+                return False
+            body.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
+        in_order = body.reception.take(offset, chunk)
+        if in_order and not body.reception.whole:
+            return None
+        return in_order and body.reception.hash.digest() == body.ended.digest
+
+    def place(self, key: Key, path: Path) -> bool:
+        """Take over the file of a body from its node; False, and it is gone, if nobody wants it."""
+        if body := self.bodies.get(key):
+            self.store.adopt(body.name, path, body.ended.nbytes)
+            return True
+        path.unlink(missing_ok=True)
+        return False
+
+    def deliver(self, key: Key) -> tuple[protocol.Ended, str]:
+        """Hand a whole body over: the message that ended it, and its file, if it has one."""
+        body = self._pop(key)
+        path = "" if body.ended.body else str(self.store.release(body.name)[0])
+        return body.ended, path
+
+    def drop(self, key: Key) -> None:
+        """Forget a body and what there is of it."""
+        if key in self.bodies:
+            self.store.remove(self._pop(key).name)
+
+    def _pop(self, key: Key) -> Body:
+        body = self.bodies.pop(key)
+        if body.reception is not None:
+            body.reception.close()
+        return body
