@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from oq_runtime.core.limits import Limits
 from oq_runtime.core.scheduler import (
     AHEAD,
+    BUSY,
     MAX_NODE_LOSSES,
     MAX_OOMS,
     NEARLY,
@@ -30,6 +31,7 @@ from oq_runtime.core.scheduler import (
     Effect,
     Ended,
     Event,
+    Forget,
     GiveUp,
     GrantUpload,
     NodeGone,
@@ -43,6 +45,7 @@ from oq_runtime.core.scheduler import (
     Submitted,
     Task,
     Tick,
+    Unusable,
     Uploaded,
 )
 from oq_runtime.errors import TransitionError
@@ -215,8 +218,15 @@ class Cluster(RuleBasedStateMachine):
             case DropStaged(_, task, _):
                 assert task not in self.commits
                 self.staged.pop(task, None)  # one that still waits for the window has none
-            case GiveUp(task, error, history):
+            case Forget(task):
+                assert isinstance(cause, Cancelled) and self.group[task] == cause.group
+            case GiveUp(task, error, history, attempts):
                 assert task not in self.failed | set(self.commits)
+                if isinstance(cause, Unusable):
+                    assert (task, error) == (cause.task, cause.error)
+                    assert history[-1].endswith(cause.reason)
+                    self.failed.add(task)
+                    return
                 spent = {
                     "NoWorkers": not any(self.slots.values()),
                     "OutOfMemory": self.ooms.get(task, 0) == MAX_OOMS,
@@ -225,9 +235,9 @@ class Cluster(RuleBasedStateMachine):
                     "NodeLost": self.losses.get(task, 0) == MAX_NODE_LOSSES,
                 }
                 assert spent[error], error
-                failed_oom = self.scheduler.tasks[task].state is State.FAILED_OOM
-                assert failed_oom == (error == "OutOfMemory")
+                assert task not in self.scheduler.tasks, "it takes memory for ever"
                 assert history
+                assert attempts >= self.deaths.get(task, 0)
                 self.failed.add(task)
 
     def check_second_attempt(self, task: int, node: str, cause: Event) -> None:
@@ -285,11 +295,23 @@ class Cluster(RuleBasedStateMachine):
             self.group[task] = group
             self.send(Submitted(task, group, "f", weight))
 
-    @precondition(lambda self: self.submitted)
+    @precondition(lambda self: self.scheduler.live)
     @rule(data=st.data())
     def submit_again(self, data: st.DataObject) -> None:
-        task = data.draw(st.sampled_from(sorted(self.submitted)))
+        task = data.draw(st.sampled_from(sorted(self.scheduler.live)))
         self.refused(Submitted(task, 0, "f"))
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data())
+    def cannot_be_done(self, data: st.DataObject) -> None:
+        """For a reason on the master's side: its argument is gone, or there is no room."""
+        task = data.draw(st.sampled_from(sorted(self.submitted)))
+        running = [(*attempt, task) for attempt in self.last.get(task, [])]
+        live = task in self.scheduler.live
+        effects = self.send(Unusable(task, "NoRoom", "no room"))
+        assert any(isinstance(e, GiveUp) and e.task == task for e in effects) is live
+        for node, number, _ in running if live else ():
+            assert AbortAttempt(node, task, number) in effects
 
     @rule(data=st.data(), twice=st.booleans())
     def consume(self, data: st.DataObject, twice: bool) -> None:
@@ -307,7 +329,11 @@ class Cluster(RuleBasedStateMachine):
         running = {(*attempt, t) for t in hit for attempt in self.last.get(t, [])}
         # the model ends the tasks first: time may also lose a node on this event
         self.failed |= hit
+        for task in [t for t in self.unconsumed if self.group[t] == group]:
+            self.unconsumed.discard(task)
+            self.staged.pop(task, None)
         effects = self.send(Cancelled(group))
+        assert {e.task for e in effects if isinstance(e, Forget)} == hit
         for node, number, task in running:
             assert AbortAttempt(node, task, number) in effects
 
@@ -456,6 +482,7 @@ class Cluster(RuleBasedStateMachine):
         assert core.committed == len(self.commits)
         assert core.given_up + core.cancelled == len(self.failed)
         assert core.live == self.submitted - self.failed - set(self.commits)
+        assert set(core.tasks) == core.live | self.unconsumed, "what has ended is forgotten"
 
     @invariant()
     def credit_is_within_the_slots(self) -> None:
@@ -607,7 +634,10 @@ def one_task(state: State) -> Scheduler:
         core.handle(Ended("a", 1, 1, 10), 0.0)
     if state is State.COMMITTED:
         core.handle(Uploaded("a", 1, 1, True), 0.0)
-    assert core.tasks[1].state is state
+    if state in (State.QUEUED, *BUSY, State.WAITING, State.UPLOADING, State.COMMITTED):
+        assert core.tasks[1].state is state
+    else:
+        assert 1 not in core.tasks
     return core
 
 
@@ -669,9 +699,9 @@ def test_event_that_the_state_forbids_changes_nothing(state: State, event: Event
 )
 def test_message_after_the_end_only_aborts(state: State, event: Event) -> None:
     core = one_task(state)
-    before = copy.deepcopy(core.tasks[1])
+    before = copy.deepcopy(core.tasks.get(1))
     assert core.handle(event, 1.0) == [AbortAttempt(*ATTEMPT)]
-    assert core.tasks[1] == before
+    assert core.tasks.get(1) == before
 
 
 def test_the_way_of_a_task() -> None:
@@ -713,7 +743,8 @@ def test_damaged_upload_runs_again() -> None:
 
 def test_cancel_aborts_and_drops() -> None:
     core = one_task(State.UPLOADING)
-    assert core.handle(Cancelled(0), 1.0) == [DropStaged("a", 1, 1), AbortAttempt("a", 1, 1)]
+    dropped = [DropStaged("a", 1, 1), AbortAttempt("a", 1, 1), Forget(1)]
+    assert core.handle(Cancelled(0), 1.0) == dropped
     assert core.cancelled == 1 and core.staged == {} and core.live == set()
 
 
@@ -769,7 +800,7 @@ def test_poison_after_three_deaths_with_the_history() -> None:
         assert f"attempt {number}: assigned to a" in given_up.history
         assert f"attempt {number}: started on a" in given_up.history
         assert f"attempt {number}: signal {number} on a" in given_up.history
-    assert core.tasks[1].state is State.POISONED and core.nodes["a"].credit == 1
+    assert 1 not in core.tasks and core.nodes["a"].credit == 1
 
 
 def test_task_is_given_up_after_too_many_lost_nodes() -> None:
@@ -1042,7 +1073,7 @@ def test_out_of_memory_alone_fails_with_the_figures() -> None:
     assert "attempt 1: its worker had 7 GiB on a" in given_up.history
     assert "attempt 2: assigned to a, alone" in given_up.history
     assert given_up.history[-1] == "attempt 2: its worker had 9 GiB on a"
-    assert core.tasks[1].state is State.FAILED_OOM and core.nodes["a"].credit == 2
+    assert 1 not in core.tasks and core.nodes["a"].credit == 2
 
 
 def test_memory_and_deaths_have_budgets_of_their_own() -> None:

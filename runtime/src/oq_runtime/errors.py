@@ -45,6 +45,14 @@ class NodeLost(OqRuntimeError):
     """A task lost its node, or its results on the way from it, too often."""
 
 
+class NoRoom(OqRuntimeError):
+    """This host has no room for results; the text says where and what to do."""
+
+
+class ArgumentLost(OqRuntimeError):
+    """A big argument of a task was deleted before the task could have it."""
+
+
 class NoWorkers(OqRuntimeError):
     """No node is left to run a task on."""
 

@@ -179,12 +179,23 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Unusable:
+    """The task cannot be done for a reason that lies on this side: it is given up at once."""
+
+    task: int
+    error: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Consumed:
     task: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
+    """Nothing of the group is wanted any more: neither its tasks nor results of them."""
+
     group: int
 
 
@@ -195,7 +206,7 @@ class Tick:
 
 Event = (
     NodeJoined | NodeResized | NodeSeen | NodeGone | Submitted | Started | Ended | Uploaded | Died
-    | Consumed | Cancelled | Tick
+    | Unusable | Consumed | Cancelled | Tick
 )  # fmt: skip
 
 
@@ -242,12 +253,22 @@ class DropStaged:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
+    """``attempts``: how many there were."""
+
     task: int
     error: str
     history: tuple[str, ...]
+    attempts: int
 
 
-Effect = Assign | GrantUpload | AbortAttempt | Commit | DropStaged | GiveUp
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The task was cancelled."""
+
+    task: int
+
+
+Effect = Assign | GrantUpload | AbortAttempt | Commit | DropStaged | GiveUp | Forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +408,9 @@ class Scheduler:
         self.speculation = speculation
         self.window_bytes = window_bytes
         self.no_nodes_limit_s = limits.no_nodes_limit_s
+        # live, or committed and not consumed: a job may have millions of others
         self.tasks: dict[int, Task] = {}
+        self.staged_of: dict[int, set[int]] = {}  # group -> its tasks that are committed and staged
         self.nodes: dict[str, Node] = {}
         self.queue: list[tuple[float, int]] = []  # (-weight, task)
         self.alone: list[int] = []  # queued for a node of their own, in order of arrival
@@ -468,6 +491,7 @@ class Scheduler:
                         self._widen(self.nodes[node])
                         self._end(current, effects)
                         self.committed += 1
+                        self.staged_of.setdefault(current.group, set()).add(task)
                         effects.append(Commit(node, task, attempt))
                     else:
                         current.node_losses += 1  # charged like a loss: the task did no harm
@@ -483,13 +507,19 @@ class Scheduler:
                         current.deaths += 1
                         current.avoid = node
                     self._retry(current, f"{reason} on {node}", effects)
+            case Unusable(task, error, reason):
+                if task in self.live:
+                    self._withdraw(self.tasks[task], effects)
+                    self._give_up(self.tasks[task], error, reason, effects)
             case Consumed(task):
                 if task in self.tasks and self.tasks[task].state is State.COMMITTED:
-                    self._unstage(task)
+                    self._consume(self.tasks[task])
             case Cancelled(group):
                 if self.live_of[group]:
                     for task in [t for t in self.live if self.tasks[t].group == group]:
                         self._cancel(self.tasks[task], effects)
+                for task in list(self.staged_of.get(group, ())):
+                    self._consume(self.tasks[task])
             case Tick():
                 self._lose_silent(now, effects)
         sender = self.nodes.get(getattr(event, "node", ""))
@@ -522,8 +552,7 @@ class Scheduler:
             found is None
             or found.attempt != attempt
             or found.node != node
-            or found.state in FINAL
-            or found.state is State.QUEUED
+            or found.state in (State.COMMITTED, State.QUEUED)
         ):
             effects.append(AbortAttempt(node, task, attempt))
             return None
@@ -565,6 +594,25 @@ class Scheduler:
         self._drop_rival(task, effects)
         self.live.discard(task.id)
         self.live_of[task.group] -= 1
+        if not self.live_of[task.group]:
+            del self.live_of[task.group]
+        if task.state is not State.COMMITTED:
+            del self.tasks[task.id]
+
+    def _consume(self, task: Task) -> None:
+        """Its bytes leave the window."""
+        self._unstage(task.id)
+        group = self.staged_of[task.group]
+        group.discard(task.id)
+        if not group:
+            del self.staged_of[task.group]
+        del self.tasks[task.id]
+
+    def _withdraw(self, task: Task, effects: list[Effect]) -> None:
+        """Take the task from its node, which is to drop the attempt."""
+        self._free(task, effects)
+        if task.node:
+            effects.append(AbortAttempt(task.node, task.id, task.attempt))
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
         self._free(task, effects)
@@ -598,15 +646,14 @@ class Scheduler:
         self._move(task, move, note)
         self._end(task, effects)
         self.given_up += 1
-        effects.append(GiveUp(task.id, error, task.history))
+        effects.append(GiveUp(task.id, error, task.history, task.attempts))
 
     def _cancel(self, task: Task, effects: list[Effect]) -> None:
-        self._free(task, effects)
-        if task.node:
-            effects.append(AbortAttempt(task.node, task.id, task.attempt))
+        self._withdraw(task, effects)
         self._move(task, "cancel", "cancelled")
         self._end(task, effects)
         self.cancelled += 1
+        effects.append(Forget(task.id))
 
     def _lose(self, name: str, reason: str, effects: list[Effect]) -> None:
         node = self.nodes.pop(name, None)
@@ -658,8 +705,8 @@ class Scheduler:
             self._dispatch_alone(now, effects)
         picky: list[tuple[float, int]] = []  # those that may not go to the nodes that are free
         while self.queue and self.free:
-            task = self.tasks[self.queue[0][1]]
-            if task.state is State.QUEUED:
+            task = self.tasks.get(self.queue[0][1])
+            if task is not None and task.state is State.QUEUED:
                 mean_s = self.mean_s.get(task.func, SHORT_S)
                 below = max(1.0, SHORT_S / mean_s) if mean_s * AHEAD > SHORT_S else AHEAD
                 barred = self._barred(task)
@@ -676,7 +723,7 @@ class Scheduler:
 
     def _dispatch_alone(self, now: float, effects: list[Effect]) -> None:
         """Keep the node with most free memory for each task that needs one; start it when empty."""
-        self.alone = [t for t in self.alone if self.tasks[t].state is State.QUEUED]
+        self.alone = [t for t in self.alone if t in self.live and self._queued(t)]
         # a node that is full with what runs there opens again, one that drains has nothing to give
         usable = [
             n
@@ -697,6 +744,9 @@ class Scheduler:
             if not node.running and not node.closed:
                 self.alone.remove(task_id)
                 self._assign(task, node, now, effects)
+
+    def _queued(self, task: int) -> bool:
+        return self.tasks[task].state is State.QUEUED
 
     def _assign(self, task: Task, node: Node, now: float, effects: list[Effect]) -> None:
         task.attempts += 1
@@ -860,7 +910,15 @@ class Scheduler:
             if any(self.tasks[task_id].alone for task_id in node.running):
                 assert node.running == {node.kept_for}, node
             assert node.kept_for is None or node.kept_for in self.live, node
-        assert +self.live_of == Counter(self.tasks[task_id].group for task_id in self.live)
+        assert all(
+            task.state not in FINAL or task.id in self.staged for task in self.tasks.values()
+        )
+        staged_of: dict[int, set[int]] = {}
+        for task_id in self.staged:
+            if self.tasks[task_id].state is State.COMMITTED:
+                staged_of.setdefault(self.tasks[task_id].group, set()).add(task_id)
+        assert staged_of == self.staged_of
+        assert self.live_of == Counter(self.tasks[task_id].group for task_id in self.live)
         busy = [self.tasks[task_id].func for n in self.nodes.values() for task_id in n.running]
         assert +self.busy == Counter(busy)
         for task in self.tasks.values():

@@ -147,6 +147,7 @@ class Receiver:
             dump=self._dump,
             weight=float(getattr(args[0], "weight", 1.0)),
             unchanged=unchanged,
+            number=starmap.task_no,
         )
         starmap.sent[name] += dict(zip(self.argnames[func], sizes, strict=False))
         self.numbers[task] = starmap.task_no, name

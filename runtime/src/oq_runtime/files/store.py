@@ -20,6 +20,8 @@ from oq_runtime.wire.payload import Buffer
 SHARED_MEMORY = Path("/dev/shm")
 #: buffers that one writev(2) takes
 IOV_MAX = 1024
+#: bytes for which there is room on the disk before they come
+AHEAD_BYTES = 64 << 20
 
 
 def shared_memory(name: str) -> Path:
@@ -43,10 +45,18 @@ def write(descriptor: int, buffers: Sequence[Buffer]) -> None:
             waiting[0] = waiting[0][written:]
 
 
+def mount_of(path: Path) -> Path:
+    """Return where the file system of a path is mounted."""
+    path = path.resolve()
+    return next(place for place in (path, *path.parents) if place.is_mount())
+
+
 class Reception:
     """A body that arrives in chunks, in order, and is written and hashed on its way.
 
-    :param descriptor: of a file that has room for it; closed here
+    Room is reserved as it comes, a little ahead: what its sender says of its size is only words.
+
+    :param descriptor: of its file; closed here
     :param nbytes: how much is to come
     :param hash: an object of ``hashlib`` or ``xxhash``, as yet of nothing
     """
@@ -56,11 +66,19 @@ class Reception:
         self.nbytes = nbytes
         self.hash = hash
         self.received = 0
+        self.reserved = os.fstat(descriptor).st_size
 
     def take(self, offset: int, chunk: memoryview) -> bool:
-        """Write the next chunk; False when it is not the next one."""
-        if offset != self.received or offset + len(chunk) > self.nbytes:
+        """Write the next chunk; False when it is not the next one, or goes beyond the end.
+
+        Raises OSError when there is no room for it.
+        """
+        end = offset + len(chunk)
+        if offset != self.received or end > self.nbytes:
             return False
+        if end > self.reserved:
+            self.reserved = min(self.nbytes, end + AHEAD_BYTES)
+            os.posix_fallocate(self.descriptor, 0, self.reserved)  # full now, not in the middle
         self.hash.update(chunk)
         write(self.descriptor, [chunk])
         self.received += len(chunk)
@@ -99,20 +117,23 @@ class Store:
         """Return what may still be put into shared memory."""
         return max(0, self.memory_bytes - self.used_bytes)
 
-    def create(self, name: str, nbytes: int) -> int:
-        """Return the descriptor of a new file that has room for so many bytes.
+    def create(self, name: str, nbytes: int, reserve_bytes: int | None = None) -> int:
+        """Return the descriptor of a new file for so many bytes.
+
+        :param reserve_bytes: for which there is to be room at once, by default all of them
 
         Raises OSError when there is no room anywhere; then there is no file.
         """
+        reserve_bytes = nbytes if reserve_bytes is None else min(nbytes, reserve_bytes)
         places = [self.memory] if nbytes <= self.free_bytes else []
         for place in (*places, self.disk):
             path = place / name
             descriptor = -1
             try:
                 descriptor = spares.open_file(path)
-                if os.fstat(descriptor).st_size < nbytes:
-                    os.posix_fallocate(descriptor, 0, nbytes)  # full now, not in the middle
-                else:
+                if os.fstat(descriptor).st_size < reserve_bytes:
+                    os.posix_fallocate(descriptor, 0, reserve_bytes)  # full now, not in the middle
+                elif os.fstat(descriptor).st_size > nbytes:
                     os.ftruncate(descriptor, nbytes)
             except OSError:
                 if descriptor >= 0:

@@ -32,6 +32,7 @@ from oq_runtime.core.events import Events
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import (
     ConfigError,
+    NoRoom,
     OqRuntimeError,
     ProtocolError,
     TransitionError,
@@ -326,7 +327,7 @@ class Broker:
             case protocol.Submit(task=task, map=map_, func=func, blobs=blobs):
                 number = self.unsubmitted
                 self.unsubmitted += 1
-                group = self.groups.setdefault((peer, map_), len(self.groups))
+                group = self.groups.setdefault((peer, map_), number)
                 self.submissions[number] = Submission(peer, message)
                 for blob in blobs:
                     self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
@@ -350,22 +351,15 @@ class Broker:
         transport.send_to(self.engine, peer, welcome)
 
     def _cancel(self, peer: bytes, map_: int) -> None:
-        before = self.core.cancelled
-        for (client, number), group in list(self.groups.items()):
+        """Forget a map of a client, or all: its tasks, and the results not consumed yet."""
+        for client, number in list(self.groups):
             if client == peer and map_ in (-1, number):
-                self._handle(core.Cancelled(group))
-        if self.core.cancelled == before:
-            return  # as at the end of every job
-        for number, submission in list(self.submissions.items()):
-            cancelled = self.core.tasks[number].state is core.State.CANCELLED
-            if submission.client == peer and cancelled:
-                self._forget(number)
-                del self.numbers[peer, submission.sent.task]
+                self._handle(core.Cancelled(self.groups.pop((client, number))))
 
     def _client_ended(self, peer: bytes) -> None:
         self._cancel(peer, -1)
-        for client, task in [key for key in self.numbers if key[0] == peer]:
-            self._handle(core.Consumed(self.numbers.pop((client, task))))
+        for key in [key for key in self.numbers if key[0] == peer]:
+            del self.numbers[key]
 
     def _from_agent(self, peer: Peer, message: Any) -> None:
         if message.epoch != peer.link.epoch or message.job != self.job:
@@ -435,17 +429,51 @@ class Broker:
             case protocol.Chunk() if not rest:
                 self._lose(peer, "a chunk of results came without its bytes")
             case protocol.Chunk(task=task, attempt=attempt, offset=offset):
-                intact = self.staging.receive((peer.name, task, attempt), offset, rest[0])
+                try:
+                    intact = self.staging.receive((peer.name, task, attempt), offset, rest[0])
+                except NoRoom as exc:
+                    self._handle(core.Unusable(task, "NoRoom", str(exc)))
+                    return
                 if intact is not None:
                     self._handle(core.Uploaded(peer.name, task, attempt, intact))
 
     def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
-        if (paths := self.blobs.get(digest)) is None:
+        if digest not in self.blobs:
             return  # of a task that is not wanted any more
-        for offset, chunk in protocol.chunks(payload.map_file(next(iter(paths)), private=True)):
+        try:
+            blob = self._open_blob(digest)
+        except OSError as exc:
+            self._lose_blob(digest, exc)
+            return
+        for offset, chunk in protocol.chunks(blob):
             if not link.send(protocol.BlobChunk(digest=digest, offset=offset), chunk):
                 self._lose(peer, "its data connection broke")
                 return
+
+    def _open_blob(self, digest: bytes) -> memoryview:
+        """Map one of the files of a blob; raises OSError when all are gone."""
+        gone: OSError | None = None
+        for path in self.blobs[digest]:
+            try:
+                return payload.map_file(path, private=True)
+            except (OSError, ValueError) as exc:  # the latter for one that is empty now
+                gone = exc if isinstance(exc, OSError) else OSError(str(exc))
+        assert gone is not None, "a blob that is known has a file"
+        raise gone
+
+    def _lose_blob(self, digest: bytes, exc: OSError) -> None:
+        """Give up the tasks whose argument was deleted by somebody else, or by their own client."""
+        needing = [
+            number
+            for number, submission in self.submissions.items()
+            if any(blob.digest == digest for blob in submission.sent.blobs)
+        ]
+        reason = (
+            f"a big argument is not there any more ({exc}): were files of this session deleted, "
+            "or its user logged out with RemoveIPC=yes in logind.conf?"
+        )
+        for number in needing:
+            self._handle(core.Unusable(number, "ArgumentLost", reason))
 
     # ---- effects out
 
@@ -457,6 +485,7 @@ class Broker:
                 if not self.local:
                     blobs = [msgspec.structs.replace(blob, path="") for blob in blobs]
                 given = protocol.Task(
+                    number=sent.number,
                     task=task,
                     attempt=attempt,
                     func=sent.func,
@@ -474,8 +503,11 @@ class Broker:
                 self.staging.drop((node, task, attempt))
             case core.Commit(node, task, attempt):
                 self._deliver(node, task, attempt)
-            case core.GiveUp(task, error, history):
-                self._fail(task, error, history)
+            case core.GiveUp(task, error, history, attempts):
+                self._fail(task, error, history, attempts)
+            case core.Forget(task):
+                submission = self._forget(task)
+                del self.numbers[submission.client, submission.sent.task]
 
     def _grant(self, peer: Peer, task: int, attempt: int) -> None:
         """Get the body of an attempt, for which there is room in the window."""
@@ -497,13 +529,12 @@ class Broker:
         )
         transport.send_to(self.engine, submission.client, delivered)
 
-    def _fail(self, task: int, error: str, history: tuple[str, ...]) -> None:
+    def _fail(self, task: int, error: str, history: tuple[str, ...], attempts: int) -> None:
         submission = self._forget(task)
         sent = submission.sent
         # all in the last line, which is the one that oq-run shows
         verdict = (
-            f"task #{sent.task} ({sent.func}) was given up after "
-            f"{self.core.tasks[task].attempt} attempts; {history[-1]}"
+            f"task {sent.func} #{sent.number} was given up after {attempts} attempts; {history[-1]}"
         )
         if error == "OutOfMemory":
             verdict += MEMORY_REMEDY

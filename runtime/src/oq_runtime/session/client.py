@@ -8,6 +8,7 @@ Not covered: what the engine makes of them (``adapter``).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -56,7 +57,9 @@ class Session:
         self.sending = zmq.Poller()
         self.sending.register(self.socket, zmq.POLLOUT)
         self.blobs = Blobs(store.SHARED_MEMORY / directory.name, directory)
-        self.needs: dict[int, list[bytes]] = {}  # live task -> digests of its blobs
+        self.needs: dict[
+            int, dict[int, list[bytes]]
+        ] = {}  # map -> live task -> digests of its blobs
         self.consumed: list[int] = []
         self.tasks = itertools.count()
         self.inbox: dict[int, deque[Any]] = {}
@@ -129,6 +132,7 @@ class Session:
         dump: Callable[[Any], list[Buffer]],
         weight: float,
         unchanged: Unchanged,
+        number: int = 0,
     ) -> tuple[int, list[int]]:
         """Hand one task to the broker; return its number and the bytes of each argument.
 
@@ -138,6 +142,7 @@ class Session:
         :param arguments: objects
         :param dump: makes frames of an object, see ``payload.dump``
         :param weight: tasks with a higher one go first
+        :param number: the engine's of the task, for people
         :param unchanged: big arguments that cannot have changed since they were sent, and are not
             pickled again; those of this call are added
         :raises OSError: when there is no room for the big ones
@@ -176,9 +181,18 @@ class Session:
                 f"at most {protocol.CALL_BYTES}: pass less with the monitor"
             )
         task = next(self.tasks)
-        self.needs[task] = [blob.digest for blob in blobs]
+        self.needs.setdefault(map_, {})[task] = [blob.digest for blob in blobs]
+        self.inbox.setdefault(map_, deque())  # before its results can come
         self.send(
-            protocol.Submit(task=task, map=map_, func=name, call=call, weight=weight, blobs=blobs)
+            protocol.Submit(
+                task=task,
+                number=number,
+                map=map_,
+                func=name,
+                call=call,
+                weight=weight,
+                blobs=blobs,
+            )
         )
         return task, sizes
 
@@ -194,27 +208,27 @@ class Session:
 
     def results(self, map_: int) -> Iterator[Any]:
         """Yield ``(task, objects of its attempt, error or None)`` for each task of a map."""
-        inbox = self.inbox.setdefault(map_, deque())
+        inbox = self.inbox[map_]
         while True:
             while not inbox:
                 self._tell_consumed()
                 self.receive()
             message = inbox.popleft()
             if isinstance(message, protocol.Failed):
-                self._ended(message.task)
+                self._ended(message)
                 yield message.task, (), getattr(errors, message.error)(message.text)
                 continue
             if message.path:
                 view = spares.consume(Path(message.path))
             else:
                 view = payload.writable(message.body)
-            self._ended(message.task)
+            self._ended(message)
             yield message.task, map(payload.load, payload.parts(view)), None
 
-    def _ended(self, task: int) -> None:
-        if digests := self.needs.pop(task, None):
+    def _ended(self, message: protocol.Delivered | protocol.Failed) -> None:
+        if digests := self.needs[message.map].pop(message.task):
             self.blobs.done(Counter(digests))
-        self.consumed.append(task)
+        self.consumed.append(message.task)
         if len(self.consumed) >= CONSUMED_TASKS:
             self._tell_consumed()
 
@@ -260,18 +274,19 @@ class Session:
         return [(n.host, n.busy, n.slots) for n in self.nodes() if n.state == "leased"]
 
     def close_map(self, map_: int) -> None:
-        """Forget a map whose results are not wanted any more."""
-        for message in self.inbox.pop(map_, ()):
+        """Forget a map: what is under way of it is not wanted, and what has come is deleted."""
+        if map_ not in self.inbox:
+            return
+        # first, so that what the broker is going to send is of a map that it knows to be over
+        with contextlib.suppress(errors.BrokerLost):  # then there is nothing to be forgotten
+            self._tell_consumed()
+            self.send(protocol.Cancel(map=map_))
+        for message in self.inbox.pop(map_):
             if isinstance(message, protocol.Delivered) and message.path:
                 Path(message.path).unlink(missing_ok=True)
+        self.blobs.done(Counter(itertools.chain.from_iterable(self.needs.pop(map_).values())))
 
     def cancel(self) -> None:
         """Cancel whatever this process has submitted."""
         for map_ in list(self.inbox):
             self.close_map(map_)
-        self.blobs.done(Counter(itertools.chain.from_iterable(self.needs.values())))
-        self.needs.clear()
-        try:
-            self.send(protocol.Cancel())
-        except errors.BrokerLost:
-            Session._current = None

@@ -9,16 +9,14 @@ One owner: whatever file is made or taken over here is handed on by ``deliver`` 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from oq_runtime.files.store import Reception, Store
+from oq_runtime.errors import NoRoom
+from oq_runtime.files.store import AHEAD_BYTES, Reception, Store, mount_of
 from oq_runtime.wire import protocol
-
-log = logging.getLogger(__name__)
 
 #: node, task and attempt
 Key = tuple[str, int, int]
@@ -63,20 +61,24 @@ class Staging:
         """Write the next chunk of a body; return whether all of it is intact, once that is known.
 
         The file is made with the first chunk, not when the node is told to send: by then the engine
-        may have given back the file of an earlier one.
+        may have given back the file of an earlier one. Raises NoRoom.
         """
         body = self.bodies.get(key)
         if body is None or not body.granted:
             return None
-        if body.reception is None:
-            nbytes = body.ended.nbytes
-            try:
-                descriptor = self.store.create(body.name, nbytes)
-            except OSError as exc:
-                log.info(f"no room for {nbytes} bytes of results: {exc}")
-                return False
-            body.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
-        in_order = body.reception.take(offset, chunk)
+        nbytes = body.ended.nbytes
+        try:
+            if body.reception is None:
+                descriptor = self.store.create(body.name, nbytes, AHEAD_BYTES)
+                body.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
+            in_order = body.reception.take(offset, chunk)
+        except OSError as exc:
+            where = mount_of(self.store.disk)
+            raise NoRoom(
+                f"no room on {where} of this machine for {nbytes:,} bytes of results in "
+                f"{self.store.disk}: {exc.strerror}; free space there, or set TMPDIR to a "
+                "directory on another device"
+            ) from exc
         if in_order and not body.reception.whole:
             return None
         return in_order and body.reception.hash.digest() == body.ended.digest

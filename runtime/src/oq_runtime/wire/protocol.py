@@ -103,7 +103,7 @@ class Blob(msgspec.Struct, frozen=True):
 
 
 class Submit(Message, frozen=True, tag="submit"):
-    """``call`` refers to ``blobs`` by their positions."""
+    """``call`` refers to ``blobs`` by their positions; ``number`` is the engine's of the task."""
 
     task: int
     map: int
@@ -111,6 +111,7 @@ class Submit(Message, frozen=True, tag="submit"):
     call: bytes
     weight: float = 1.0
     blobs: list[Blob] = []
+    number: int = 0
 
 
 class Consumed(Message, frozen=True, tag="consumed"):
@@ -118,7 +119,7 @@ class Consumed(Message, frozen=True, tag="consumed"):
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """Cancel the tasks of one map, or of all maps of the sender (-1)."""
+    """Forget one map, or all maps of the sender (-1): its tasks, and results not consumed yet."""
 
     map: int = -1
 
@@ -202,7 +203,8 @@ class Release(Message, frozen=True, tag="release"):
 class Task(Message, frozen=True, tag="task"):
     """An attempt; blobs that the node lacks, and has no path of, it fetches.
 
-    ``alone``: nothing else may run on the node at the same time.
+    ``alone``: nothing else may run on the node at the same time. ``number`` is the one that people
+    know: the engine's, of the function ``func``.
     """
 
     task: int
@@ -211,6 +213,7 @@ class Task(Message, frozen=True, tag="task"):
     call: bytes
     blobs: list[Blob] = []
     alone: bool = False
+    number: int = 0
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
