@@ -250,7 +250,7 @@ def test_a_second_file_with_the_same_argument_is_as_good(away: Stage, tmp_path: 
     one, two = blob(tmp_path / "one", data), blob(tmp_path / "two", data)
     away.submit(1, blobs=[one])
     away.submit(2, blobs=[two])
-    away.node.expect(protocol.Task)
+    away.asked()
     Path(one.path).unlink()
     away.data.send(protocol.Fetch(digest=one.digest))
     away.data.expect(protocol.BlobChunk)
