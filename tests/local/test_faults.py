@@ -24,7 +24,7 @@ import pytest
 
 from oq_runtime.commands.run import stop_session
 from oq_runtime.core.limits import DEFAULTS
-from oq_runtime.files.store import SHARED_MEMORY
+from oq_runtime.files import private
 from oq_runtime.session import launch
 from tests.leftovers import LIMIT_S, wait_for
 
@@ -182,13 +182,14 @@ def kill(pids: list[int]) -> None:
 def test_power_cut(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     # all processes of a session at once: nobody is left to tidy up but the next session
     def made(name: str, lock: str) -> Path:
-        (tmpdir / name).mkdir()
+        (tmpdir / name).mkdir(mode=0o700)
         (tmpdir / name / "lock").write_text(lock)
         return tmpdir / name
 
     cut, living = launched(launching(env)), launched(launching(env))
     kill(launch.pids(cut))
-    assert cut.exists() and (SHARED_MEMORY / cut.name).exists(), "there is nothing to tidy up"
+    memory = private.memory_of(cut)
+    assert cut.exists() and memory.exists(), "there is nothing to tidy up"
     # a reboot empties the shared memory
     made("oq-run-rebooted", socket.gethostname())
     kept = [made("oq-run-elsewhere", "another"), made("oq-run-made-just-now", "")]
@@ -196,7 +197,7 @@ def test_power_cut(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     spelt.symlink_to(tmpdir)
     newest = tmpdir / launched(launching(env, TMPDIR=str(spelt))).name
     assert sessions(tmpdir) == sorted([living, newest, *kept])
-    assert not (SHARED_MEMORY / cut.name).exists()
+    assert not memory.exists()
     for directory in kept:
         shutil.rmtree(directory)
     for directory in (living, newest):
@@ -206,7 +207,7 @@ def test_power_cut(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
 @pytest.mark.light
 def test_the_lock_alone_keeps_a_session(tmpdir: Path) -> None:
     session = tmpdir / "oq-run-without-a-process"
-    session.mkdir()
+    session.mkdir(mode=0o700)
     lock = launch.lock(session)
     launch.sweep(tmpdir)
     assert sessions(tmpdir) == [session]

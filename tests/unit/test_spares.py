@@ -92,3 +92,17 @@ def test_what_a_child_may_have_mapped_is_not_used_again(
 def test_on_the_disk_a_consumed_file_is_gone_at_once(places: tuple[Path, Path]) -> None:
     view = spares.consume(written(Store(*places, memory_bytes=0), "a", b"first"))
     assert not list(places[1].iterdir()) and bytes(view) == b"first"
+
+
+def test_a_new_file_is_never_one_that_is_there(places: tuple[Path, Path], tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"foreign")
+    for number, make in enumerate((Path.symlink_to, Path.hardlink_to)):
+        make(path := places[0] / str(number), foreign)
+        with pytest.raises(FileExistsError):
+            spares.open_file(path)
+    (places[0] / spares.FOLDER).mkdir()
+    (places[0] / spares.FOLDER / "spare").symlink_to(foreign)
+    with pytest.raises(OSError):
+        spares.open_file(places[0] / "a")
+    assert not (places[0] / "a").is_symlink() and foreign.read_bytes() == b"foreign"

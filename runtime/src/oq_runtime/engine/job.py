@@ -19,6 +19,7 @@ import resource
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterable
@@ -142,9 +143,8 @@ def run(spec: dict[str, Any], report: Any) -> int:
     for folder in (datadir, database.parent) if local else (datadir,):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".oq-run-{os.getpid()}"
-            probe.write_bytes(b"oq-run" * 1000)
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"oq-run" * 1000)
         except OSError as exc:
             raise InputError(
                 f"{folder}: {exc.strerror}; free space or set OQ_DATADIR to another directory"

@@ -19,6 +19,8 @@ from oq_runtime.wire import payload
 #: folder of the spare files in a directory that has such, and what they may hold together; every
 #: process may have as much on loan
 FOLDER, MOST_BYTES = "spare", 64 << 20
+#: a file of that name itself, never one that a link leads to
+AS_IT_IS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_file(path: Path) -> int:
@@ -27,15 +29,18 @@ def open_file(path: Path) -> int:
     It may be a spare one: what it has beyond the last byte that is written is for the caller to cut
     off. Raises OSError; then there is no file.
     """
+    flags = AS_IT_IS | os.O_CREAT | os.O_EXCL
     with contextlib.suppress(OSError):  # no spare files here
         for spare in (path.parent / FOLDER).iterdir():
             with contextlib.suppress(FileNotFoundError):  # somebody else has taken it
                 spare.rename(path)
+                flags = AS_IT_IS
                 break
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.open(path, flags, 0o600)
     except OSError:
-        path.unlink(missing_ok=True)
+        if flags == AS_IT_IS:
+            path.unlink(missing_ok=True)
         raise
 
 

@@ -7,9 +7,7 @@ and files that are used again (``spares``).
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,10 @@ from typing import Any
 from oq_runtime.files import spares
 from oq_runtime.wire.payload import Buffer
 
-SHARED_MEMORY = Path("/dev/shm")
 #: buffers that one writev(2) takes
 IOV_MAX = 1024
 #: bytes for which there is room on the disk before they come
 AHEAD_BYTES = 64 << 20
-
-
-def shared_memory(name: str) -> Path:
-    """Return the directory of this name in shared memory, new and empty, for this user only."""
-    path = SHARED_MEMORY / name
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):  # none, or full: everything goes to the disk
-        path.mkdir(mode=0o700)
-        (path / spares.FOLDER).mkdir(mode=0o700)
-    return path
 
 
 def write(descriptor: int, buffers: Sequence[Buffer]) -> None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import signal
 import socket
-import stat
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 import psutil
@@ -23,7 +20,7 @@ import zmq
 from oq_runtime import config, facts, logs
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError, OqRuntimeError
-from oq_runtime.files import private, store
+from oq_runtime.files import private
 from oq_runtime.node import systemd
 from oq_runtime.node.agent import DIRECTORIES, Agent
 from oq_runtime.wire import security
@@ -55,15 +52,7 @@ def own_directory(variable: str, name: str) -> Path:
 
     Raises ConfigError when somebody else has it already, or it cannot be made.
     """
-    path = Path(os.environ.get(variable) or tempfile.gettempdir(), name)
-    try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-    except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}; set another TMPDIR") from exc
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise ConfigError(f"{path} is not a directory of this user alone; remove it")
-    return path
+    return private.own(Path(os.environ.get(variable) or tempfile.gettempdir(), name))
 
 
 def run_daemon(address: str | None, settings: config.Config) -> None:
@@ -87,7 +76,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
     # named alike each time, so that what a killed predecessor has left is found
     name = f"oq-agent-{address}-{cluster.ctrl_port}"
     directory, disk = (own_directory(variable, name) for variable in DIRECTORIES)
-    memory = store.SHARED_MEMORY / f"{name}-{zlib.crc32(os.fsencode(directory)):08x}"
+    memory = private.memory_name(disk)
     try:
         agent = Agent(
             directory=directory,
@@ -104,9 +93,10 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc
     # from here on the port is bound, so no other agent uses these directories
     try:
-        store.shared_memory(memory.name)
+        private.remove_memory(disk)
         for stale in [*directory.iterdir(), *disk.iterdir()]:
             stale.unlink(missing_ok=True)
+        private.add_memory(disk, memory)
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
         systemd.notify("READY=1")
@@ -114,8 +104,8 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         agent.run()
         log.info("ended")
     finally:
-        for path in (memory, directory, disk):
-            shutil.rmtree(path, ignore_errors=True)
+        private.remove(disk, memory)
+        private.remove(directory)
 
 
 def daemon() -> None:
@@ -146,10 +136,11 @@ def main() -> None:
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
     args = parser.parse_args()
     logs.start(args.log_level)
+    memory = private.memory_of(args.directory)
     try:
         agent = Agent(
             directory=args.directory,
-            memory=store.SHARED_MEMORY / args.directory.name,
+            memory=memory,
             disk=args.directory,
             control_url=args.control_url,
             slots=args.slots,
@@ -160,7 +151,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
         agent.run()
     finally:
-        private.remove(args.directory)
+        private.remove(args.directory, memory)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from oq_runtime.errors import (
     TransitionError,
     VersionError,
 )
-from oq_runtime.files import private, store
+from oq_runtime.files import private
 from oq_runtime.files.store import Store
 from oq_runtime.logs import about
 from oq_runtime.session.peer import Connection, Peer
@@ -64,7 +64,8 @@ class Submission:
 
 class Broker:
     """
-    :param directory: 0700 directory of the sockets
+    :param directory: 0700 directory of the sockets, and of what has no room in ``memory``
+    :param memory: directory in shared memory for results
     :param agents: name of each agent and its control URL
     :param data_urls: where to receive results: the first that is free
     :param agent_pid: pid of a private agent, whose death is seen at once
@@ -79,6 +80,7 @@ class Broker:
         self,
         *,
         directory: Path,
+        memory: Path,
         agents: dict[str, str],
         data_urls: list[str],
         agent_pid: int | None,
@@ -114,9 +116,8 @@ class Broker:
         # digest -> file -> tasks that need it; each client has files of its own
         self.blobs: dict[bytes, Counter[str]] = {}
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
-        self.staging = Staging(
-            Store(store.SHARED_MEMORY / directory.name, directory, memory_bytes=window_bytes)
-        )
+from oq_runtime.files import private
+from oq_runtime.files.store import Store
         self.local = all(url.startswith("ipc:") for url in data_urls)
         self.phases: dict[str, protocol.Phase] = {}
         self.next_beat_s = 0.0
@@ -583,7 +584,8 @@ def main() -> None:
     parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
     args = parser.parse_args()
-    logs.start(args.log_level)
+from oq_runtime.files import private
+from oq_runtime.files.store import Store
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
     own, keys = facts.own(), None
@@ -597,6 +599,7 @@ def main() -> None:
     try:
         broker = Broker(
             directory=args.directory,
+            memory=memory,
             agents=agents,
             data_urls=data_urls,
             agent_pid=args.agent_pid,
@@ -612,7 +615,7 @@ def main() -> None:
         print(exc, file=sys.stderr)
         sys.exit(1)
     finally:
-        private.remove(args.directory)
+        private.remove(args.directory, memory)
 
 
 if __name__ == "__main__":

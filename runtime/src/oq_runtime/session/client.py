@@ -23,7 +23,7 @@ import zmq
 
 from oq_runtime import errors, processes
 from oq_runtime.config import SESSION_VARIABLE, Config
-from oq_runtime.files import spares, store
+from oq_runtime.files import private, spares
 from oq_runtime.session import launch
 from oq_runtime.session.blobs import Blobs
 from oq_runtime.wire import payload, protocol, transport
@@ -56,7 +56,7 @@ class Session:
         self.poller.register(self.socket, zmq.POLLIN)
         self.sending = zmq.Poller()
         self.sending.register(self.socket, zmq.POLLOUT)
-        self.blobs = Blobs(store.SHARED_MEMORY / directory.name, directory)
+        self.blobs = Blobs(private.memory_of(directory), directory)
         self.needs: dict[
             int, dict[int, list[bytes]]
         ] = {}  # map -> live task -> digests of its blobs
@@ -71,7 +71,8 @@ class Session:
         """Return the session of this process, starting one where there is none."""
         if cls._current is None or cls._current.pid != os.getpid():
             inherited = os.environ.get(SESSION_VARIABLE)
-            if inherited and Path(inherited).is_dir():
+            # one that has ended leaves its name to anybody
+            if inherited and private.is_own(Path(inherited)):
                 directory = Path(inherited)
             else:
                 from openquake.baselib import config

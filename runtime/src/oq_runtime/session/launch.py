@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 from oq_runtime.config import Config
-from oq_runtime.errors import OqRuntimeError
-from oq_runtime.files import private, store
+from oq_runtime.errors import ConfigError, OqRuntimeError
+from oq_runtime.files import private
 from oq_runtime.wire import security
 
 #: seconds for the broker to be there
@@ -90,7 +90,7 @@ def sweep(temporary: Path) -> None:
     """
     for directory in temporary.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # it is locked, or somebody else removes it
-            if directory.lstat().st_uid != os.getuid():
+            if not private.is_own(directory):
                 continue
             with (directory / "lock").open("r+b") as file:
                 if file.read() != os.fsencode(socket.gethostname()):
@@ -109,10 +109,10 @@ def main() -> None:
     args = parser.parse_args()
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     sweep(temporary)
-    try:  # mkdtemp alone would fall back to another directory without a word
-        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary))
-    except OSError as exc:
-        sys.exit(f"TMPDIR {temporary}: {exc.strerror}; set another TMPDIR")
+    try:
+        directory = private.make(temporary, PREFIX)
+    except ConfigError as exc:
+        sys.exit(str(exc))
     try:
         locked = lock(directory)
         (directory / "pids").write_bytes(b" " * 65536)  # before there are processes
@@ -122,15 +122,19 @@ def main() -> None:
     if len(os.fsencode(directory / "control")) > SOCKET_PATH_BYTES:
         shutil.rmtree(directory)
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
-    store.shared_memory(directory.name)
+    try:
+        private.add_memory(directory, private.memory_name(directory))
+    except ConfigError as exc:
+        private.remove(directory)
+        sys.exit(str(exc))
     control = f"ipc://{directory}/control"
     common = ["--directory", str(directory), "--owner", str(args.owner)]
     common += ["--limits", args.limits, "--log-level", args.log_level]
     window = ["--window-bytes", str(args.window_bytes)]
     started = []
     if args.slots:
-        private = ["--control-url", control, "--slots", str(args.slots)]
-        agent = _spawn(directory, locked, "agent", "node.daemon", *common, *private)
+        more = ["--control-url", control, "--slots", str(args.slots)]
+        agent = _spawn(directory, locked, "agent", "node.daemon", *common, *more)
         started.append(agent)
         window += ["--agent-pid", str(agent.pid)]
     broker = _spawn(directory, locked, "broker", "session.broker", *common, *window)
