@@ -517,7 +517,7 @@ def test_files_of_a_killed_predecessor_are_removed(cluster: Cluster, tmp_path: P
         agent.kill()
         agent.wait()
         cluster.start_agent(node, **env)
-        assert list(spool.iterdir()) == []
+        assert [path.name for path in spool.iterdir()] == ["memory"]
         assert not (logs / "worker-99.log").exists()
     cluster.stop_agent(node)
     assert list(runtime.iterdir()) == list(disk.iterdir()) == []
