@@ -116,8 +116,7 @@ class Broker:
         # digest -> file -> tasks that need it; each client has files of its own
         self.blobs: dict[bytes, Counter[str]] = {}
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
-from oq_runtime.files import private
-from oq_runtime.files.store import Store
+        self.staging = Staging(Store(memory, directory, memory_bytes=window_bytes))
         self.local = all(url.startswith("ipc:") for url in data_urls)
         self.phases: dict[str, protocol.Phase] = {}
         self.next_beat_s = 0.0
@@ -584,8 +583,8 @@ def main() -> None:
     parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
     args = parser.parse_args()
-from oq_runtime.files import private
-from oq_runtime.files.store import Store
+    logs.start(args.log_level)
+    memory = private.memory_of(args.directory)
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
     own, keys = facts.own(), None
