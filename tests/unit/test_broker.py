@@ -76,6 +76,7 @@ class Stage:
         self.node = Peer(transport.router(self.context, node_url))
         self.broker = Broker(
             directory=directory,
+            memory=directory / "memory",
             agents={"node": node_url},
             data_urls=["tcp://127.0.0.1:*" if remote else data_url],
             agent_pid=None,

@@ -19,6 +19,7 @@ import pytest
 import zmq
 
 from oq_runtime import facts
+from oq_runtime.files import private
 from oq_runtime.wire import protocol, transport
 from oq_runtime.wire.protocol import PROTOCOL_VERSION, Facts, Hello
 from tests.leftovers import wait_for
@@ -40,7 +41,7 @@ def context() -> Iterator[zmq.Context[Any]]:
 @contextmanager
 def running(name: str, directory: Path, *args: str) -> Iterator[Path]:
     """Run an agent or a broker of this test process; yields the file of its stderr."""
-    directory.mkdir()
+    private.add_memory(private.own(directory), private.memory_name(directory))
     log = directory.parent / f"{name}.log"
     common = ["--directory", str(directory), "--owner", str(os.getpid())]
     with log.open("w") as stream:
@@ -52,6 +53,7 @@ def running(name: str, directory: Path, *args: str) -> Iterator[Path]:
     finally:
         process.kill()
         process.wait()
+        private.remove(directory)
 
 
 @contextmanager
