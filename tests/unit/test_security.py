@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -147,13 +148,40 @@ def test_file_form(tmp_path: Path) -> None:
     assert read_secret(f"file:{path}") == SECRET.encode()
 
 
-def test_file_that_others_may_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o644, 0o620, 0o660, 0o602])
+def test_file_that_others_may_read_or_change(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "authkey"
     path.write_text(SECRET)
-    path.chmod(0o644)
+    path.chmod(mode)
     with pytest.raises(ConfigError, match="chmod") as caught:
         read_secret(f"file:{path}")
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_file_of_somebody_else(tmp_path: Path) -> None:
+    path = tmp_path / "authkey"
+    path.write_text(SECRET)
+    path.chmod(0o640)
+    os.chown(path, 12345, -1)
+    with pytest.raises(ConfigError, match="belongs to uid 12345") as caught:
+        read_secret(f"file:{path}")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_file_that_one_may_not_read_says_whom_to_ask(tmp_path: Path) -> None:
+    path = tmp_path / "authkey"
+    path.write_text(SECRET)
+    path.chmod(0o600)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    os.seteuid(12345)
+    try:
+        with pytest.raises(ConfigError, match="ask its administrator"):
+            read_secret(f"file:{path}")
+    finally:
+        os.seteuid(0)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"short", b"\xff\xfe" * 20])

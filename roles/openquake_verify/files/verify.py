@@ -176,7 +176,7 @@ def tasks() -> str:
 
 
 def job() -> str:
-    file = str(SHARED / "openquake-verify/job.ini")
+    file = str(PREFIX / "verify/job.ini")
     answer = as_openquake(str(PREFIX / "venv/bin/oq-run"), "--json", file)
     [row] = json.loads(answer)["jobs"]
     command = [str(PREFIX / "venv/bin/oq"), "engine", "--delete-calculation", str(row["job"])]

@@ -9,6 +9,7 @@ Not covered: what an admitted member may do; the right to submit is the right to
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,20 +43,29 @@ WRONG_KEY = "wrong authkey, or no encryption, on one of the two sides"
 def read_secret(authkey: str) -> bytes:
     """Return the secret of ``authkey``: the text itself, or ``file:/path``.
 
-    Raises ConfigError, without showing the secret, when it is weak or its file cannot be used.
+    Raises ConfigError, without showing the secret, when it is weak or its file cannot be used: it
+    must belong to root or to who reads it, and nobody else may change it.
     """
     where = "[dbserver] authkey"
     if authkey.startswith("file:"):
         path = Path(authkey.removeprefix("file:"))
         where += f" ({path})"
         try:
-            mode = path.stat().st_mode
-            authkey = path.read_text().partition("\n")[0].strip()
+            with path.open() as file:
+                status = os.fstat(file.fileno())
+                authkey = file.readline().strip()
+        except PermissionError:
+            raise ConfigError(
+                f"{where}: only those who may read it may use this cluster; ask its administrator "
+                "to put you into the group of the file, and log in again"
+            ) from None
         except (OSError, UnicodeDecodeError) as exc:
             reason = getattr(exc, "strerror", None) or "not a text file"
             raise ConfigError(f"{where}: {reason}") from None
-        if stat.S_IMODE(mode) & stat.S_IRWXO:
-            raise ConfigError(f"{where}: others may read it; chmod o-rwx it")
+        if status.st_uid not in (0, os.geteuid()):
+            raise ConfigError(f"{where}: belongs to uid {status.st_uid}; chown it to root")
+        if status.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+            raise ConfigError(f"{where}: others may read it or change it; chmod g-w,o-rwx it")
     authkey = authkey.strip()
     if authkey == "changeme" or len(authkey) < MIN_CHARACTERS:
         what = (

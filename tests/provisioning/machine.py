@@ -1,0 +1,162 @@
+"""A spare machine: this one's files under an overlay, for roles to change as root.
+
+What is changed there is gone with it: namespaces of its own for mounts, processes, network and
+names, and as root directory a copy-on-write view of this machine's. There is no systemd in it, so
+only the parts of the roles that need none can be played. Needs root and overlayfs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.provisioning.roles import ROOT
+
+UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--uts", "--ipc")
+#: $1: an empty directory, $2...: directories that are seen as they are
+MAKE = """
+set -e
+spare=$1
+shift
+mount -t tmpfs spare "$spare"
+mkdir "$spare/changed" "$spare/work" "$spare/root"
+root=$spare/root
+mount -t overlay -o "lowerdir=/,upperdir=$spare/changed,workdir=$spare/work" spare "$root"
+mount -t proc proc "$root/proc"
+mount -t tmpfs spare "$root/dev"
+for node in null zero full random urandom tty; do
+    touch "$root/dev/$node"
+    mount --bind "/dev/$node" "$root/dev/$node"
+done
+mkdir -m 1777 "$root/dev/shm"
+ln -s /proc/self/fd "$root/dev/fd"
+mount -t tmpfs spare "$root/run"
+mount -t tmpfs -o mode=1777 spare "$root/tmp"
+for seen do
+    mkdir -p "$root$seen"
+    mount --bind "$seen" "$root$seen"
+    mount -o remount,bind,ro "$root$seen"
+done
+ip link set lo up
+exec chroot "$root" sh -c "echo made; exec sleep infinity" # made: nobody enters the root of before
+"""
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+INVENTORY = """\
+[master]
+m1 openquake_address=192.0.2.1
+[workers]
+w1 openquake_address=192.0.2.2
+[all:vars]
+ansible_connection=local
+ansible_python_interpreter=/usr/bin/python3
+"""
+
+
+class Machine:
+    """A spare machine that uses ``folder``, an empty directory, until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        seen = sorted({str(ROOT), sys.prefix, sys.base_prefix, str(Path(sys.prefix).resolve())})
+        self.holder = subprocess.Popen(
+            [*UNSHARE, "sh", "-c", MAKE, "spare", str(folder), *seen],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.holder.stdout is not None
+        assert self.holder.stderr is not None
+        if self.holder.stdout.readline() != "made\n":
+            raise OSError(self.holder.stderr.read())
+        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
+        self.inside = children.read_text().strip()
+
+    def close(self) -> None:
+        self.holder.kill()
+        self.holder.communicate()
+
+    def _enter(self, command: tuple[str, ...]) -> list[str]:
+        spaces = ["--mount", "--pid", "--net", "--uts", "--ipc", "--root", "--wd"]
+        return ["nsenter", f"--target={self.inside}", *spaces, "--", *command]
+
+    def run(
+        self, *command: str, stdin: str | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command there as root, in the root directory."""
+        return subprocess.run(
+            self._enter(command),
+            input=stdin,
+            env={**os.environ, "PATH": PATH, **(env or {})},
+            capture_output=True,
+            text=True,
+        )
+
+    def sh(self, script: str, user: str = "root", stdin: str | None = None) -> str:
+        """Run a shell script there as somebody; return its output, raise OSError if it fails."""
+        done = self.run("runuser", f"--user={user}", "--", "sh", "-euc", script, stdin=stdin)
+        if done.returncode:
+            raise OSError(f"{script}: {done.returncode}: {done.stderr}")
+        return done.stdout.strip()
+
+    def can(self, script: str, user: str) -> bool:
+        """Say whether somebody can do what a shell script says."""
+        try:
+            self.sh(script, user)
+        except OSError:
+            return False
+        return True
+
+    @contextmanager
+    def serving(self, *command: str) -> Iterator[None]:
+        """Have a program run there as root, from its first line of output on."""
+        with subprocess.Popen(
+            self._enter(command),
+            env=os.environ | {"PATH": PATH},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            try:
+                yield
+            finally:
+                process.kill()
+
+    def play(
+        self, *tasks: dict[str, Any], host: str = "m1", args: tuple[str, ...] = (), **settings: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Play tasks on a host of the inventory, which is this machine, as an administrator."""
+        play = {
+            "hosts": host,
+            "gather_facts": False,
+            "pre_tasks": [{"ansible.builtin.setup": {"gather_subset": ["min"]}}],
+            "roles": ["openquake"],
+            "vars": settings,
+            "tasks": list(tasks),
+        }
+        for name, text in ("inventory.ini", INVENTORY), ("play.yml", yaml.safe_dump([play])):
+            self.sh(f"cat >/tmp/{name}", stdin=text)
+        env = {
+            "PATH": f"{Path(sys.executable).parent}:{PATH}",
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+            "ANSIBLE_NOCOLOR": "1",
+            "HOME": "/root",
+        }
+        inventory = ("-i", "/tmp/inventory.ini")
+        return self.run("ansible-playbook", *inventory, *args, "/tmp/play.yml", env=env)
+
+
+def role(name: str, tasks_from: str = "main") -> dict[str, Any]:
+    """Return the task that plays a role, or a part of it."""
+    return {
+        "name": f"{name} {tasks_from}",
+        "ansible.builtin.include_role": {"name": name, "tasks_from": f"{tasks_from}.yml"},
+    }

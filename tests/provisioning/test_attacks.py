@@ -1,0 +1,307 @@
+"""What a member of the group, or the service account, can make of root while roles are played."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import Attacks
+from tests.provisioning.machine import Machine, role
+from tests.provisioning.roles import ROOT, failures
+
+pytestmark = [pytest.mark.attack, pytest.mark.timeout(300)]
+
+SHARED = {"openquake_shared_dir": "/oq_shared", "openquake_users": ["alice", "bob"]}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """A machine with the accounts of a cluster: openquake, alice and bob of its group, mallory."""
+    if os.geteuid() != 0:
+        pytest.skip("a spare machine needs root")
+    made = Machine(tmp_path)
+    try:
+        made.sh("groupadd --system --gid 880 openquake")
+        made.sh("useradd --system --uid 880 --gid openquake --home /var/lib/openquake openquake")
+        made.sh("install -d -o openquake -g openquake -m 0750 /var/lib/openquake")
+        for name in "alice", "bob", "mallory":
+            made.sh(f"useradd --create-home --shell /bin/bash {name}")
+        for name in "alice", "bob":
+            made.sh(f"gpasswd --add {name} openquake")
+        made.sh("install -d -m 0755 /etc/openquake /srv/target")
+        yield made
+    finally:
+        made.close()
+
+
+def state(machine: Machine, path: str) -> str:
+    """Owner, mode and content of a directory, as far as an attack could change them."""
+    return machine.sh(f"stat --format='%U %G %a' {path}; ls -A {path}")
+
+
+# ---- the shared directory
+
+
+def test_members_link_in_the_shared_directory(machine: Machine, attacks: Attacks) -> None:
+    machine.sh("install -d -o openquake -g openquake -m 2770 /oq_shared")
+    machine.sh("ln -s /srv/target /oq_shared/openquake", "alice")
+    before = state(machine, "/srv/target")
+    done = machine.play(role("openquake_shared_dir"), **SHARED)
+    machine.play(role("openquake_webui"), **SHARED, openquake_webui_enabled=True)
+    attacks.tried(successes=state(machine, "/srv/target") != before)
+    assert "/oq_shared/openquake must be a directory of openquake" in str(failures(done.stdout))
+
+
+def test_members_link_for_the_job_of_verify(machine: Machine, attacks: Attacks) -> None:
+    machine.sh("install -d -o openquake -g openquake -m 2770 /oq_shared")
+    machine.sh("ln -s /srv/target /oq_shared/openquake-verify", "alice")
+    before = state(machine, "/srv/target")
+    done = machine.play(role("openquake_verify"), **SHARED, openquake_verify_report="/tmp/report")
+    attacks.tried(successes=state(machine, "/srv/target") != before)
+    attacks.tried(successes=machine.can("rm /opt/openquake/verify/job.ini", "openquake"))
+    assert "checks failed" in done.stdout  # there is no cluster
+
+
+def test_member_renames_the_results_of_another(machine: Machine, attacks: Attacks) -> None:
+    done = machine.play(role("openquake_shared_dir"), **SHARED)
+    assert done.returncode == 0, done.stdout
+    machine.sh("mkdir -p /oq_shared/alice/oqdata; touch /oq_shared/alice/oqdata/calc_1", "alice")
+    for path in "/oq_shared/alice", "/oq_shared/alice/oqdata", "/oq_shared/alice/oqdata/calc_1":
+        attacks.tried(successes=machine.can(f"mv {path} {path}.mine", "bob"))
+    attacks.tried(successes=machine.can("echo mine >/oq_shared/alice/oqdata/calc_1", "bob"))
+
+
+def test_member_sits_on_the_place_of_another(machine: Machine, attacks: Attacks) -> None:
+    machine.sh("install -d -o openquake -g openquake -m 2770 /oq_shared")
+    machine.sh("mkdir -m 0777 /oq_shared/alice", "bob")
+    done = machine.play(role("openquake_shared_dir"), **SHARED)
+    attacks.tried(successes=done.returncode == 0)
+    assert "/oq_shared/alice must be a directory of alice, and is: d" in str(failures(done.stdout))
+
+
+def test_shared_directory_is_only_where_root_alone_writes(
+    machine: Machine, attacks: Attacks
+) -> None:
+    machine.sh("ln -s /srv /link; install -d -o alice /srv/hers")
+    for path in "/srv/hers/results", "/link/results", "/home/alice/results":
+        done = machine.play(role("openquake_shared_dir", "validate"), openquake_shared_dir=path)
+        attacks.tried(successes=done.returncode == 0)
+        assert "is on the way to openquake_shared_dir" in str(failures(done.stdout)), done.stdout
+
+
+def test_results_are_read_by_the_group_and_by_nobody_else(machine: Machine) -> None:
+    """What the refusals above are not to cost; with files of before."""
+    machine.sh("install -d -o openquake -g openquake -m 2770 /oq_shared")
+    machine.sh(
+        "umask 077; mkdir -p /oq_shared/alice/oqdata/old; cd /oq_shared/alice/oqdata/old;"
+        "echo 1 >calc_1",
+        "alice",
+    )
+    done = machine.play(role("openquake_shared_dir"), **SHARED)
+    assert done.returncode == 0, done.stdout
+    machine.sh("umask 077; cd /oq_shared/alice/oqdata; mkdir new; echo 2 >new/calc_2", "alice")
+    for path in "old/calc_1", "new/calc_2":
+        assert machine.can(f"cat /oq_shared/alice/oqdata/{path}", "openquake")
+        assert machine.can(f"cat /oq_shared/alice/oqdata/{path}", "bob")
+        assert not machine.can(f"cat /oq_shared/alice/oqdata/{path}", "mallory")
+    assert machine.sh("stat -c '%U %G %a' /oq_shared") == "openquake openquake 3770"
+    again = machine.play(role("openquake_shared_dir"), **SHARED)
+    assert "changed=0" in again.stdout
+
+
+# ---- the home of the service account
+
+
+ENGINE = {"__openquake_engine_venv": "/opt/openquake/venv-1"}
+
+
+def test_accounts_link_for_the_job_database(machine: Machine, attacks: Attacks) -> None:
+    machine.sh(
+        "mkdir -p /opt/openquake/venv-1/bin && cd /opt/openquake/venv-1/bin && "
+        "touch oq oq-run oq-workers && ln -s /srv/target /var/lib/openquake/oqdata"
+    )
+    before = state(machine, "/srv/target")
+    machine.play(role("openquake_engine", "activate"), **ENGINE)
+    attacks.tried(successes=state(machine, "/srv/target") != before)
+
+
+SSH = {"__openquake_ssh_client_package": "openssh-client"}
+
+
+def test_accounts_link_for_its_key(machine: Machine, attacks: Attacks) -> None:
+    machine.sh(
+        "mkdir -m 0700 ~openquake/.ssh && ln -s /etc/ld.so.preload ~openquake/.ssh/id_ed25519",
+        "openquake",
+    )
+    machine.play(role("openquake_ssh", "master"), **SSH)
+    attacks.tried(successes=machine.can("test -e /etc/ld.so.preload", "root"))
+
+
+def test_accounts_link_for_its_public_key(machine: Machine, attacks: Attacks) -> None:
+    machine.sh(
+        "mkdir -m 0700 ~openquake/.ssh && cd ~openquake/.ssh && touch id_ed25519 && "
+        "ln -s /etc/shadow id_ed25519.pub",
+        "openquake",
+    )
+    machine.sh("mkdir -p /etc/openquake/ssh")
+    machine.play(role("openquake_ssh", "master"), **SSH)
+    machine.play(role("openquake_ssh", "worker"), host="w1", **SSH)
+    keys = machine.run("cat", "/etc/openquake/ssh/authorized_keys").stdout
+    attacks.tried(successes=machine.sh("head -1 /etc/shadow") in keys)
+    assert " ssh-ed25519 AAAA" in keys
+
+
+@pytest.mark.parametrize(
+    "line", ["root:x:1:2:3", "ssh-ed25519 " + 68 * "A" + "\nssh-ed25519 " + 68 * "B"]
+)
+def test_public_key_that_is_none(machine: Machine, attacks: Attacks, line: str) -> None:
+    machine.sh("mkdir /etc/openquake/ssh; cat >/etc/openquake/ssh/id_ed25519.pub", stdin=line)
+    done = machine.play(role("openquake_ssh", "worker"), host="w1", **SSH)
+    attacks.tried(successes=machine.can("test -e /etc/openquake/ssh/authorized_keys", "root"))
+    assert "is not the line of an ed25519 key" in str(failures(done.stdout))
+
+
+def test_only_the_account_reads_the_key(machine: Machine, attacks: Attacks) -> None:
+    machine.sh("mkdir -p /etc/openquake/ssh")
+    done = machine.play(role("openquake_ssh", "master"), **SSH)
+    assert done.returncode == 0, done.stdout
+    key = "/etc/openquake/ssh/id_ed25519"
+    for name in "alice", "mallory":
+        attacks.tried(successes=machine.can(f"cat {key}", name))
+    attacks.tried(successes=machine.can(f"chmod 0600 {key} || rm {key}", "openquake"))
+    # ssh itself takes it
+    public = machine.sh(f"ssh-keygen -y -f {key}", "openquake")
+    assert public.split()[:2] == machine.sh(f"cat {key}.pub").split()[:2]
+    again = machine.play(role("openquake_ssh", "master"), **SSH)
+    assert "changed=0" in again.stdout
+
+
+def test_keys_in_the_home_of_the_account_open_nothing(machine: Machine, attacks: Attacks) -> None:
+    machine.sh("umask 077; mkdir ~/.ssh; ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/mine", "mallory")
+    mine = machine.sh("cat ~/.ssh/mine.pub", "mallory")
+    machine.sh("usermod --password '*' --shell /bin/sh openquake; mkdir -p /run/sshd")
+    machine.sh(
+        "umask 077; mkdir ~openquake/.ssh; cat >~openquake/.ssh/authorized_keys",
+        "openquake",
+        stdin=mine,
+    )
+    login = "ssh -i ~/.ssh/mine -o BatchMode=yes -o StrictHostKeyChecking=no openquake@127.0.0.1 id"
+    machine.sh("ssh-keygen -A")
+    for host in "m1", "w1":
+        machine.play(role("openquake_ssh"), host=host, **SSH)
+        with machine.serving("/usr/sbin/sshd", "-D", "-d"):
+            attacks.tried(successes=machine.can(login, "mallory"))
+
+
+# ---- secrets
+
+
+#: notes every argument and every variable of a process that is seen, until it is killed
+WATCH = """
+import glob, time
+print("watching", flush=True)
+seen = set()
+while True:
+    time.sleep(0.01)
+    for path in glob.glob("/proc/[0-9]*/cmdline") + glob.glob("/proc/[0-9]*/environ"):
+        try:
+            text = open(path, "rb").read()
+        except OSError:
+            continue
+        if text not in seen:
+            seen.add(text)
+            open("/run/processes", "ab").write(text + b"\\n")
+"""
+#: the system's log: what modules say of themselves goes there
+LOG = """
+import socket
+log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+log.bind("/dev/log")
+print("logging", flush=True)
+while True:
+    text = log.recv(1 << 20)
+    open("/run/log", "ab").write(text + b"\\n")
+"""
+#: in place of the engine's Python: as far as Ansible can tell, the account is made
+PYTHON = "#!/bin/sh\ncat >/dev/null\necho made\n"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_secrets_are_not_told(machine: Machine, attacks: Attacks, given: bool) -> None:
+    secrets = {
+        "openquake_authkey": "correct-horse-battery-staple",
+        "openquake_webui_admin_password": "tr0ub4dor-and-three",
+    }
+    machine.sh(
+        "mkdir -p /opt/openquake/venv/bin; cat >/opt/openquake/venv/bin/python; "
+        "chmod +x /opt/openquake/venv/bin/python; mkdir -p /etc/openquake/ssh",
+        stdin=PYTHON,
+    )
+    with (
+        machine.serving("python3", "-c", LOG),
+        machine.serving("python3", "-c", WATCH),
+    ):
+        done = machine.play(
+            role("openquake_config"),
+            role("openquake_ssh", "master"),
+            role("openquake_webui"),
+            **SSH,
+            **(secrets if given else {}),
+            openquake_webui_enabled=True,
+            args=("-vvv", "--diff"),
+        )
+    told = done.stdout + done.stderr + machine.sh("cat /run/log; tr '\\0' ' ' </run/processes")
+    assert "Invoked with" in told and "openquake.cfg" in told  # both watchers have seen something
+    wanted = {*secrets.values()} if given else set()
+    for name in "authkey", "webui-admin-password", "webui-secret-key", "ssh/id_ed25519":
+        lines = machine.sh(f"cat /etc/openquake/{name}").splitlines()
+        wanted.add(max(lines, key=len))
+    for secret in wanted:
+        assert len(secret) > 15
+        attacks.tried(successes=secret in told)
+
+
+# ---- the rule, read in the roles
+
+#: what is inside these belongs to the account or to its members
+THEIRS = re.compile(r"\{\{ *openquake_(home|shared_dir|custom_tmp) *(~[^}]*)?\}\}/|/home/")
+#: where the homes are in openquake_shared_dir: there the directory itself is root's
+HOMES = {"{{ openquake_shared_dir }}/openquake", "{{ openquake_shared_dir }}/{{ item }}"}
+PATHS = ("path", "dest", "src", "paths", "creates", "removes", "chdir")
+
+
+def tasks_of(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        if "name" in node:
+            yield node
+        for value in node.values():
+            yield from tasks_of(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from tasks_of(value)
+
+
+def test_no_task_of_root_has_a_path_inside_what_is_theirs() -> None:
+    found = []
+    for file in [*(ROOT / "roles").glob("*/tasks/*.yml"), *(ROOT / "playbooks").rglob("*.yml")]:
+        for task in tasks_of(yaml.safe_load(file.read_text())):
+            for name, arguments in task.items():
+                if not name.startswith("ansible.builtin.") or not isinstance(arguments, dict):
+                    continue
+                paths = [str(arguments[key]) for key in PATHS if key in arguments]
+                argv = arguments.get("argv") or []
+                if isinstance(argv, list) and "runuser" not in argv:
+                    paths += [str(word) for word in argv]
+                paths += [str(path) for path in task.get("loop") or [] if "{{ item }}" in paths]
+                found += [
+                    f"{file.relative_to(ROOT)}: {task['name']}: {path}"
+                    for path in paths
+                    if THEIRS.search(path) and path not in HOMES
+                ]
+    assert found == []
