@@ -132,3 +132,9 @@ def spoils(x, array, monitor):
     array += x
     yield {"sum": before + x}
     yield {"array": array}
+
+
+def many(n, monitor):
+    """So many small results."""
+    for _ in range(n):
+        yield {"sum": 1}

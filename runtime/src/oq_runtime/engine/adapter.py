@@ -3,8 +3,8 @@
 Seams, the same from 3.23.5 to 3.26.2: ``parallel.Socket``, ``parallel.host_cores``,
 ``parallel.get_return_ip``, ``Starmap.submit``, ``Starmap._loop``, ``Starmap.shutdown``, and
 ``workerpool.WorkerMaster``. ``check_seams`` compares their signatures with what is expected here.
-Everything that is not ``oq_distribute = zmq`` is left as it was. Not covered: how tasks travel
-(``session``).
+What is not ``oq_distribute = zmq`` runs as it did, but for where its results come in (``inbox``).
+Not covered: how tasks travel (``session``).
 """
 
 from __future__ import annotations
@@ -13,27 +13,20 @@ import inspect
 import itertools
 import logging
 import os
-import pickle
-import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy
-import zmq
 
 from oq_runtime import errors
+from oq_runtime.engine.inbox import SCHEME, Inbox, PoolSockets
 from oq_runtime.engine.records import Records
 from oq_runtime.session.client import Session, Unchanged
 from oq_runtime.wire import payload
 
 SUPPORTED = ("3.23.5", "3.25.1", "3.26.2")
-#: marks the receiver of a Starmap whose results come from the broker
-RECEIVER = "oq-runtime://"
-#: "ports" of our receivers; above 65535, so that they are never taken for real ones
-FIRST_PORT = 100_000
 #: tasks, and bytes of their big arguments, that are under way at a time beyond ``Starmap.CT``
 LIVE_TASKS, LIVE_BYTES = 4096, 256 << 20
 
@@ -98,39 +91,20 @@ def engine_version() -> str:
 class Receiver:
     """Stands in for the engine's PULL socket of one Starmap, and for its loop over results."""
 
-    ports = itertools.count(FIRST_PORT)
-    by_port: dict[int, Receiver] = {}
+    numbers = itertools.count()
     parallel: Any
 
     def __init__(self) -> None:
-        self.port = next(self.ports)
-        self.local: deque[Any] = deque()
-        self.numbers: dict[int, tuple[int, str]] = {}  # task in the session -> number and name
+        self.map = next(self.numbers)
+        self.tasks: dict[int, tuple[int, str]] = {}  # task in the session -> number and name
         self.argnames: dict[Any, list[str]] = {}
         self.functions: dict[Any, list[payload.Buffer]] = {}  # their frames
-
-    def __enter__(self) -> Receiver:
-        self.by_port[self.port] = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.by_port.pop(self.port, None)
-        if session := Session.existing():
-            session.close_map(self.port)
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the results of tasks that run inside the engine process."""
-        while self.local:
-            yield self.local.popleft()
 
     @classmethod
     def of(cls, starmap: Any) -> Receiver:
         """Return the receiver of a Starmap, which gets it with its first task."""
         if not hasattr(starmap, "socket"):
-            type(starmap).running_tasks = starmap.tasks
-            starmap.socket = cls().__enter__()
-            starmap.monitor.shared = starmap._shared
-            starmap.monitor.backurl = RECEIVER
+            attach(starmap, cls(), SCHEME)
         receiver: Receiver = starmap.socket
         return receiver
 
@@ -140,7 +114,7 @@ class Receiver:
         if func not in self.argnames:
             self.argnames[func] = self.parallel.getargnames(func)[:-1]
         task, (_, *sizes) = Session.current().submit(
-            self.port,
+            self.map,
             name,
             (starmap.task_no, starmap.monitor),
             [func, *args],
@@ -150,7 +124,7 @@ class Receiver:
             number=starmap.task_no,
         )
         starmap.sent[name] += dict(zip(self.argnames[func], sizes, strict=False))
-        self.numbers[task] = starmap.task_no, name
+        self.tasks[task] = starmap.task_no, name
         starmap.tasks.append(starmap.task_no)
         starmap.task_no += 1
 
@@ -190,8 +164,8 @@ class Receiver:
         """Yield the results of all tasks, subtasks included, and keep the engine's records."""
         records = Records(self.parallel, starmap.h5)
         try:
-            for task, objects, error in Session.current().results(self.port):
-                number, name = self.numbers.pop(task)
+            for task, objects, error in Session.current().results(self.map):
+                number, name = self.tasks.pop(task)
                 if error is not None:
                     records.write(starmap.sent)
                     mon = starmap.monitor.new(operation=f"total {name}", measuremem=False)
@@ -218,25 +192,8 @@ class Receiver:
                     break
             records.write(starmap.sent)
         finally:
-            self.__exit__()
-
-
-class LocalSocket:
-    """Stands in for the PUSH socket of a task that runs inside the engine process."""
-
-    def __init__(self, receiver: Receiver) -> None:
-        self.receiver = receiver
-
-    def __enter__(self) -> LocalSocket:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def send(self, result: Any) -> None:
-        # through pickle, as over a socket: what the task keeps must not change what was sent
-        data = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
-        self.receiver.local.append(pickle.loads(data))
+            if session := Session.existing():
+                session.close_map(self.map)
 
 
 class MemoryCheck:
@@ -257,42 +214,53 @@ class MemoryCheck:
         return self.found
 
 
-def local(starmap: Any) -> bool:
-    """Whether the engine runs the tasks of this Starmap by itself."""
-    # OQ_TASK_NO: engine 3.23 runs one task only, to debug it
-    return starmap.distribute != "zmq" or starmap.num_tasks == 1 or "OQ_TASK_NO" in os.environ
+def attach(starmap: Any, socket: Any, url: str) -> None:
+    """Give a Starmap what the engine gives it with its first task: where results come in."""
+    type(starmap).running_tasks = starmap.tasks
+    starmap.socket = socket
+    starmap.monitor.shared = starmap._shared
+    starmap.monitor.backurl = url
 
 
 def install_parallel(parallel: Any) -> None:
-    """Take over ``oq_distribute = zmq`` in the engine's parallel module."""
+    """Take over ``oq_distribute = zmq`` in the engine's parallel module, and all its receivers."""
     check_seams(parallel)
     engine_socket, starmap = parallel.Socket, parallel.Starmap
     engine_init, engine_submit, engine_loop = starmap.__init__, starmap.submit, starmap._loop
     engine_shutdown = starmap.shutdown.__func__
     get_return_ip = parallel.get_return_ip
+    pool_sockets = PoolSockets(engine_socket)
+    # engine 3.23 can be told to run one task only, to debug it
+    debugs = "OQ_TASK_NO" in engine_submit.__code__.co_consts and "OQ_TASK_NO" in os.environ
     Receiver.parallel = parallel
 
+    def where(self: Any) -> str:
+        """Return the kind of distribution as the engine decides it for each task."""
+        return "no" if self.num_tasks == 1 or debugs else str(self.distribute)
+
     def open_socket(end_point: str, socket_type: int, mode: str, timeout: int = 60) -> Any:
-        if end_point == RECEIVER:
-            return Receiver()
-        port = re.search(r":(\d+)$", end_point) if socket_type == zmq.PUSH else None
-        if port and (receiver := Receiver.by_port.get(int(port.group(1)))):
-            return LocalSocket(receiver)
-        return engine_socket(end_point, socket_type, mode, timeout)
+        # of a task in this process
+        return Inbox.by_url.get(end_point) or engine_socket(end_point, socket_type, mode, timeout)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         engine_init(self, *args, **kwargs)
-        if self.distribute == "zmq":
-            self.receiver = RECEIVER
+        # the engine keeps it in the class, where the next Starmap changes it
+        self.distribute = type(self).distribute
 
     def submit(self: Any, args: Any, func: Any = None) -> None:
-        if local(self):
-            engine_submit(self, args, func)
-        else:
+        if where(self) == "zmq":
             Receiver.of(self).submit(self, args, func or self.task_func, Unchanged())
+            return
+        if not hasattr(self, "socket"):
+            if where(self) == "no":
+                inbox = Inbox()
+                attach(self, inbox, inbox.url)
+            elif where(self) != "slurm":
+                attach(self, *pool_sockets.open())
+        engine_submit(self, args, func)
 
     def loop(self: Any) -> Iterator[Any]:
-        if local(self):
+        if where(self) != "zmq":
             yield from engine_loop(self)
             return
         self.busytime = parallel.AccumDict(accum=[])

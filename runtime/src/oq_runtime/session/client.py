@@ -50,6 +50,7 @@ class Session:
     def __init__(self, directory: Path) -> None:
         self.pid = os.getpid()
         self.name = directory.name
+        self.directory = directory
         self.context: zmq.Context[Any] = zmq.Context()
         self.socket = transport.dealer(self.context, f"ipc://{directory}/engine")
         self.poller = zmq.Poller()
