@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.leftovers import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -24,6 +28,8 @@ from oq_runtime.engine import adapter
 assert adapter.engine_version() in adapter.SUPPORTED, adapter.engine_version()
 assert parallel.Starmap.submit.__module__ == "oq_runtime.engine.adapter", parallel.Starmap.submit
 assert parallel.Socket.__module__ == "oq_runtime.engine.adapter"
+from openquake.baselib import zeromq
+assert type(zeromq.context).__module__ == "oq_runtime.engine.dbserver"
 assert workerpool.WorkerMaster.__module__ == "oq_runtime.engine.workerpool"
 assert parallel.submit["processpool"].__module__ == parallel.__name__
 assert parallel.submit["no"].__module__ == parallel.__name__
@@ -100,20 +106,37 @@ def test_changed_seam_is_named(tmp_path: Path) -> None:
 
 
 def test_a_real_job_runs(tmp_path: Path) -> None:
+    """Through a DbServer, which finds nothing to refuse in what the engine's clients send."""
     spec = importlib.util.find_spec("openquake.qa_tests_data")
     assert spec is not None and spec.submodule_search_locations
     job = Path(spec.submodule_search_locations[0]) / "classical/case_18/job.ini"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     cfg = tmp_path / "openquake.cfg"
-    cfg.write_text(f"[dbserver]\nhost = 127.0.0.1\nfile = {tmp_path}/db.sqlite3\n")
+    cfg.write_text(
+        "[oq_runtime]\ncode = import oq_runtime.activate\n"
+        f"[dbserver]\nhost = 127.0.0.1\nport = {port}\nfile = {tmp_path}/db.sqlite3\n"
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith("OQ_")} | {
         "OQ_CONFIG_FILE": str(cfg),
         "OQ_DATADIR": str(tmp_path / "oqdata"),
+        "LOGNAME": "openquake",  # for whom the engine has a DbServer also on one machine
         "TMPDIR": str(tmp_path),
         "CI": "true",
         "NUMBA_DISABLE_JIT": "1",  # compiling takes a minute or two, and changes no seam
     }
-    command = [sys.executable, "-m", "oq_runtime.commands.run", str(job), "--json"]
-    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    log = tmp_path / "dbserver.log"
+    with log.open("w") as stream:
+        command = [sys.executable, "-m", "openquake.commands", "dbserver", "start", "-f"]
+        server = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, cwd=tmp_path)
+    try:
+        assert wait_for(lambda: "DB server started" in log.read_text(), 60), log.read_text()
+        command = [sys.executable, "-m", "oq_runtime.commands.run", str(job), "--json"]
+        done = subprocess.run(command, env=env, text=True, capture_output=True)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=20)
     assert done.returncode == 0, done.stdout + done.stderr
     [row] = json.loads(done.stdout)["jobs"]
     assert (row["state"], row["tasks"] > 0) == ("complete", True), row
+    assert "refused" not in log.read_text(), log.read_text()

@@ -1,23 +1,31 @@
 """The import hook that puts the adapter under the engine of this process.
 
-The adapter takes over when ``openquake.baselib.parallel`` and ``openquake.baselib.workerpool`` are
-loaded; until then nothing of the engine is imported. In worker processes it does nothing.
+Ours is installed in modules of the engine when these have just been loaded; until then nothing of
+the engine is imported.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any
 
 from oq_runtime.config import WORKER_VARIABLE
 
-PARALLEL = "openquake.baselib.parallel"
-WORKERPOOL = "openquake.baselib.workerpool"
+#: module of the engine -> what installs ours in it, by module and function
+INSTALLERS = {
+    "openquake.baselib.parallel": "oq_runtime.engine.adapter:install_parallel",
+    "openquake.baselib.workerpool": "oq_runtime.engine.workerpool:install_workerpool",
+    "openquake.baselib.zeromq": "oq_runtime.engine.dbserver:install_zeromq",
+    "openquake.server.dbserver": "oq_runtime.engine.dbserver:install_dbserver",
+}
+#: what is installed in worker processes, whose tasks are run by ``worker``
+IN_WORKERS = ("openquake.baselib.zeromq",)
 
 
 class _After(importlib.abc.Loader):
@@ -40,10 +48,13 @@ class _After(importlib.abc.Loader):
 
 
 class _Hook(importlib.abc.MetaPathFinder):
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in (PARALLEL, WORKERPOOL):
+        if fullname not in self.names:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None:
@@ -52,16 +63,11 @@ class _Hook(importlib.abc.MetaPathFinder):
 
 
 def _install(module: ModuleType) -> None:
-    from oq_runtime.engine import adapter, workerpool
-
-    if module.__name__ == PARALLEL:
-        adapter.install_parallel(module)
-    else:
-        workerpool.install_workerpool(module)
+    where, _, function = INSTALLERS[module.__name__].partition(":")
+    getattr(importlib.import_module(where), function)(module)
 
 
 def activate() -> None:
     """Register the import hook, once."""
-    if os.environ.get(WORKER_VARIABLE) or any(isinstance(f, _Hook) for f in sys.meta_path):
-        return
-    sys.meta_path.insert(0, _Hook())
+    if not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hook(IN_WORKERS if WORKER_VARIABLE in os.environ else INSTALLERS))

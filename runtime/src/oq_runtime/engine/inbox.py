@@ -1,8 +1,8 @@
 """The results of tasks that the engine runs by itself: no port is opened for them.
 
 The engine would bind a socket on all addresses and unpickle whatever reaches it. Here the tasks of
-this process hand their results over in memory; those of the engine's own pool go
-through a socket in a directory that only its owner may enter.
+this process hand their results over in memory; those of the engine's own pool go through a socket
+in a directory that only its owner may enter.
 """
 
 from __future__ import annotations

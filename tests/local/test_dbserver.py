@@ -1,0 +1,322 @@
+"""The engine's DbServer with the runtime in it: it serves clients, and runs nothing of what comes.
+
+A real server on a port of loopback, for the user openquake, as whom ``getpass`` sees the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import zmq
+
+from oq_runtime.engine.dbserver import MAX_BYTES
+from tests import pickles
+from tests.conftest import Attacks
+from tests.leftovers import wait_for
+
+pytestmark = pytest.mark.timeout(300)
+
+START_S, ANSWER_S, END_S = 120.0, 30.0, 20.0
+GROWTH_BYTES = 300 << 20
+EMPTY: list[Any] = []
+
+
+class Server:
+    """A DbServer with a job of user alice."""
+
+    def __init__(self, env: dict[str, str], home: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.database = home / "db.sqlite3"
+        config = home / "openquake.cfg"
+        config.write_text(
+            "[oq_runtime]\ncode = import oq_runtime.activate\n"
+            f"[dbserver]\nhost = 127.0.0.1\nport = {self.port}\nfile = {self.database}\n"
+        )
+        datadir = home / "oqdata"
+        datadir.mkdir()
+        self.env = env | {
+            "OQ_CONFIG_FILE": str(config),
+            "OQ_DATADIR": str(datadir),
+            "LOGNAME": "openquake",
+        }
+        self.log = home / "dbserver.log"
+        command = ("-m", "openquake.commands", "dbserver", "start", "-f")
+        with self.log.open("w") as log:
+            self.process = psutil.Popen(
+                [sys.executable, *command], env=self.env, stdout=log, stderr=log, cwd=home
+            )
+        assert wait_for(self.listens, START_S), self.log.read_text()
+        self.job = self.ask("create_job", str(datadir), "classical", "a job", "alice")
+
+    def listens(self) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def python(self, body: str) -> subprocess.CompletedProcess[str]:
+        """Run a script in which ``dbcmd`` is the engine's."""
+        head = "from openquake.commonlib.logs import dbcmd\n"
+        return subprocess.run(
+            [sys.executable, "-c", head + body],
+            env=self.env,
+            text=True,
+            capture_output=True,
+            timeout=100,
+        )
+
+    def ask(self, *command: Any) -> Any:
+        """Ask without the engine's client; the value of a result comes unpickled."""
+        return self.value(self.send([pickle.dumps(command)]))
+
+    def value(self, data: bytes) -> Any:
+        from oq_runtime.engine.dbserver import read_answer
+
+        answer = read_answer(data)
+        return answer.get() if hasattr(answer, "tb_str") else answer
+
+    def send(self, frames: list[bytes]) -> bytes:
+        """Send a message of these parts and return the answer."""
+        with zmq.Context() as context, context.socket(zmq.REQ) as client:
+            client.linger = 0
+            client.connect(f"tcp://127.0.0.1:{self.port}")
+            client.send_multipart(frames)
+            assert client.poll(ANSWER_S * 1000), "no answer"
+            return client.recv()
+
+    def refused(self) -> int:
+        return self.log.read_text().count("refused a message")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(timeout=END_S)
+        except psutil.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+@pytest.fixture(scope="module")
+def server(
+    engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("d")
+    server = Server(engine_home | {"TMPDIR": str(home)}, home)
+    yield server
+    server.stop()
+
+
+def test_clients_are_served(server: Server) -> None:
+    """All that clients get: numbers, rows, tables, dictionaries, and errors of their own class."""
+    done = server.python(f"""
+job = dbcmd("get_job", {server.job})
+assert (job.id, job.user_name, type(job).__name__) == ({server.job}, "alice", "Row"), job
+assert dbcmd("get_job", 10**6) is None
+table = dbcmd("SELECT id, status FROM job WHERE id=?x", {server.job})
+assert table._fields == ["id", "status"] and table[0].status == "created", table
+assert dbcmd("UPDATE job SET description=?x WHERE id=?x", "Änderung", {server.job}) is not None
+from datetime import datetime, UTC
+dbcmd("log", {server.job}, datetime.now(UTC), "INFO", "a/1", "text " * 100_000)
+assert [len(line) > 500_000 for line in dbcmd("get_log", {server.job})] == [True]
+assert dbcmd("get_log_size", {server.job}) == 1
+assert dbcmd("calc_info", {server.job})["user_name"] == "alice"
+assert isinstance(dbcmd("getpid"), int)
+import sqlite3
+from openquake.commonlib import dbapi
+for error, command in [
+    (dbapi.NotFound, ("calc_info", 10**6)),
+    (sqlite3.OperationalError, ("SELECT * FROM no_such_table",)),
+    (sqlite3.OperationalError, ("no_such_action", 1)),
+    (TypeError, ("get_job",)),
+    (ValueError, ("SELECT ?x, ?x", 1)),
+]:
+    try:
+        dbcmd(*command)
+    except error:
+        pass
+    else:
+        raise SystemExit(f"{{command}} has raised no {{error}}")
+dbcmd("VACUUM")
+""")
+    assert done.returncode == 0, done.stderr
+    assert server.refused() == 0
+
+
+@pytest.mark.attack
+def test_pickles_run_nothing(server: Server, attacks: Attacks, tmp_path: Path) -> None:
+    mark = tmp_path / "done"
+    before, refused = server.process.memory_info().rss, server.refused()
+    tried = list(pickles.attacks(str(mark)))
+    for name, data in tried:
+        with pytest.raises(ValueError, match="refused this message"):
+            server.value(server.send([data]))
+        attacks.tried(successes=int(mark.exists()))
+        assert server.process.is_running(), name
+    assert server.refused() - refused == len(tried)
+    assert server.ask("getpid") == server.process.pid
+    assert server.process.memory_info().rss - before < GROWTH_BYTES
+
+
+@pytest.mark.attack
+def test_big_messages_are_refused(server: Server, attacks: Attacks) -> None:
+    before = server.process.memory_info().rss
+    for frames in [
+        [pickle.dumps(("log", "x" * (MAX_BYTES + 1)))],
+        [pickle.dumps(("get_job", 1))] * 2,
+        [b"x" * (1 << 20)] * 40,
+    ]:
+        with pytest.raises(ValueError, match="refused this message"):
+            server.value(server.send(frames))
+        attacks.tried()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+        client.linger = 0
+        client.connect(f"tcp://127.0.0.1:{server.port}")
+        for _ in range(3):  # beyond what is received at all: the connection is closed
+            client.send_multipart([b"", b"x" * (100 << 20)])
+        assert not client.poll(1000)
+        attacks.tried(3)
+    assert server.ask("getpid") == server.process.pid
+    assert server.process.memory_info().rss - before < GROWTH_BYTES
+
+
+@pytest.mark.attack
+def test_sql_opens_no_other_file(server: Server, attacks: Attacks, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for sql in [
+        f"ATTACH '{other}' AS other",
+        f"ATTACH 'file:{other}?mode=rwc' AS other",
+        f"VACUUM INTO '{other}'",
+        f"VACUUM main INTO '{other}'",
+        f"PRAGMA temp_store_directory = '{tmp_path}'",
+        "PRAGMA writable_schema = ON",
+        f"SELECT load_extension('{other}')",
+    ]:
+        for command in [(sql,), ("fetch", sql)]:
+            with pytest.raises(sqlite3.Error):
+                server.ask(*command)
+            attacks.tried(successes=int(other.exists()))
+    with pytest.raises(sqlite3.Error):
+        server.ask("ATTACH ?x AS other", str(other))
+    attacks.tried(successes=int(other.exists()))
+
+
+@pytest.mark.attack
+def test_only_actions_of_the_engine(server: Server, attacks: Attacks) -> None:
+    """Neither what its module imports, nor what belongs to any module, nor the workers' other."""
+    names = ["os", "getpass", "general", "datetime", "upgrader", "NotFound", "__builtins__"]
+    names += ["__init__", "__setattr__", "__class__", "__doc__", "workers_kill", "workers_stop"]
+    names += ["workers___init__", "workers_", "_get_tag_id.__globals__"]
+    for name in names:
+        with pytest.raises((sqlite3.Error, ValueError)):
+            server.ask(name, 1)
+        attacks.tried()
+    assert server.ask("getpid") == server.process.pid
+
+
+def test_many_bad_answers_do_not_use_up_the_server(server: Server) -> None:
+    """Its five threads survive what cannot be answered, and what raises."""
+    for _ in range(12):
+        with pytest.raises(sqlite3.Error):
+            server.ask("SELECT ?x", [1])
+        with pytest.raises(TypeError):
+            server.ask("create_job")
+        assert server.ask("DELETE FROM job WHERE id=?x", -1) is not None
+
+
+class Thief:
+    """Takes the place of a DbServer and answers whatever it is asked with the same bytes."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.socket = self.context.socket(zmq.REP)
+        self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+
+    def answer(self, data: bytes) -> None:
+        assert self.socket.poll(60_000)
+        self.socket.recv()
+        self.socket.send(data)
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+
+CLIENT = """
+import sys
+from openquake.commonlib.logs import dbcmd
+for _ in range(int(sys.argv[1])):
+    try:
+        dbcmd("get_job", 1)
+    except Exception as exc:
+        print(type(exc).__name__, exc, flush=True)
+    else:
+        print("accepted", flush=True)
+"""
+
+
+@pytest.mark.attack
+def test_a_thief_of_the_port_runs_nothing_in_clients(
+    server: Server, attacks: Attacks, tmp_path: Path
+) -> None:
+    mark = tmp_path / "done"
+    inner = [data for name, data in pickles.programs_in_messages(str(mark)) if "alone" in name]
+    inner = [data for data in inner if b"KeyError" not in data and b"dict" not in data]
+    inner += [data for _, data in pickles.written_by_hand(str(mark))]
+    inner += [data for name, data in pickles.bombs() if "key" in name]
+    results = [as_result(data) for data in inner]
+    thief = Thief()
+    try:
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(len(inner) + len(results))],
+            env=server.env
+            | {"OQ_DATABASE": "127.0.0.1", "OQ_CONFIG_FILE": str(config(thief, tmp_path))},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for data in (*inner, *results):
+            thief.answer(data)
+        out, _ = client.communicate(timeout=60)
+    finally:
+        thief.close()
+        client.kill()
+    lines = out.splitlines()
+    assert len(lines) == len(inner) + len(results)
+    attacks.tried(len(lines), successes=int(mark.exists()))
+    assert all(line.startswith("Refused what answers at tcp://127.0.0.1:") for line in lines), lines
+
+
+def config(thief: Thief, tmp_path: Path) -> Path:
+    path = tmp_path / "openquake.cfg"
+    path.write_text(
+        "[oq_runtime]\ncode = import oq_runtime.activate\n"
+        f"[dbserver]\nhost = 127.0.0.1\nport = {thief.port}\nfile = {tmp_path}/db.sqlite3\n"
+    )
+    return path
+
+
+def as_result(inner: bytes) -> bytes:
+    """Return the pickle of a result of the engine whose value is another pickle."""
+    from openquake.baselib import parallel
+
+    result = parallel.Result(None, parallel.dummy_mon)
+    result.pik.pik = inner
+    return pickle.dumps(result)
+
+
+def test_stops_at_a_signal(engine_home: dict[str, str], tmp_path: Path) -> None:
+    """Also with threads that have refused something."""
+    server = Server(engine_home | {"TMPDIR": str(tmp_path)}, tmp_path)
+    with pytest.raises(ValueError, match="refused"):
+        server.value(server.send([b""]))
+    server.stop()
+    assert server.process.wait() == 0
+    assert os.path.exists(server.database)
