@@ -189,13 +189,11 @@ def install_dbserver(dbserver: Any) -> None:
 
     def dworker(self: Any, sock: Any) -> None:
         self.db.conn.set_authorizer(authorize)
-        with sock:
-            sock.running = True
+        sock.running = True
+        # not that of ``sock``, which the main thread would close at the end, in the midst of a poll
+        with dbserver.z.connect(self.backend, zmq.REP) as own:
             while sock.running:
-                try:
-                    if sock.zsocket.poll(POLL_SECS * 1000):
-                        sock.zsocket.send_pyobj(answer(self, sock.zsocket.recv_multipart()))
-                except zmq.ZMQError:  # closed by the main thread, at the server's end
-                    break
+                if own.poll(POLL_SECS * 1000):
+                    own.send_pyobj(answer(self, own.recv_multipart()))
 
     dbserver.DbServer.dworker = dworker
