@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -134,7 +133,7 @@ def test_a_real_job_runs(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "oq_runtime.commands.run", str(job), "--json"]
         done = subprocess.run(command, env=env, text=True, capture_output=True)
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(timeout=20)
     assert done.returncode == 0, done.stdout + done.stderr
     [row] = json.loads(done.stdout)["jobs"]

@@ -32,6 +32,11 @@ GROWTH_BYTES = 300 << 20
 EMPTY: list[Any] = []
 
 
+def heed_interrupts() -> None:
+    """As a service starts; a shell's job in the background ignores the signal, and its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Server:
     """A DbServer with a job of user alice."""
 
@@ -55,7 +60,12 @@ class Server:
         command = ("-m", "openquake.commands", "dbserver", "start", "-f")
         with self.log.open("w") as log:
             self.process = psutil.Popen(
-                [sys.executable, *command], env=self.env, stdout=log, stderr=log, cwd=home
+                [sys.executable, *command],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                cwd=home,
+                preexec_fn=heed_interrupts,
             )
         assert wait_for(self.listens, START_S), self.log.read_text()
         self.job = self.ask("create_job", str(datadir), "classical", "a job", "alice")
