@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from oq_runtime.core.limits import Limits
 from oq_runtime.core.slots import (
     GROWTH_BYTES,
     TURN_S,
-    AbortAsked,
-    AloneAsked,
+    Died,
     DrainAsked,
-    DropAttempt,
     Effect,
-    Event,
     GrantLease,
     Heard,
     Kill,
     LeaseAsked,
     LeaseEnded,
     MemoryUsed,
-    Node,
     Released,
-    ReportDeath,
     RunOn,
+    Slots,
     Spawn,
     TaskGiven,
+    TaskTaken,
     Tick,
     Worker,
-    WorkerEnded,
+    WorkerFree,
     WorkerGone,
     WorkerReady,
     WorkerState,
 )
 
 
-def leased(slots: int = 2, *, ready: bool = True) -> Node:
+def leased(slots: int = 2, *, ready: bool = True) -> Slots:
     """An agent with one lease of all its slots; its workers are 1 up to ``slots``."""
-    node = Node(slots)
+    node = Slots(slots)
     node.handle(LeaseAsked("j"), 0.0)
     if ready:
         for worker in range(1, slots + 1):
@@ -49,17 +42,17 @@ def leased(slots: int = 2, *, ready: bool = True) -> Node:
     return node
 
 
-def busy(node: Node) -> list[Worker]:
+def busy(node: Slots) -> list[Worker]:
     return [w for w in node.workers.values() if w.state is WorkerState.BUSY]
 
 
-def states(node: Node) -> list[str]:
+def states(node: Slots) -> list[str]:
     return [w.state.value for w in node.workers.values()]
 
 
 @pytest.mark.parametrize("slots", [0, 1, 3])
 def test_lease_grants_and_spawns(slots: int) -> None:
-    effects = Node(slots).handle(LeaseAsked("j"), 0.0)
+    effects = Slots(slots).handle(LeaseAsked("j"), 0.0)
     assert effects == [GrantLease("j", slots)] + [Spawn(i + 1, "j") for i in range(slots)]
 
 
@@ -73,26 +66,26 @@ def test_lease_that_is_asked_again_starts_anew() -> None:
         GrantLease("j", 1),
         Spawn(2, "j"),
     ]
-    assert node.handle(WorkerEnded(1), 1.0) == []
+    assert node.handle(WorkerFree(1), 1.0) == []
 
 
 def grants(effects: list[Effect]) -> dict[str, int]:
     return {e.job: e.slots for e in effects if isinstance(e, GrantLease)}
 
 
-def shares(node: Node) -> dict[str, int]:
+def shares(node: Slots) -> dict[str, int]:
     return {job: lease.slots for job, lease in node.leases.items()}
 
 
 def test_two_leases_get_half_each() -> None:
-    node = Node(4)
+    node = Slots(4)
     assert grants(node.handle(LeaseAsked("j"), 0.0)) == {"j": 4}
     assert grants(node.handle(LeaseAsked("k"), 0.0)) == {"j": 2, "k": 2}
     assert grants(node.handle(Released("j"), 1.0)) == {"k": 4}
 
 
 def test_what_one_lease_does_not_want_goes_to_the_other() -> None:
-    node = Node(4)
+    node = Slots(4)
     node.handle(LeaseAsked("j"), 0.0)
     node.handle(LeaseAsked("k"), 0.0)
     assert grants(node.handle(Heard("j", 1), 0.0)) == {"j": 1, "k": 3}
@@ -101,7 +94,7 @@ def test_what_one_lease_does_not_want_goes_to_the_other() -> None:
 
 
 def test_a_single_slot_alternates_between_leases() -> None:
-    node = Node(1)
+    node = Slots(1)
     for job in "jk":
         node.handle(LeaseAsked(job), 0.0)
     node.handle(WorkerReady(1), 0.0)
@@ -116,7 +109,7 @@ def test_a_single_slot_alternates_between_leases() -> None:
     assert shares(node) == {"j": 0, "k": 1}
     node.handle(TaskGiven("j", 2, 1), TURN_S)
     assert node.handle(TaskGiven("k", 7, 1), TURN_S) == [], "the slot is busy"
-    effects = node.handle(WorkerEnded(1), TURN_S + 1)
+    effects = node.handle(WorkerFree(1), TURN_S + 1)
     assert effects == [Kill(1), Spawn(2, "k")], "k is below its share and comes before j"
     assert node.handle(WorkerReady(2), TURN_S + 1) == [RunOn(2, "k", 7, 1)]
 
@@ -139,7 +132,7 @@ def test_a_share_that_shrinks_stops_nothing() -> None:
     assert effects == [GrantLease("j", 1), GrantLease("k", 1)]
     node.handle(TaskGiven("k", 9, 1), 0.0)
     assert node.busy == 2
-    assert node.handle(WorkerEnded(1), 1.0) == [Kill(1), Spawn(3, "k")]
+    assert node.handle(WorkerFree(1), 1.0) == [Kill(1), Spawn(3, "k")]
 
 
 def memory(part: float, **workers: int) -> MemoryUsed:
@@ -156,12 +149,12 @@ def test_memory_ladder() -> None:
     node.handle(TaskGiven("j", 2, 1), 2.0)
     assert node.handle(memory(0.85), 3.0) == [] and node.closed
     killed = node.handle(memory(0.91, w1=1, w2=7), 4.0)
-    assert killed[:2] == [Kill(2), DropAttempt("j", 2, 1)], "the newest goes"
+    assert killed[0] == Kill(2), "the newest goes"
     reason = (
         "killed to free memory: its worker had 7.00 GiB, 9.10 GiB of 10.00 GiB were in use, "
         "the limit is 90%"
     )
-    assert killed[2] == ReportDeath("j", 2, 1, reason, oom=True)
+    assert killed[1] == Died("j", 2, 1, reason, oom=True)
     assert node.handle(memory(0.95), 5.0) == [], "one kill at a time"
     assert node.handle(memory(0.95), 6.0)[0] == Kill(1)
     assert not node.closed, "an empty node takes a task, or the job would wait for ever"
@@ -176,15 +169,15 @@ def test_kill_by_the_kernel_has_the_figures() -> None:
         "signal 9 by the kernel for lack of memory: its worker had 8.00 GiB, 8.00 GiB of "
         "10.00 GiB were in use"
     )
-    assert effects[1] == ReportDeath("j", 1, 1, reason, oom=True)
+    assert effects[0] == Died("j", 1, 1, reason, oom=True)
 
 
 def test_kill_by_the_kernel_in_the_start() -> None:
     node = leased(1, ready=False)
     node.handle(TaskGiven("j", 1, 1), 0.0)
     effects = node.handle(WorkerGone(1, "signal 9", oom=True), 0.0)
-    assert isinstance(effects[1], ReportDeath) and effects[1].oom
-    assert effects[1].reason.startswith("worker could not start: ")
+    assert isinstance(effects[0], Died) and effects[0].oom
+    assert effects[0].reason.startswith("worker could not start: ")
 
 
 def test_growth_is_of_living_workers_beyond_their_start() -> None:
@@ -200,24 +193,22 @@ def test_alone_waits_for_an_empty_node_and_keeps_it() -> None:
     node = leased(2)
     node.handle(LeaseAsked("k"), 0.0)
     node.handle(TaskGiven("j", 1, 1), 0.0)
-    node.handle(AloneAsked("k", 9, 2), 0.0)
-    assert node.handle(TaskGiven("k", 9, 2), 0.0) == [], "another job's task is under way"
+    assert node.handle(TaskGiven("k", 9, 2, True), 0.0) == [], "another job's task is under way"
     assert node.handle(TaskGiven("j", 2, 1), 0.0) == [], "no new one beside it"
-    effects = node.handle(WorkerEnded(1), 1.0)
+    effects = node.handle(WorkerFree(1), 1.0)
     assert effects == [Kill(1), Spawn(3, "k")]
     assert node.handle(WorkerReady(3), 2.0) == [Kill(2), RunOn(3, "k", 9, 2)], "idle memory as well"
-    assert node.handle(WorkerEnded(3), 3.0) == [Spawn(4, "j")]
+    assert node.handle(WorkerFree(3), 3.0) == [Spawn(4, "j")]
     assert node.handle(WorkerReady(4), 4.0) == [RunOn(4, "j", 2, 1)]
 
 
 def test_alone_that_is_aborted_holds_nothing_back() -> None:
     node = leased(1)
     node.handle(TaskGiven("j", 1, 1), 0.0)
-    node.handle(AloneAsked("j", 2, 2), 0.0)
-    node.handle(TaskGiven("j", 2, 2), 0.0)
-    node.handle(AbortAsked("j", 2, 2), 0.0)
+    node.handle(TaskGiven("j", 2, 2, True), 0.0)
+    node.handle(TaskTaken("j", 2, 2), 0.0)
     node.handle(TaskGiven("j", 3, 1), 0.0)
-    assert node.handle(WorkerEnded(1), 0.0) == [RunOn(1, "j", 3, 1)]
+    assert node.handle(WorkerFree(1), 0.0) == [RunOn(1, "j", 3, 1)]
 
 
 @pytest.mark.parametrize(("grown", "replaced"), [(GROWTH_BYTES, False), (GROWTH_BYTES + 1, True)])
@@ -225,20 +216,20 @@ def test_worker_that_has_grown_is_replaced(grown: int, replaced: bool) -> None:
     node = leased(1, ready=False)
     node.handle(WorkerReady(1, 1000), 0.0)
     node.handle(TaskGiven("j", 1, 1), 0.0)
-    effects = node.handle(WorkerEnded(1, 1000 + grown), 0.0)
+    effects = node.handle(WorkerFree(1, 1000 + grown), 0.0)
     assert effects == ([Kill(1), Spawn(2, "j")] if replaced else [])
 
 
 def test_task_timeout() -> None:
-    node = Node(1, Limits(task_timeout_s=10))
+    node = Slots(1, Limits(task_timeout_s=10))
     node.handle(LeaseAsked("j"), 0.0)
     node.handle(WorkerReady(1), 0.0)
     node.handle(TaskGiven("j", 1, 1), 1.0)
     node.handle(Heard("j"), 11.0)
     assert node.handle(Tick(), 11.0) == []
     effects = node.handle(Tick(), 12.0)
-    assert effects[:2] == [Kill(1), DropAttempt("j", 1, 1)]
-    assert isinstance(effects[2], ReportDeath) and "task_timeout" in effects[2].reason
+    assert effects[0] == Kill(1)
+    assert isinstance(effects[1], Died) and "task_timeout" in effects[1].reason
 
 
 def test_drain_closes_the_node() -> None:
@@ -260,14 +251,10 @@ def test_one_task_per_worker_in_order_of_arrival() -> None:
     assert node.handle(TaskGiven("j", 2, 1), 0.0) == [RunOn(2, "j", 2, 1)]
     assert node.handle(TaskGiven("j", 3, 1), 0.0) == []
     assert node.handle(TaskGiven("j", 4, 1), 0.0) == []
-    assert node.handle(WorkerEnded(2), 0.0) == [RunOn(2, "j", 3, 1)]
-    assert node.handle(WorkerEnded(1), 0.0) == [RunOn(1, "j", 4, 1)]
-    assert node.handle(WorkerEnded(1), 0.0) == []
+    assert node.handle(WorkerFree(2), 0.0) == [RunOn(2, "j", 3, 1)]
+    assert node.handle(WorkerFree(1), 0.0) == [RunOn(1, "j", 4, 1)]
+    assert node.handle(WorkerFree(1), 0.0) == []
     assert states(node) == ["idle", "busy"]
-
-
-def test_task_without_a_lease_is_dropped() -> None:
-    assert Node(1).handle(TaskGiven("j", 1, 2), 0.0) == [DropAttempt("j", 1, 2)]
 
 
 def test_worker_that_dies_busy_is_reported_and_replaced() -> None:
@@ -275,8 +262,7 @@ def test_worker_that_dies_busy_is_reported_and_replaced() -> None:
     node.handle(TaskGiven("j", 1, 1), 0.0)
     node.handle(TaskGiven("j", 2, 1), 0.0)
     assert node.handle(WorkerGone(1, "signal 9"), 0.0) == [
-        DropAttempt("j", 1, 1),
-        ReportDeath("j", 1, 1, "signal 9"),
+        Died("j", 1, 1, "signal 9"),
         Spawn(2, "j"),
     ]
     assert node.handle(WorkerReady(2), 0.0) == [RunOn(2, "j", 2, 1)]
@@ -298,21 +284,19 @@ def test_worker_that_dies_starting_charges_a_waiting_task() -> None:
     node.handle(TaskGiven("j", 1, 1), 0.0)
     node.handle(TaskGiven("j", 2, 1), 0.0)
     assert node.handle(WorkerGone(1, "exit 1"), 0.0) == [
-        DropAttempt("j", 1, 1),
-        ReportDeath("j", 1, 1, "worker could not start: exit 1"),
+        Died("j", 1, 1, "worker could not start: exit 1"),
         Spawn(2, "j"),
     ]
     # each death in the start takes one task, so that it ends
     assert node.handle(WorkerGone(2, "exit 1"), 0.0) == [
-        DropAttempt("j", 2, 1),
-        ReportDeath("j", 2, 1, "worker could not start: exit 1"),
+        Died("j", 2, 1, "worker could not start: exit 1"),
     ]
     assert node.workers == {}
 
 
 def test_unknown_worker_changes_nothing() -> None:
     node = leased(1)
-    for event in (WorkerReady(9), WorkerEnded(9), WorkerGone(9, "signal 9")):
+    for event in (WorkerReady(9), WorkerFree(9), WorkerGone(9, "signal 9")):
         assert node.handle(event, 0.0) == []
     assert states(node) == ["idle"]
 
@@ -321,8 +305,8 @@ def test_abort_of_a_running_attempt_kills_and_blames_nobody() -> None:
     node = leased(1)
     node.handle(TaskGiven("j", 1, 1), 0.0)
     node.handle(TaskGiven("j", 2, 1), 0.0)
-    effects = node.handle(AbortAsked("j", 1, 1), 0.0)
-    assert effects == [DropAttempt("j", 1, 1), Kill(1), Spawn(2, "j")]
+    effects = node.handle(TaskTaken("j", 1, 1), 0.0)
+    assert effects == [Kill(1), Spawn(2, "j")]
     assert node.handle(WorkerGone(1, "signal 9"), 0.0) == []
     assert node.handle(WorkerReady(2), 0.0) == [RunOn(2, "j", 2, 1)]
 
@@ -331,16 +315,15 @@ def test_abort_of_a_waiting_attempt() -> None:
     node = leased(1)
     node.handle(TaskGiven("j", 1, 1), 0.0)
     node.handle(TaskGiven("j", 2, 1), 0.0)
-    assert node.handle(AbortAsked("j", 2, 1), 0.0) == [DropAttempt("j", 2, 1)]
-    assert node.handle(WorkerEnded(1), 0.0) == []
+    assert node.handle(TaskTaken("j", 2, 1), 0.0) == []
+    assert node.handle(WorkerFree(1), 0.0) == []
 
 
-@pytest.mark.parametrize(("job", "task", "attempt"), [("j", 1, 2), ("j", 2, 1), ("k", 1, 1)])
-def test_abort_of_another_attempt_kills_nothing(job: str, task: int, attempt: int) -> None:
+@pytest.mark.parametrize(("task", "attempt"), [(1, 2), (2, 1)])
+def test_abort_of_another_attempt_kills_nothing(task: int, attempt: int) -> None:
     node = leased(1)
     node.handle(TaskGiven("j", 1, 1), 0.0)
-    effects = node.handle(AbortAsked(job, task, attempt), 0.0)
-    assert effects == [DropAttempt(job, task, attempt)]
+    assert node.handle(TaskTaken("j", task, attempt), 0.0) == []
     assert node.busy == 1
 
 
@@ -351,9 +334,6 @@ def test_silent_broker_is_fenced(silent_s: float, fenced: bool) -> None:
     effects = node.handle(Tick(), silent_s)
     ended = LeaseEnded("j", "broker silent for 28 s")
     assert effects == ([Kill(1), Kill(2), ended] if fenced else [])
-    assert node.handle(TaskGiven("j", 2, 1), silent_s) == (
-        [DropAttempt("j", 2, 1)] if fenced else [RunOn(2, "j", 2, 1)]
-    )
     if fenced:
         assert node.handle(WorkerGone(1, "signal 9"), silent_s) == []
         assert node.workers == {} and node.leases == {}
@@ -373,95 +353,25 @@ def test_release_ends_the_lease_once() -> None:
     assert node.handle(Released("j"), 0.0) == []
 
 
-JOBS = st.sampled_from(["j", "k"])
-SMALL = st.integers(0, 5)
-WORKERS = st.integers(1, 12)
-EVENTS: st.SearchStrategy[Any] = st.one_of(
-    st.builds(LeaseAsked, JOBS),
-    st.builds(Heard, JOBS, st.integers(0, 4) | st.none()),
-    st.builds(memory, st.sampled_from([0.5, 0.85, 0.95])),
-    st.builds(Released, JOBS),
-    st.builds(AloneAsked, JOBS, SMALL, SMALL),
-    st.builds(TaskGiven, JOBS, SMALL, SMALL),
-    st.builds(TaskGiven, JOBS, SMALL, SMALL),
-    st.builds(AbortAsked, JOBS, SMALL, SMALL),
-    st.builds(WorkerReady, WORKERS),
-    st.builds(WorkerEnded, WORKERS, st.sampled_from([0, 2 * GROWTH_BYTES])),
-    st.builds(WorkerGone, WORKERS, st.just("signal 9"), st.booleans()),
-    st.just(Tick()),
-)
-
-
-@settings(max_examples=300)
-@given(st.integers(1, 3), st.lists(st.tuples(EVENTS, st.sampled_from([0.0, 1.0, 16.0]))))
-def test_random_events(slots: int, events: list[tuple[Event, float]]) -> None:
-    """Workers of a lease never exceed its slots, nor does a worker get a second task."""
-    node, now = Node(slots), 0.0
-    alive: dict[int, str] = {}  # the processes, as the shell sees them
-    running: dict[int, tuple[int, int]] = {}
-    for event, seconds in events:
-        now += seconds
-        match event:
-            case WorkerReady(worker) if worker in running:
-                continue  # a worker is ready once, when it has started
-            case WorkerGone(worker):
-                alive.pop(worker, None)
-                running.pop(worker, None)
-            case WorkerEnded(worker):
-                running.pop(worker, None)
-        effects: list[Effect] = node.handle(event, now)
-        for effect in effects:
-            match effect:
-                case Spawn(worker, job):
-                    assert worker not in alive and job in node.leases
-                    alive[worker] = job
-                case Kill(worker):
-                    del alive[worker]
-                    running.pop(worker, None)
-                case RunOn(worker, job, task, attempt):
-                    assert alive[worker] == job, "a worker belongs to one lease"
-                    assert worker not in running, "one task per worker"
-                    assert not running or not any(w.alone for w in busy(node)), "not alone"
-                    running[worker] = task, attempt
-        assert alive == {w.id: w.job for w in node.workers.values()}
-        assert set(alive.values()) <= set(node.leases)
-        assert node.busy == len(running)
-        assert node.busy <= slots and len(node.workers) <= slots
-        assert sum(shares(node).values()) <= slots
-        waiting = any(lease.pending for lease in node.leases.values())
-        free = slots - node.busy
-        alone_waits = any(
-            lease.pending and lease.pending[0] in lease.alone for lease in node.leases.values()
-        )
-        for job, lease in node.leases.items():
-            own = [w for w in node.workers.values() if w.job == job]
-            idle = any(w.state is WorkerState.IDLE for w in own)
-            held_back = alone_waits or any(w.alone for w in busy(node))
-            assert not (free and idle and lease.pending) or (held_back and node.busy), (
-                "work waits beside an idle worker"
-            )
-        assert not waiting or node.workers, "work waits and no worker comes"
-
-
 def test_waiting_tasks_wait_on_while_memory_is_short() -> None:
-    node = Node(2)
+    node = Slots(2)
     node.handle(LeaseAsked("j"), 0.0)
     for worker in (1, 2):
         node.handle(WorkerReady(worker), 0.0)
     for task in range(4):
         node.handle(TaskGiven("j", task, 1), 0.0)
     node.handle(MemoryUsed(85, 100), 1.0)
-    assert node.handle(WorkerEnded(1), 1.0) == [], "another one runs, whose end may help"
-    assert node.handle(WorkerEnded(2), 1.0) == [RunOn(1, "j", 2, 1)], "one at a time"
+    assert node.handle(WorkerFree(1), 1.0) == [], "another one runs, whose end may help"
+    assert node.handle(WorkerFree(2), 1.0) == [RunOn(1, "j", 2, 1)], "one at a time"
     assert node.handle(MemoryUsed(50, 100), 1.0) == [RunOn(2, "j", 3, 1)]
 
 
 def test_a_worker_whose_end_is_known_gets_no_other_task() -> None:
-    node = Node(1)
+    node = Slots(1)
     node.handle(LeaseAsked("j"), 0.0)
     node.handle(WorkerReady(1), 0.0)
     for task in range(2):
         node.handle(TaskGiven("j", task, 1), 0.0)
-    assert node.handle(WorkerEnded(1, 0, True), 1.0) == [Kill(1), Spawn(2, "j")]
+    assert node.handle(WorkerFree(1, 0, True), 1.0) == [Kill(1), Spawn(2, "j")]
     assert node.handle(WorkerGone(1, "killed by SIGKILL"), 1.0) == []
     assert node.handle(WorkerReady(2), 2.0) == [RunOn(2, "j", 1, 1)]

@@ -1,6 +1,8 @@
-"""The pure core of the agent: leases, worker slots, and which worker runs which attempt.
+"""The pure core of a node's slots: leases, workers, and which worker runs which attempt.
 
-``Node.handle(event, now)`` returns effects for the shell (``agent``). No process or socket here.
+``Slots.handle(event, now)`` returns effects for the shell (``agent``). No process or socket here.
+An attempt is known from the moment that it waits for a worker until that one is free again; the
+rest of its life is in ``attempts``.
 A worker belongs to one lease and runs one task at a time, so that blame for its death is exact.
 
 Several leases share the slots by max-min fairness: none gets more than it wants while another has
@@ -54,8 +56,7 @@ class Lease:
     heard_s: float
     wanted: int = -1
     served_s: float = 0.0
-    pending: deque[tuple[int, int]] = field(default_factory=deque)
-    alone: set[tuple[int, int]] = field(default_factory=set)
+    pending: deque[TaskGiven] = field(default_factory=deque)
 
 
 # ---- events
@@ -95,23 +96,19 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
-class AloneAsked:
-    """An attempt that is going to be given must run alone on this node."""
-
-    job: str
-    task: int
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
 class TaskGiven:
+    """An attempt waits for a worker; ``alone``: no other may run on this node beside it."""
+
     job: str
     task: int
     attempt: int
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class AbortAsked:
+class TaskTaken:
+    """An attempt that waits or runs is not wanted any more."""
+
     job: str
     task: int
     attempt: int
@@ -124,8 +121,8 @@ class WorkerReady:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerEnded:
-    """The worker has ended its task, and now holds so much memory; ``last``: it is gone, too."""
+class WorkerFree:
+    """The worker has done its task, and now holds so much memory; ``last``: it is gone, too."""
 
     worker: int
     nbytes: int = 0
@@ -151,8 +148,8 @@ class Tick:
 
 
 Event = (
-    LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | AloneAsked | TaskGiven | AbortAsked
-    | WorkerReady | WorkerEnded | WorkerGone | Tick
+    LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | TaskGiven | TaskTaken | WorkerReady
+    | WorkerFree | WorkerGone | Tick
 )  # fmt: skip
 
 
@@ -185,7 +182,9 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportDeath:
+class Died:
+    """The worker of an attempt has ended before it was done, or none could be started for it."""
+
     job: str
     task: int
     attempt: int
@@ -194,23 +193,16 @@ class ReportDeath:
 
 
 @dataclass(frozen=True, slots=True)
-class DropAttempt:
-    job: str
-    task: int
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
 class LeaseEnded:
     job: str
     reason: str
 
 
-Effect = GrantLease | Spawn | RunOn | Kill | ReportDeath | DropAttempt | LeaseEnded
+Effect = GrantLease | Spawn | RunOn | Kill | Died | LeaseEnded
 
 
-class Node:
-    """State of one agent.
+class Slots:
+    """The slots of one agent.
 
     :param slots: worker processes that may run a task at a time
     :param limits: of silence, of memory and of the time of a task
@@ -290,20 +282,14 @@ class Node:
                 self.draining = on
             case Released(job, reason):
                 self._end(job, reason, effects)
-            case AloneAsked(job, task, attempt):
-                if job in self.leases:
-                    self.leases[job].alone.add((task, attempt))
-            case TaskGiven(job, task, attempt):
-                if job in self.leases:
-                    self.leases[job].pending.append((task, attempt))
-                else:
-                    effects.append(DropAttempt(job, task, attempt))
-            case AbortAsked(job, task, attempt):
-                self._abort(job, task, attempt, effects)
+            case TaskGiven(job):
+                self.leases[job].pending.append(event)
+            case TaskTaken(job, task, attempt):
+                self._take_back(job, task, attempt, effects)
             case WorkerReady(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
                     found.state, found.start_bytes = WorkerState.IDLE, nbytes
-            case WorkerEnded(worker, nbytes, last):
+            case WorkerFree(worker, nbytes, last):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
                     found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
                     if last or nbytes - found.start_bytes > GROWTH_BYTES:
@@ -361,7 +347,7 @@ class Node:
             return
         # the lease that is furthest below its share comes first
         leases.sort(key=lambda one: self._running(one) - one.slots)
-        alone = [one for one in leases if one.pending[0] in one.alone]
+        alone = [one for one in leases if one.pending[0].alone]
         if alone or any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
             if self.busy:
                 return
@@ -379,10 +365,10 @@ class Node:
                 self._spawn(lease, effects)
 
     def _start(self, worker: Worker, lease: Lease, now: float, effects: list[Effect]) -> None:
-        worker.task, worker.attempt = key = lease.pending.popleft()
-        worker.state, worker.since_s, worker.alone = WorkerState.BUSY, now, key in lease.alone
+        given = lease.pending.popleft()
+        worker.task, worker.attempt, worker.alone = given.task, given.attempt, given.alone
+        worker.state, worker.since_s = WorkerState.BUSY, now
         if worker.alone:
-            lease.alone.remove(key)
             for other in [w for w in self.workers.values() if w is not worker]:
                 self._kill(other, effects)  # idle ones hold memory as well
         effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
@@ -433,8 +419,7 @@ class Node:
         self, worker: Worker, reason: str, effects: list[Effect], *, oom: bool = False
     ) -> None:
         self._kill(worker, effects)
-        effects.append(DropAttempt(worker.job, worker.task, worker.attempt))
-        effects.append(ReportDeath(worker.job, worker.task, worker.attempt, reason, oom))
+        effects.append(Died(worker.job, worker.task, worker.attempt, reason, oom))
 
     def _gone(self, gone: WorkerGone, effects: list[Effect]) -> None:
         worker = self.workers.pop(gone.worker, None)
@@ -445,27 +430,21 @@ class Node:
         if gone.oom:
             reason += f" by the kernel for lack of memory: {self._figures(gone.nbytes)}"
         if worker.state is WorkerState.BUSY:
-            task, attempt = worker.task, worker.attempt
-            effects.append(DropAttempt(lease.job, task, attempt))
-            effects.append(ReportDeath(lease.job, task, attempt, reason, gone.oom))
+            effects.append(Died(lease.job, worker.task, worker.attempt, reason, gone.oom))
         elif worker.state is WorkerState.STARTING and lease.pending:
             # workers that cannot start must not be spawned for ever: charge a waiting task
-            task, attempt = lease.pending.popleft()
-            lease.alone.discard((task, attempt))
-            effects.append(DropAttempt(lease.job, task, attempt))
+            given = lease.pending.popleft()
             text = f"worker could not start: {reason}"
-            effects.append(ReportDeath(lease.job, task, attempt, text, gone.oom))
+            effects.append(Died(lease.job, given.task, given.attempt, text, gone.oom))
         if worker.state is not WorkerState.STARTING and len(self._of(lease.job)) < lease.slots:
             self._spawn(lease, effects)
 
-    def _abort(self, job: str, task: int, attempt: int, effects: list[Effect]) -> None:
-        effects.append(DropAttempt(job, task, attempt))
-        lease = self.leases.get(job)
-        if lease is None:
-            return
-        lease.alone.discard((task, attempt))
-        if (task, attempt) in lease.pending:
-            lease.pending.remove((task, attempt))
+    def _take_back(self, job: str, task: int, attempt: int, effects: list[Effect]) -> None:
+        lease = self.leases[job]
+        for given in lease.pending:
+            if (given.task, given.attempt) == (task, attempt):
+                lease.pending.remove(given)
+                return
         for worker in self._of(job):
             if (worker.task, worker.attempt) == (task, attempt):
                 self._kill(worker, effects)
@@ -478,6 +457,24 @@ class Node:
             self._kill(worker, effects)
         effects.append(LeaseEnded(job, reason))
         self._share(effects)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the state contradicts itself; called by the tests."""
+        assert len(self.workers) <= self.slots, self.workers
+        assert sum(lease.slots for lease in self.leases.values()) <= self.slots, self.leases
+        running = []
+        for number, worker in self.workers.items():
+            assert number == worker.id <= self.spawned and worker.job in self.leases, worker
+            assert (worker.state is WorkerState.BUSY) == (worker.task >= 0), worker
+            if worker.task >= 0:
+                running.append((worker.job, worker.task, worker.attempt))
+        assert len(running) == len(set(running)), "an attempt runs twice"
+        if any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
+            assert len(running) == 1, "not alone"
+        for job, lease in self.leases.items():
+            assert job == lease.job and all(given.job == job for given in lease.pending), lease
+            waiting = [(job, given.task, given.attempt) for given in lease.pending]
+            assert len(waiting) == len(set(waiting)) and not {*waiting} & {*running}, lease
 
 
 def gib(nbytes: int) -> str:

@@ -3,8 +3,9 @@
     broker --control--> agent <--channel--> worker (one per slot)
     broker <==data==>   agent          payloads down, spooled attempts up, in chunks
 
-Never unpickles and never touches the shared filesystem. Decisions are ``node``'s; this module only
-carries them out. One thread, one poll loop. A private agent ends with its owner process.
+Never unpickles and never touches the shared filesystem. One thread, one poll loop: what is read
+becomes an event, ``slots`` or ``attempts`` decides, and their effects are carried out here. A
+private agent ends with its owner process.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,12 +30,14 @@ import zmq
 
 from oq_runtime import facts, logs, processes
 from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
-from oq_runtime.core import slots as core
+from oq_runtime.core import attempts, slots
+from oq_runtime.core.attempts import Attempts
 from oq_runtime.core.events import Events
 from oq_runtime.core.limits import Limits
-from oq_runtime.errors import ProtocolError, VersionError
+from oq_runtime.core.slots import Slots, WorkerState
+from oq_runtime.errors import ProtocolError, TransitionError, VersionError
 from oq_runtime.files import spares, store
-from oq_runtime.files.store import Reception
+from oq_runtime.files.store import AHEAD_BYTES, Reception
 from oq_runtime.logs import about
 from oq_runtime.node import systemd
 from oq_runtime.node.channel import Channel
@@ -45,21 +49,22 @@ log = logging.getLogger(__name__)
 
 #: seconds between two looks at the memory
 LOOK_SECS = 0.5
-#: seconds after which an attempt that still runs is told to have started
-STARTED_SECS = 0.2
 #: bytes of blobs and results in shared memory, and of one attempt's results; the rest is on disk
 SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
-#: chunks of results queued on the data socket; the rest waits in the spool
+#: chunks queued on a data socket each way; the rest waits in the spool, or at the broker
 DATA_HWM = 16
-#: messages that are read from the brokers before the others have their turn
-AT_ONCE = 500
+#: messages that are read from the brokers, and chunks from one, before others have their turn
+AT_ONCE, DATA_AT_ONCE = 500, 64
 #: last bytes of a dead worker's stderr in which the reason is looked for
 STDERR_TAIL_BYTES = 64 << 10
 FORKSERVER_LOG = "forkserver.log"
 #: of systemd.exec(5): for logs, and for what may need a disk
 DIRECTORIES = ("RUNTIME_DIRECTORY", "CACHE_DIRECTORY")
 
+#: task and attempt, of one job
 Key = tuple[int, int]
+Event = slots.Event | attempts.Event
+Effect = slots.Effect | attempts.Effect
 
 
 class Process:
@@ -99,17 +104,17 @@ class Process:
         return f"worker process {ended.pid} {text}"
 
 
-class Incoming(Reception):
-    """A blob on its way from a broker, and the attempts that wait for it."""
+@dataclass(slots=True, eq=False)
+class Upload:
+    """Results on their way: the chunks to come, and the one that the socket has not taken yet."""
 
-    def __init__(self, blob: protocol.Blob, descriptor: int) -> None:
-        super().__init__(descriptor, blob.nbytes, xxhash.xxh3_128())
-        self.blob = blob
-        self.waiting: list[Key] = []
+    key: Key
+    chunks: Iterator[tuple[int, memoryview]]
+    chunk: tuple[protocol.Chunk, memoryview] | None = None
 
 
 class JobIO:
-    """What the agent holds for one broker: links, tasks, blobs on their way, results to be sent.
+    """What the agent holds for one broker: links, calls, bytes on their way.
 
     :param control: the link on the control socket, open since the broker's call
     :param user: whose job it is, in the broker's words
@@ -121,22 +126,19 @@ class JobIO:
         self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
         self.local = False  # the broker is on this host and takes files as they are
-        self.tasks: dict[Key, protocol.Task] = {}
-        self.missing: dict[Key, int] = {}  # blobs that have not come yet
-        self.holds: dict[Key, list[str]] = {}  # names of blobs that have come
-        self.incoming: dict[bytes, Incoming] = {}
+        self.given: dict[Key, protocol.Task] = {}  # of the attempts that are not forgotten
+        self.incoming: dict[bytes, Reception] = {}
+        self.moved = False  # bytes have come for one of these since the last look
         self.unasked: deque[bytes] = deque()  # digests of blobs that are still to be asked for
-        self.results: dict[Key, protocol.Ended] = {}  # in files, until they are sent
-        self.uploads: deque[tuple[Key, Iterator[tuple[int, memoryview]]]] = deque()
-        self.chunk: tuple[protocol.Chunk, memoryview] | None = None
+        self.uploads: deque[Upload] = deque()
 
     def about(self, name: str) -> str:
         """Say which job this is, and whose."""
         return f"{self.title or name} of {self.user}"
 
     def close(self) -> None:
-        for incoming in self.incoming.values():
-            incoming.close()
+        for reception in self.incoming.values():
+            reception.close()
         if self.data is not None:
             self.data.socket.close(linger=0)
 
@@ -170,10 +172,11 @@ class Agent:
         self.directory = directory
         self.control_url = control_url
         self.store = store.Store(memory, disk, memory_bytes=SHARED_BYTES)
-        self.blobs: dict[str, int] = {}  # names in the store, the least recently used first: users
         self.own_facts = own_facts
         self.keys = keys
-        self.core = core.Node(slots, limits)
+        self.limits = limits
+        self.slots = Slots(slots, limits)
+        self.attempts = Attempts(limits)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
         self.monitor: security.HandshakeMonitor | None = None
@@ -188,12 +191,11 @@ class Agent:
         self.processes: dict[int, Process] = {}
         self.channels: dict[int, int] = {}  # descriptors of those that are open -> worker
         self.jobs: dict[str, JobIO] = {}
-        self._handle = Events(self.core.handle, self._apply, time.monotonic)
+        self._handle: Events[Event, Effect] = Events(self._decide, self._apply, time.monotonic)
         self.next_beat_s = self.next_look_s = 0.0
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
         self.oom_kills = self.oom_kills_before = oom_kills()
-        self.starting: dict[int, tuple[str, Key, float]] = {}  # worker -> attempt, and since when
         self.poller = zmq.Poller()
         for source in (self.control, self.owner, self._monitor_socket()):
             if source is not None:
@@ -236,12 +238,10 @@ class Agent:
         self.next_beat_s = 0.0  # tell the brokers now
         systemd.notify("STOPPING=1")
         log.info("draining: no new tasks; ends when those under way are done")
-        self._handle(core.DrainAsked())
+        self._handle(slots.DrainAsked())
 
     def _step(self) -> None:
-        due_s = min(self.next_beat_s, self.next_look_s)
-        if self.starting:
-            due_s = min(due_s, next(iter(self.starting.values()))[2] + STARTED_SECS)
+        due_s = min(self.next_beat_s, self.next_look_s, self.attempts.due_s)
         ready = dict(self.poller.poll(max(0, math.ceil((due_s - time.monotonic()) * 1000))))
         if self.owner in ready:
             self.running = False
@@ -256,23 +256,15 @@ class Agent:
         if self.control in ready:
             self._read_control()
         for name, job in list(self.jobs.items()):
-            data = job.data
-            while (
-                self.jobs.get(name) is job
-                and data
-                and data.socket in ready
-                and (views := transport.receive(data.socket, copy=False))
-            ):
-                self._from_data(name, job, views)
+            if job.data is not None and job.data.socket in ready:
+                self._read_data(name, job, job.data.socket)
             if (job.unasked or job.uploads) and self.jobs.get(name) is job:
                 self._send_data(name, job)
         if self.drain_asked and not self.ending:
             self._drain()
         now = time.monotonic()
-        while self.starting and now - next(iter(self.starting.values()))[2] >= STARTED_SECS:
-            worker = next(iter(self.starting))
-            name, (task, attempt), _ = self.starting.pop(worker)
-            self._to_broker(name, protocol.Started(task=task, attempt=attempt))
+        if now >= self.attempts.due_s:
+            self._handle(attempts.Tick())
         if now >= self.next_look_s:
             self._look(now)
         if now >= self.next_beat_s:
@@ -282,7 +274,19 @@ class Agent:
         for _ in range(AT_ONCE):
             if not (frames := transport.receive(self.control)):
                 return
-            self._from_broker(frames)
+            try:
+                self._from_broker(frames)
+            except TransitionError as exc:
+                what = f"refused a message on the control socket: {exc}"
+                log.warning(what, extra=about("message"))
+
+    def _read_data(self, name: str, job: JobIO, socket: zmq.Socket[Any]) -> None:
+        for _ in range(DATA_AT_ONCE):
+            if self.jobs.get(name) is not job:
+                return  # lost by what came before
+            if not (views := transport.receive(socket, copy=False)):
+                return
+            self._from_data(name, job, views)
 
     def _watch_handshakes(self, monitor: security.HandshakeMonitor) -> None:
         for kind, reason in monitor.events():
@@ -297,30 +301,39 @@ class Agent:
         self.oom_kills = oom_kills()
         used = usage()
         workers = {w: p.held_bytes for w, p in self.processes.items()}
-        self.alone_bytes = min(used.free_bytes + self.core.grown(workers), used.limit_bytes)
-        self._handle(core.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
-        self._handle(core.Tick())
+        self.alone_bytes = min(used.free_bytes + self.slots.grown(workers), used.limit_bytes)
+        self._handle(slots.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
+        self._handle(slots.Tick())
+        moved = frozenset(name for name, job in self.jobs.items() if job.moved)
+        for name in moved:
+            self.jobs[name].moved = False
+        self._handle(attempts.Tick(moved))
         systemd.notify("WATCHDOG=1")
 
     def _beat(self, now: float) -> None:
-        self.next_beat_s = now + self.core.limits.beat_s
+        self.next_beat_s = now + self.limits.beat_s
         logs.recount()
         if not self.jobs:
             spares.clear(self.store.memory)
-        if self.ending and not self.core.busy and not any(j.results for j in self.jobs.values()):
+        if self.ending and not self.attempts.attempts:
             self.running = False
         beat = protocol.Beat(
-            busy=self.core.busy,
-            closed=self.core.closed,
-            free_bytes=0 if self.core.draining else self.alone_bytes,
+            busy=self.slots.busy,
+            closed=self.slots.closed,
+            free_bytes=0 if self.slots.draining else self.alone_bytes,
         )
         for name, job in list(self.jobs.items()):
-            if name in self.core.leases:
+            if name in self.slots.leases:
                 self._to_broker(name, beat)
-            elif now - job.since_s > self.core.limits.lost_s:
+            elif now - job.since_s > self.limits.lost_s:
                 self._forget(name, "it has not asked for a lease")
             if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
+
+    def _decide(self, event: Event, now: float) -> Sequence[Effect]:
+        if isinstance(event, attempts.Event):
+            return self.attempts.handle(event, now)
+        return self.slots.handle(event, now)
 
     # ---- messages in
 
@@ -354,7 +367,7 @@ class Agent:
             self._forget(name, "messages were lost on the way")
             return
         wanted = message.wanted if isinstance(message, protocol.Beat) else None
-        self._handle(core.Heard(name, wanted))
+        self._handle(slots.Heard(name, wanted))
         match message:
             case protocol.Lease(data_url=url) if job.data is None:
                 keys = self.keys
@@ -363,25 +376,24 @@ class Agent:
                 try:
                     if url.startswith("ipc:") is not job.local:
                         raise ProtocolError("not encrypted")
-                    data = transport.dealer(self.context, url, send_hwm=DATA_HWM, secure=secure)
+                    data = transport.dealer(
+                        self.context, url, send_hwm=DATA_HWM, receive_hwm=DATA_HWM, secure=secure
+                    )
                 except (zmq.ZMQError, ProtocolError) as exc:
                     self._give_back(name, f"no way to {url}: {exc}")
                     return
                 job.data = transport.Link(data, name, message.epoch)
                 self.poller.register(data, zmq.POLLIN)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
-                self._handle(core.LeaseAsked(name))
-                if lease := self.core.leases.get(name):
+                self._handle(slots.LeaseAsked(name))
+                if lease := self.slots.leases.get(name):
                     log.info(f"lease of {name} of {job.user} granted: {lease.slots} slots")
-            case protocol.Task(task=task, attempt=attempt, alone=alone) if job.data:
-                if alone:
-                    self._handle(core.AloneAsked(name, task, attempt))
+            case protocol.Task() if job.data:
                 self._take(name, job, message)
             case protocol.Grant(task=task, attempt=attempt):
-                if ended := job.results.get((task, attempt)):
-                    self._send_results(name, job, (task, attempt), ended)
+                self._handle(attempts.Granted(name, task, attempt))
             case protocol.Abort(task=task, attempt=attempt):
-                self._handle(core.AbortAsked(name, task, attempt))
+                self._handle(attempts.AbortAsked(name, task, attempt))
             case protocol.Release():
                 self._forget(name, "released")
             case protocol.Beat(title=title):
@@ -395,9 +407,9 @@ class Agent:
             log.info(f"told to {action} by an administrator")
         match action:
             case "stop":
-                self._handle(core.DrainAsked())
+                self._handle(slots.DrainAsked())
             case "start":
-                self._handle(core.DrainAsked(False))
+                self._handle(slots.DrainAsked(False))
             case "kill":
                 for name in list(self.jobs):
                     self._give_back(name, "its workers were killed by an administrator")
@@ -406,14 +418,14 @@ class Agent:
         return protocol.AgentStatus(
             host=socket.gethostname(),
             pid=os.getpid(),
-            slots=self.core.slots,
-            busy=self.core.busy,
-            jobs=[self.jobs[name].about(name) for name in sorted(self.core.leases)],
-            memory=self.core.memory_percent / 100,
+            slots=self.slots.slots,
+            busy=self.slots.busy,
+            jobs=[self.jobs[name].about(name) for name in sorted(self.slots.leases)],
+            memory=self.slots.memory_percent / 100,
             engine=self.own_facts.engine,
-            state=("draining" if self.core.busy else "stopped") if self.core.draining else "up",
-            ready=self.core.ready,
-            beat_age_s=self.core.beat_age_s(time.monotonic()),
+            state=("draining" if self.slots.busy else "stopped") if self.slots.draining else "up",
+            ready=self.slots.ready,
+            beat_age_s=self.slots.beat_age_s(time.monotonic()),
         )
 
     def _greet(self, peer: bytes, hello: protocol.Hello) -> None:
@@ -428,7 +440,7 @@ class Agent:
             link.send(protocol.Refused(reason=different))
             return
         self.jobs[hello.job] = JobIO(link, hello.user)
-        slots = 0 if self.core.draining else self.core.slots
+        slots = 0 if self.slots.draining else self.slots.slots
         link.send(
             protocol.Welcome(
                 pid=os.getpid(), host=socket.gethostname(), slots=slots, facts=self.own_facts
@@ -437,7 +449,7 @@ class Agent:
 
     def _forget(self, name: str, reason: str) -> None:
         """End the lease of a job and all that is held for it."""
-        self._handle(core.Released(name, reason))
+        self._handle(slots.Released(name, reason))
         if job := self.jobs.pop(name, None):
             self._close(name, job)
 
@@ -447,54 +459,16 @@ class Agent:
         job.close()
         for stored in [stored for stored in self.store.files if stored.startswith(f"{name}-")]:
             self.store.remove(stored)
-            self.blobs.pop(stored, None)
-
-    # ---- blobs
 
     def _take(self, name: str, job: JobIO, given: protocol.Task) -> None:
-        """Hold a task until its blobs are here; each is fetched once, however many wait for it."""
+        """Take a task; the blobs that a broker on this host has in files stay there."""
+        blobs = tuple((b.digest, b.nbytes) for b in given.blobs if not (job.local and b.path))
         key = given.task, given.attempt
-        job.tasks[key] = given
-        holds = job.holds[key] = []
-        missing = 0
-        for blob in given.blobs:
-            stored = f"{name}-{blob.digest.hex()}"
-            if blob.path:
-                continue
-            if stored in self.blobs:
-                self.blobs[stored] = self.blobs.pop(stored) + 1  # now the most recently used
-                holds.append(stored)
-                continue
-            if blob.digest not in job.incoming:
-                try:
-                    self._fetch(name, job, blob)
-                except OSError as exc:
-                    self._drop(name, job, key)
-                    self._no_room(name, key, f"no room for its arguments: {exc}")
-                    return
-            job.incoming[blob.digest].waiting.append(key)
-            missing += 1
-        if missing:
-            job.missing[key] = missing
-        else:
-            self._handle(core.TaskGiven(name, *key))
+        event = attempts.Given(name, *key, blobs, given.alone, self.store.free_bytes)
+        job.given.setdefault(key, given)
+        self._handle(event)
 
-    def _fetch(self, name: str, job: JobIO, blob: protocol.Blob) -> None:
-        for stored, users in list(self.blobs.items()):
-            if self.store.free_bytes >= blob.nbytes:
-                break
-            if not users:
-                self.store.remove(stored)
-                del self.blobs[stored]
-        descriptor = self.store.create(f"{name}-{blob.digest.hex()}", blob.nbytes)
-        job.incoming[blob.digest] = Incoming(blob, descriptor)
-        job.unasked.append(blob.digest)
-        self._want_to_send(job)
-
-    def _no_room(self, name: str, key: Key, reason: str) -> None:
-        task, attempt = key
-        died = protocol.Died(task=task, attempt=attempt, reason=reason, no_room=True)
-        self._to_broker(name, died)
+    # ---- data in
 
     def _from_data(self, name: str, job: JobIO, frames: list[memoryview]) -> None:
         assert job.data is not None
@@ -508,27 +482,31 @@ class Agent:
             return
         if not isinstance(message, protocol.BlobChunk):
             return
-        incoming = job.incoming.get(message.digest)
-        if incoming is None or not frames[1:] or not incoming.take(message.offset, frames[1]):
-            self._give_back(name, "a big argument came in pieces that do not fit")
-        elif incoming.whole:
-            self._complete(name, job, incoming)
+        job.moved = True
+        reception = job.incoming.get(message.digest)
+        if reception is None or not frames[1:]:
+            return  # nobody waits for it any more
+        try:
+            if not reception.take(message.offset, frames[1]):
+                return  # of an answer to an earlier question
+        except OSError as exc:
+            self._refuse_blob(name, message.digest, exc)
+            return
+        if reception.whole:
+            self._complete(name, job, message.digest, reception)
 
-    def _complete(self, name: str, job: JobIO, incoming: Incoming) -> None:
-        digest = incoming.blob.digest
-        if incoming.hash.digest() != incoming.blob.check:
+    def _complete(self, name: str, job: JobIO, digest: bytes, reception: Reception) -> None:
+        if reception.hash.digest() != _blob(job, digest).check:
             self._give_back(name, "a big argument was damaged on the way")
             return
         job.incoming.pop(digest).close()
-        waiting = [key for key in incoming.waiting if key in job.tasks]
-        stored = f"{name}-{digest.hex()}"
-        self.blobs[stored] = len(waiting)
-        for key in waiting:
-            job.holds[key].append(stored)
-            job.missing[key] -= 1
-            if not job.missing[key]:
-                del job.missing[key]
-                self._handle(core.TaskGiven(name, *key))
+        self._handle(attempts.BlobCame(name, digest))
+
+    def _refuse_blob(self, name: str, digest: bytes, exc: OSError) -> None:
+        reason = f"{exc.strerror} in {self.store.disk}"
+        self._handle(attempts.BlobRefused(name, digest, reason))
+
+    # ---- workers
 
     def _hear(self, worker: int) -> None:
         """Read what a worker says, and send it what it could not take before."""
@@ -550,9 +528,9 @@ class Agent:
         process = self.processes[worker]
         if isinstance(message, protocol.Ready):
             process.pid, process.memory = message.pid, Resident(message.pid)
-            self._handle(core.WorkerReady(worker, process.held_bytes))
+            self._handle(slots.WorkerReady(worker, process.held_bytes))
             return
-        found = self.core.workers.get(worker)
+        found = self.slots.workers.get(worker)
         job = self.jobs.get(message.job)
         key = (message.task, message.attempt)
         if (
@@ -562,22 +540,19 @@ class Agent:
             or key != (found.task, found.attempt)
         ):
             return  # of an attempt that was aborted meanwhile
-        self.starting.pop(worker, None)
         match message:
             case protocol.Ended(path=path):
+                told = message
                 if path:
                     self.store.adopt(_name(message.job, key), Path(path), message.nbytes)
-                    job.results[key] = message
                     process.spool = "none"  # not to be removed with the worker
-                    told = message if job.local else msgspec.structs.replace(message, path="")
-                else:
-                    told = message
-                    self._drop(message.job, job, key)
+                    if not job.local:
+                        told = msgspec.structs.replace(message, path="")
+                self._handle(attempts.Done(message.job, *key, bool(path)))
                 self._to_broker(message.job, told)
             case protocol.NoRoom(reason=reason):
-                self._drop(message.job, job, key)
-                self._no_room(message.job, key, reason)
-        self._handle(core.WorkerEnded(worker, process.held_bytes, process.ended))
+                self._handle(attempts.Failed(message.job, *key, reason, no_room=True))
+        self._handle(slots.WorkerFree(worker, process.held_bytes, process.ended))
 
     def _from_forkserver(self, forkserver: ForkServer, heard: bool) -> None:
         forkserver.flush()
@@ -587,7 +562,7 @@ class Agent:
         except EOFError:
             self._forkserver_gone(forkserver)
             return
-        if not self.processes and not self.core.leases:
+        if not self.processes and not self.slots.leases:
             self._close_forkserver(forkserver)
 
     def _close_forkserver(self, forkserver: ForkServer) -> int:
@@ -620,60 +595,90 @@ class Agent:
         self.oom_kills_before += oom  # each kill explains one death
         if process.memory is not None:
             process.memory.close()
-        known = self.core.workers.get(ended.worker)  # one that was killed on purpose is not
-        if known is not None and known.state is core.WorkerState.IDLE:
+        known = self.slots.workers.get(ended.worker)  # one that was killed on purpose is not
+        if known is not None and known.state is WorkerState.IDLE:
             log.info(f"{reason}, while it had no task")
-        self.starting.pop(ended.worker, None)
         for place in (self.store.memory, self.store.disk):
             (place / process.spool).unlink(missing_ok=True)
-        self._handle(core.WorkerGone(ended.worker, reason, oom, ended.peak_bytes))
+        self._handle(slots.WorkerGone(ended.worker, reason, oom, ended.peak_bytes))
 
     # ---- effects out
 
-    def _apply(self, effect: core.Effect) -> None:
+    def _apply(self, effect: Effect) -> None:
         match effect:
-            case core.GrantLease(job, slots):
-                self._to_broker(job, protocol.Leased(slots=slots))
-            case core.Spawn(worker, _):
+            case slots.RunOn():
+                self._run(effect)
+            case slots.TaskGiven() | slots.TaskTaken() | slots.Died():
+                self._handle(effect)  # one core has decided something for the other
+            case attempts.Forget(job, task, attempt):
+                self._forget_attempt(job, (task, attempt))
+            case slots.GrantLease(job, share):
+                self._to_broker(job, protocol.Leased(slots=share))
+            case slots.Spawn(worker, _):
                 self._spawn(worker)
-            case core.RunOn(worker, job, task, attempt):
-                self._run(worker, job, (task, attempt))
-            case core.Kill(worker):
+            case slots.Kill(worker):
                 if self.forkserver is not None:
                     self.forkserver.kill(worker)
-            case core.ReportDeath(job, task, attempt, reason, oom):
-                log.info(f"task {task} of {job}, attempt {attempt}: {reason}")
-                died = protocol.Died(task=task, attempt=attempt, reason=reason, oom=oom)
-                self._to_broker(job, died)
-            case core.DropAttempt(job, task, attempt):
-                if found := self.jobs.get(job):
-                    self._drop(job, found, (task, attempt))
-            case core.LeaseEnded(job, reason):
+            case slots.LeaseEnded(job, reason):
+                self._handle(attempts.JobEnded(job))
                 if ended := self.jobs.pop(job, None):
                     log.info(f"lease of {job} of {ended.user} ended: {reason}")
                     self._close(job, ended)
+            case attempts.Fetch(job, digest, nbytes):
+                self._fetch(job, digest, nbytes)
+            case attempts.DropBlob(job, digest):
+                self.store.remove(_blob_name(job, digest))
+                if (found := self.jobs.get(job)) and (coming := found.incoming.pop(digest, None)):
+                    coming.close()
+            case attempts.Upload(job, task, attempt):
+                self._send_results(job, (task, attempt))
+            case attempts.TellStarted(job, task, attempt):
+                self._to_broker(job, protocol.Started(task=task, attempt=attempt))
+            case attempts.TellDied(job, task, attempt, reason, oom, no_room):
+                log.info(f"task {task} of {job}, attempt {attempt}: {reason}")
+                died = protocol.Died(
+                    task=task, attempt=attempt, reason=reason, oom=oom, no_room=no_room
+                )
+                self._to_broker(job, died)
 
-    def _run(self, worker: int, name: str, key: Key) -> None:
-        process, job = self.processes[worker], self.jobs.get(name)
+    def _run(self, chosen: slots.RunOn) -> None:
+        name, key = chosen.job, (chosen.task, chosen.attempt)
+        process, job = self.processes[chosen.worker], self.jobs.get(name)
         if job is None:
             return  # its broker was found lost just now
-        given = job.tasks[key]
+        given = job.given[key]
         process.spool = _name(name, key)
         run = protocol.Run(
             job=name,
             task=key[0],
             attempt=key[1],
             call=given.call,
-            paths=[blob.path or self._path(name, blob) for blob in given.blobs],
-            spool_bytes=min(SPOOL_BYTES, self.store.free_bytes // self.core.slots),
+            paths=[self._path(name, job, blob) for blob in given.blobs],
+            spool_bytes=min(SPOOL_BYTES, self.store.free_bytes // self.slots.slots),
         )
         process.channel.send(protocol.encode(run))
         if process.channel.unsent:
             self.poller.modify(process.channel.fileno(), _events(process.channel))
-        self.starting[worker] = name, key, time.monotonic()
+        self._handle(chosen)
 
-    def _path(self, name: str, blob: protocol.Blob) -> str:
-        return str(self.store.path(f"{name}-{blob.digest.hex()}"))
+    def _path(self, name: str, job: JobIO, blob: protocol.Blob) -> str:
+        if job.local and blob.path:
+            return blob.path
+        return str(self.store.path(_blob_name(name, blob.digest)))
+
+    def _fetch(self, name: str, digest: bytes, nbytes: int) -> None:
+        job = self.jobs.get(name)
+        if job is None:
+            return
+        if digest not in job.incoming:
+            try:
+                descriptor = self.store.create(_blob_name(name, digest), nbytes, AHEAD_BYTES)
+            except OSError as exc:
+                self._refuse_blob(name, digest, exc)
+                return
+            job.incoming[digest] = Reception(descriptor, nbytes, xxhash.xxh3_128())
+        job.unasked.append(digest)
+        self._want_to_send(job)
 
     def _to_broker(self, name: str, message: protocol.Message) -> None:
         """Send to a broker; one that cannot be reached has lost the lease."""
@@ -685,36 +690,38 @@ class Agent:
         self._to_broker(name, protocol.NoLease(reason=reason))
         self._forget(name, reason)
 
-    def _drop(self, name: str, job: JobIO, key: Key) -> None:
-        """Forget an attempt: what it was given, and the results that it has left."""
-        job.tasks.pop(key, None)
-        job.missing.pop(key, None)
-        for stored in job.holds.pop(key, ()):
-            self.blobs[stored] -= 1
-        job.results.pop(key, None)
-        if any(upload[0] == key for upload in job.uploads):
-            self.store.release(_name(name, key))  # the mapping, of which frames are under way
+    def _forget_attempt(self, name: str, key: Key) -> None:
+        """Let go of what is here of an attempt: its call, and the results that it has left."""
+        job, stored = self.jobs.get(name), _name(name, key)
+        if job is None:
+            return  # its broker was found lost just now
+        job.given.pop(key, None)
+        if stored not in self.store:
+            return
+        if sending := [upload for upload in job.uploads if upload.key == key]:
+            job.uploads.remove(sending[0])
+            self.store.release(stored)  # the mapping, of which frames are under way
         else:
-            self.store.remove(_name(name, key))
-        if job.uploads and job.uploads[0][0] == key:
-            job.chunk = None
-        job.uploads = deque(upload for upload in job.uploads if upload[0] != key)
+            self.store.remove(stored)
 
-    def _send_results(self, name: str, job: JobIO, key: Key, ended: protocol.Ended) -> None:
+    def _send_results(self, name: str, key: Key) -> None:
         """Send the body of an attempt, or leave its file to a broker on the same host."""
-        stored = _name(name, key)
+        job, stored = self.jobs.get(name), _name(name, key)
+        if job is None:
+            return
         if job.local:
             path, _ = self.store.release(stored)
-            self._drop(name, job, key)
             placed = protocol.Placed(task=key[0], attempt=key[1], path=str(path))
             self._to_broker(name, placed)
+            self._handle(attempts.Sent(name, *key))
             return
         try:
             body = spares.consume(self.store.path(stored))
         except OSError as exc:
-            self._give_back(name, f"results are not there any more: {exc}")
+            reason = f"its results are not there any more: {exc.strerror}"
+            self._handle(attempts.Failed(name, *key, reason))
             return
-        job.uploads.append((key, protocol.chunks(body)))
+        job.uploads.append(Upload(key, protocol.chunks(body)))
         self._want_to_send(job)
 
     def _want_to_send(self, job: JobIO) -> None:
@@ -729,16 +736,17 @@ class Agent:
                 return
             job.unasked.popleft()
         while job.uploads:
-            (task, attempt), chunks = job.uploads[0]
-            if job.chunk is None:
-                if (item := next(chunks, None)) is None:
-                    self._drop(name, job, (task, attempt))
+            upload = job.uploads[0]
+            if upload.chunk is None:
+                task, attempt = upload.key
+                if (item := next(upload.chunks, None)) is None:
+                    self._handle(attempts.Sent(name, task, attempt))
                     continue
                 offset, chunk = item
-                job.chunk = protocol.Chunk(task=task, attempt=attempt, offset=offset), chunk
-            if not job.data.send(*job.chunk):
+                upload.chunk = protocol.Chunk(task=task, attempt=attempt, offset=offset), chunk
+            if not job.data.send(*upload.chunk):
                 return
-            job.chunk = None
+            upload.chunk = None
         self.poller.modify(job.data.socket, zmq.POLLIN)
 
     def _spawn(self, worker: int) -> None:
@@ -783,6 +791,16 @@ def _tail(path: Path) -> list[str]:
         file.seek(max(0, path.stat().st_size - STDERR_TAIL_BYTES))
         return file.read().decode(errors="replace").strip().splitlines()
     return []
+
+
+def _blob(job: JobIO, digest: bytes) -> protocol.Blob:
+    """Return what the broker has said of a blob for which an attempt waits."""
+    given = (blob for task in job.given.values() for blob in task.blobs)
+    return next(blob for blob in given if blob.digest == digest)
+
+
+def _blob_name(job: str, digest: bytes) -> str:
+    return f"{job}-{digest.hex()}"
 
 
 def _name(job: str, key: Key) -> str:

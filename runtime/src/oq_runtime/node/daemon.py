@@ -100,7 +100,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
         systemd.notify("READY=1")
-        log.info(f"ready on {agent.control_url} with {agent.core.slots} slots")
+        log.info(f"ready on {agent.control_url} with {agent.slots.slots} slots")
         agent.run()
         log.info("ended")
     finally:

@@ -59,13 +59,19 @@ def dealer(
     url: str,
     *,
     send_hwm: int = HWM,
+    receive_hwm: int = 0,
     secure: Secure | None = None,
     immediate: bool = False,
 ) -> zmq.Socket[Any]:
-    """Return a DEALER connected to ``url``; ``immediate``: it takes messages only while it is."""
+    """Return a DEALER connected to ``url``.
+
+    :param send_hwm: messages that wait to be sent
+    :param receive_hwm: messages that wait to be read before the peer has to wait; 0: any number
+    :param immediate: it takes messages only while it is connected
+    """
     socket = _socket(context, zmq.DEALER, url, secure)
     socket.setsockopt(zmq.SNDHWM, send_hwm)
-    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, receive_hwm)
     socket.setsockopt(zmq.IMMEDIATE, int(immediate))
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
