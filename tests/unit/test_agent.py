@@ -1,0 +1,308 @@
+"""The agent under a scripted broker, over real sockets in this process, with real workers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+import pickle
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import xxhash
+import zmq
+
+from oq_runtime.core.limits import Limits
+from oq_runtime.files import private
+from oq_runtime.node.agent import Agent
+from oq_runtime.wire import payload, protocol, security, transport
+from tests.leftovers import wait_for
+
+pytestmark = pytest.mark.timeout(90)
+
+#: short enough for a test; the fence is a beat before ``lost_s``
+LIMITS = Limits(beat_s=0.2, suspect_s=1.0, lost_s=2.0)
+#: seconds in which an answer comes; the first worker imports a part of the engine
+ANSWER_S = 30.0
+TASKS = Path(__file__).parents[1] / "local"
+JOB = "oq-run-test"
+FACTS = protocol.Facts(engine="x")
+Kind = TypeVar("Kind", bound=protocol.Message)
+
+
+class Peer:
+    """One socket of the scripted broker: what has come and was not asked for yet."""
+
+    def __init__(self, socket: zmq.Socket[Any]) -> None:
+        self.socket = socket
+        self.link = transport.Link(socket, JOB, 0)
+        self.come: deque[tuple[Any, list[bytes]]] = deque()
+
+    def read(self) -> None:
+        while frames := transport.receive(self.socket):
+            if self.socket.type == zmq.ROUTER:
+                self.link.peer, *frames = frames
+            self.come.append((protocol.decode(frames[0]), frames[1:]))
+
+
+class Stage:
+    """An agent in a thread of its own, and the broker of a job, whose words are in the tests.
+
+    :param directory: of the agent
+    :param remote: whether the broker is on another host, so that results travel
+    """
+
+    def __init__(self, directory: Path, *, remote: bool = False, slots: int = 1) -> None:
+        self.directory = private.own(directory)
+        self.memory, self.disk = (private.own(directory / name) for name in ("memory", "disk"))
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.keys = security.Keys.derive(b"a secret of this test") if remote else None
+        self.gate = security.Gate(self.context, self.keys) if self.keys else None
+        self.agent = Agent(
+            directory=directory,
+            memory=self.memory,
+            disk=self.disk,
+            control_url="tcp://127.0.0.1:*" if remote else f"ipc://{directory}/control",
+            slots=slots,
+            owner=os.getpid(),
+            own_facts=FACTS,
+            limits=LIMITS,
+            keys=self.keys,
+        )
+        self.url = self.agent.control.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.thread = threading.Thread(target=self.agent.run)
+        self.thread.start()
+        url = "tcp://127.0.0.1:*" if remote else f"ipc://{directory}/data"
+        self.data = Peer(transport.router(self.context, url, secure=self._secure(server=True)))
+        self.control = Peer(
+            transport.dealer(self.context, self.url, secure=self._secure(server=False))
+        )
+        self.lease()
+
+    def _secure(self, *, server: bool) -> transport.Secure | None:
+        if self.keys is None:
+            return None
+        secure = security.secure_server if server else security.secure_client
+        return functools.partial(secure, keys=self.keys)
+
+    def lease(self) -> None:
+        epoch = self.control.link.epoch + 1
+        self.control.link = transport.Link(self.control.socket, JOB, epoch)
+        self.send(protocol.Hello(pid=1, role="broker", facts=FACTS, user="anna"))
+        self.expect(protocol.Welcome, beat=False)
+        url = self.data.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.send(protocol.Lease(node="n", data_url=url))
+        self.expect(protocol.Leased, beat=False)
+        self.expect(protocol.Hello)
+        self.data.link = transport.Link(self.data.socket, JOB, epoch, self.data.link.peer)
+
+    def send(self, message: protocol.Message) -> None:
+        assert self.control.link.send(message)
+
+    def expect(
+        self,
+        kind: type[Kind],
+        which: Callable[[Kind], object] = lambda _: True,
+        *,
+        beat: bool = True,
+        within_s: float = ANSWER_S,
+    ) -> Kind:
+        """Return the first message of this kind that comes on either socket; others stay."""
+        found: list[Kind] = []
+
+        def look() -> bool:
+            if beat:
+                self.send(protocol.Beat(wanted=1))
+            for peer in (self.control, self.data):
+                peer.read()
+                for item in peer.come:
+                    if isinstance(item[0], kind) and which(item[0]):
+                        peer.come.remove(item)
+                        self.frames = item[1]
+                        found.append(item[0])
+                        return True
+            return False
+
+        came = wait_for(look, within_s, LIMITS.beat_s / 4)
+        assert came, f"no {kind.__name__}, but {[m for m, _ in self.control.come][-3:]}"
+        return found[0]
+
+    def give(self, task: int, name: str, *arguments: Any) -> protocol.Task:
+        """Give an attempt of a function of tests/local/tasks; a blob stands for its argument."""
+        import tasks  # see ``light``
+        from openquake.baselib import performance
+
+        blobs = [one for one in arguments if isinstance(one, protocol.Blob)]
+        items: list[Any] = [[*map(bytes, payload.dump(payload.Pickled(getattr(tasks, name))))]]
+        for one in arguments:
+            known = isinstance(one, protocol.Blob)
+            items.append(blobs.index(one) if known else [*map(bytes, payload.dump(one))])
+        monitor = performance.Monitor("test")
+        monitor.inject, monitor.backurl = True, "inproc://none"
+        call = pickle.dumps((task, monitor, items), payload.PROTOCOL)
+        given = protocol.Task(
+            task=task, attempt=1, func=name, number=100 + task, call=call, blobs=blobs
+        )
+        self.send(given)
+        return given
+
+    def answer(self, digest: bytes, body: bytes) -> None:
+        for offset, chunk in protocol.chunks(body):
+            message = protocol.BlobChunk(digest=digest, offset=offset)
+            assert self.data.link.send(message, bytes(chunk))
+
+    def ended(self, task: int) -> Any:
+        """Return what a task has returned: with the message that ends it, or afterwards."""
+        ended = self.expect(protocol.Ended, lambda one: one.task == task)
+        body = ended.body
+        if not body:
+            self.send(protocol.Grant(task=task, attempt=ended.attempt))
+            body = self._uploaded(ended) if self.keys else self._placed(ended)
+        assert xxhash.xxh3_128(body).digest() == ended.digest
+        results = [payload.load(frames) for frames in payload.parts(bytearray(body))]
+        assert results.pop().msg == "TASK_ENDED"
+        return [result.get() for result in results]
+
+    def _uploaded(self, ended: protocol.Ended) -> bytes:
+        body = b""
+        while len(body) < ended.nbytes:
+            chunk = self.expect(protocol.Chunk)
+            assert (chunk.task, chunk.offset) == (ended.task, len(body))
+            body += self.frames[0]
+        return body
+
+    def _placed(self, ended: protocol.Ended) -> bytes:
+        placed = self.expect(protocol.Placed)
+        assert placed.path == ended.path
+        body = Path(placed.path).read_bytes()
+        Path(placed.path).unlink()
+        return body
+
+    def ping(self) -> None:
+        """Wait until the agent has read all that was sent on the control socket so far."""
+        transport.send(self.control.socket, protocol.Ping())
+        self.expect(protocol.Ping)
+
+    def close(self) -> None:
+        self.agent.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        if self.gate:
+            self.gate.stop()
+        self.context.destroy(linger=0)
+
+
+@contextmanager
+def stage(tmp_path: Path, **options: Any) -> Iterator[Stage]:
+    found = Stage(tmp_path / "s", **options)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(autouse=True)
+def light(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that have the tasks of the tests, and no calculator, which takes seconds."""
+    cfg = tmp_path / "openquake.cfg"
+    cfg.write_text("[oq_runtime]\npreload =\n")
+    monkeypatch.setenv("OQ_CONFIG_FILE", str(cfg))
+    monkeypatch.setenv("PYTHONPATH", str(TASKS))
+    monkeypatch.syspath_prepend(str(TASKS))
+    importlib.import_module("tasks")  # now: a broker must not fall silent
+    importlib.import_module("openquake.baselib.performance")
+
+
+@pytest.fixture
+def here(tmp_path: Path, light: None) -> Iterator[Stage]:
+    with stage(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def away(tmp_path: Path, light: None) -> Iterator[Stage]:
+    with stage(tmp_path, remote=True) as found:
+        yield found
+
+
+BIG = bytes(range(256)) * 8192
+
+
+def blob(data: bytes = BIG) -> tuple[protocol.Blob, bytes]:
+    """An argument as a blob, and the bytes of it that travel."""
+    body = b"".join(map(bytes, payload.lay_out(payload.dump(data))))
+    digest = hashlib.blake2b(body, digest_size=32).digest()
+    return protocol.Blob(digest, len(body), xxhash.xxh3_128(body).digest()), body
+
+
+# ---- the way of a task
+
+
+def test_small_results_come_with_the_end(here: Stage) -> None:
+    here.give(1, "square", 3)
+    assert here.ended(1) == [{"sum": 9}]
+
+
+@pytest.mark.parametrize("where", ["here", "away"])
+def test_big_results_are_sent_when_there_is_room(
+    request: pytest.FixtureRequest, where: str
+) -> None:
+    stage: Stage = request.getfixturevalue(where)
+    for task in (1, 2):
+        stage.give(task, "grow", task, b"x" * 5000, 3_000_000)
+        [result] = stage.ended(task)
+        assert result[f"out{task}"] == bytes([task]) * 3_000_000
+    assert wait_for(lambda: not stage.agent.attempts.attempts)
+    assert not stage.agent.store.files
+
+
+def test_big_arguments_are_fetched_once(away: Stage) -> None:
+    found, body = blob()
+    for task in (1, 2):
+        away.give(task, "grow", task, found, 10)
+    assert away.expect(protocol.Fetch).digest == found.digest
+    away.answer(found.digest, body)
+    for task in (1, 2):
+        assert away.ended(task)[0]["in"] == sum(BIG[::4099])
+    away.give(3, "grow", 3, found, 10)
+    assert away.ended(3), "it is here already"
+
+
+# ---- fetches without answer
+
+
+def test_what_an_aborted_task_waited_for_is_asked_for_anew(away: Stage) -> None:
+    # the broker ignores the first question: it wants nothing of that task any more
+    found, body = blob()
+    away.give(1, "grow", 1, found, 10)
+    away.expect(protocol.Fetch)
+    away.send(protocol.Abort(task=1, attempt=1))
+    away.give(2, "grow", 2, found, 10)
+    away.expect(protocol.Fetch)
+    away.answer(found.digest, body)
+    assert away.ended(2)[0]["in"] == sum(BIG[::4099])
+
+
+def test_a_fetch_is_asked_again_and_its_answers_may_cross(away: Stage) -> None:
+    found, body = blob()
+    away.give(1, "grow", 1, found, 10)
+    away.expect(protocol.Fetch)
+    away.expect(protocol.Fetch)
+    away.answer(found.digest, body)
+    away.answer(found.digest, body)
+    assert away.ended(1)[0]["in"] == sum(BIG[::4099])
+
+
+def test_a_fetch_that_is_never_answered_fails_its_attempts(away: Stage) -> None:
+    found, _ = blob()
+    away.give(1, "grow", 1, found, 10)
+    died = away.expect(protocol.Died)
+    assert "was asked for twice and did not come" in died.reason and not died.no_room
+    away.give(2, "square", 2)
+    assert away.ended(2) == [{"sum": 4}]
