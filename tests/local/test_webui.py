@@ -221,3 +221,30 @@ def test_job_outlives_a_restart(site: Site) -> None:
     assert site.status(job) == "complete", site.log.read_text()
     outputs = site.login().get(f"{site.url}/v1/calc/{job}/results").json()
     assert any(row["type"] == "hcurves" for row in outputs)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            {"OQ_WEBUI_SECRET_KEY_FILE": ""},
+            "OQ_WEBUI_SECRET_KEY_FILE is not set; name a file with a",
+        ),
+        ({"OQ_APPLICATION_MODE": "restricted"}, "give RESTRICTED, the mode with login"),
+        ({"OQ_APPLICATION_MODE": "PUBLIC"}, "give RESTRICTED, the mode with login"),
+    ],
+)
+def test_wrong_settings_are_told_in_a_line(
+    env: dict[str, str], tmp_path: Path, change: dict[str, str], sentence: str
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("k" * 50)
+    key.chmod(0o600)
+    done = subprocess.run(
+        [sys.executable, "-m", "oq_runtime.webui"],
+        env=env | {"OQ_WEBUI_SECRET_KEY_FILE": str(key)} | change,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

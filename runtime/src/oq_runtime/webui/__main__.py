@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 from setproctitle import setproctitle
@@ -27,6 +28,11 @@ def application() -> Any:
     from whitenoise import WhiteNoise
 
     app = WhiteNoise(get_wsgi_application())
+    try:
+        import_module(settings.ROOT_URLCONF)  # where the engine looks for its mail templates
+    except AssertionError as exc:
+        text = str(exc).split(". ")[0]
+        raise ConfigError(f"{text}; copy it from the file *.default.tmpl beside it") from None
     # from where they are installed: a collected copy would be stale after an upgrade
     for finder in finders.get_finders():
         for storage in finder.storages.values():
@@ -48,12 +54,18 @@ def main() -> None:
     except ConfigError as exc:
         print(f"oq_runtime.webui: {exc}", file=sys.stderr)
         sys.exit(2)
+    behind_proxy = {
+        "trusted_proxy": os.environ.get("OQ_WEBUI_PROXY"),
+        "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"},
+    }
     waitress.serve(
         app,
         listen=args.listen,
         threads=args.threads,
         max_request_body_size=MAX_UPLOAD_BYTES,
         ident=None,
+        clear_untrusted_proxy_headers=True,
+        **(behind_proxy if behind_proxy["trusted_proxy"] else {}),
     )
 
 

@@ -10,6 +10,7 @@ from openquake.server import apps
 from openquake.server.db import actions
 
 from oq_runtime.engine.jobtable import RUNNING_HERE
+from oq_runtime.webui import uploads
 
 
 def fail_lost_jobs(db: Any) -> None:
@@ -31,3 +32,6 @@ class ServerConfig(apps.ServerConfig):  # type: ignore[misc]
             super().ready()
         finally:
             actions.reset_is_running = reset
+        from openquake.server import views  # it needs the settings
+
+        uploads.install(views)

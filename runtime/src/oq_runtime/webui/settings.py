@@ -15,6 +15,7 @@ os.environ.setdefault("EMAIL_BACKEND", "django.core.mail.backends.dummy.EmailBac
 
 from openquake.server.settings import *
 from openquake.server.settings import INSTALLED_APPS as ENGINE_APPS
+from openquake.server.settings import MIDDLEWARE as ENGINE_MIDDLEWARE
 
 from oq_runtime.errors import ConfigError
 
@@ -24,7 +25,9 @@ MIN_CHARACTERS = 32
 
 def read_secret_key(name: str) -> str:
     """Return the key in the file that the variable ``name`` gives; raises ConfigError."""
-    path = Path(os.environ.get(name, ""))
+    if not os.environ.get(name):
+        raise ConfigError(f"{name} is not set; name a file with a secret key")
+    path = Path(os.environ[name])
     try:
         mode, key = path.stat().st_mode, path.read_text().strip()
     except OSError as exc:
@@ -36,6 +39,10 @@ def read_secret_key(name: str) -> str:
     return key
 
 
+if (mode := os.environ["OQ_APPLICATION_MODE"]) != "RESTRICTED":
+    # the others have no login, or views that this site has no rules for
+    raise ConfigError(f"OQ_APPLICATION_MODE={mode}: give RESTRICTED, the mode with login")
+
 DEBUG = False
 SECRET_KEY = read_secret_key("OQ_WEBUI_SECRET_KEY_FILE")
 ALLOWED_HOSTS = [host for host in os.environ.get("OQ_WEBUI_HOSTS", "").split(",") if host]
@@ -44,3 +51,6 @@ INSTALLED_APPS = tuple(
     "oq_runtime.webui.apps.ServerConfig" if app == "openquake.server" else app
     for app in ENGINE_APPS
 )
+MIDDLEWARE = (*ENGINE_MIDDLEWARE, "oq_runtime.webui.access.Access")
+# behind a proxy with TLS cookies go by no other way
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = bool(os.environ.get("OQ_WEBUI_PROXY"))

@@ -1,0 +1,251 @@
+"""Who may do what on the site: each of its views is decided in one table.
+
+The engine's views check the owner of a calculation in some places and in others not, take paths on
+the server, and believe who a job is for. Here all is asked before a view is called; a view that is
+not in the table is refused, as one of a newer engine would be.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from enum import Enum, auto
+from typing import Any
+
+from django.contrib.auth.signals import user_logged_in, user_login_failed
+from django.http import HttpResponse, JsonResponse
+from openquake.commonlib import logs
+from openquake.server import utils, views
+
+from oq_runtime.errors import InputError
+from oq_runtime.text import clean
+from oq_runtime.webui import uploads
+from oq_runtime.webui.logins import Logins
+
+log = logging.getLogger("oq_runtime")
+
+#: the biggest number of a row
+MOST_ROWS = 2**63 - 1
+
+
+class Rule(Enum):
+    ANYONE = auto()  # before a login, too
+    LOGIN = auto()  # takes a password: so many times
+    MEMBER = auto()  # has logged in; what it may see or change the view itself asks
+    LIST = auto()  # the same, with conditions that go into SQL
+    READER = auto()  # of a calculation: owner, owner's group, administrator; all, if it is shared
+    OWNER = auto()  # of a calculation: owner, owner's group, administrator
+    RUN = auto()  # uploads a job, for nobody but oneself
+    CHECK = auto()  # uploads files
+    NEVER = auto()  # takes a path on the server
+    ELSEWHERE = auto()  # asks whether a file is here as well: no file is
+
+
+VIEWS: Mapping[str, Rule] = {
+    "ajax_login": Rule.LOGIN,
+    "ajax_logout": Rule.ANYONE,
+    "aggrisk_tags": Rule.READER,  # of 3.23
+    "calc": Rule.READER,
+    "calc_abort": Rule.OWNER,
+    "calc_add_tag": Rule.OWNER,
+    "calc_create_tag": Rule.MEMBER,  # of level 2
+    "calc_datastore": Rule.READER,
+    "calc_delete_tag": Rule.MEMBER,  # of level 2
+    "calc_get_preferred_job_for_tag": Rule.MEMBER,
+    "calc_list": Rule.LIST,
+    "calc_list_tags": Rule.MEMBER,
+    "calc_log": Rule.READER,
+    "calc_log_size": Rule.READER,
+    "calc_remove": Rule.OWNER,
+    "calc_remove_tag": Rule.OWNER,
+    "calc_result": Rule.MEMBER,  # the view asks for the owner
+    "calc_results": Rule.READER,
+    "calc_run": Rule.RUN,
+    "calc_run_ini": Rule.NEVER,
+    "calc_run_scenario_from_ses": Rule.NEVER,
+    "calc_set_preferred_job_for_tag": Rule.OWNER,
+    "calc_share": Rule.OWNER,
+    "calc_traceback": Rule.READER,
+    "calc_unset_preferred_job_for_tag": Rule.MEMBER,  # of level 2
+    "calc_unshare": Rule.OWNER,
+    "calc_zip": Rule.READER,
+    "download_png": Rule.READER,
+    "extract": Rule.READER,
+    "get_available_gsims": Rule.MEMBER,
+    "get_engine_latest_version": Rule.MEMBER,
+    "get_engine_version": Rule.MEMBER,
+    "get_ini_defaults": Rule.MEMBER,
+    "jobs_from_inis": Rule.NEVER,
+    "license": Rule.MEMBER,
+    "on_same_fs": Rule.ELSEWHERE,
+    "validate_ini": Rule.NEVER,
+    "validate_nrml": Rule.MEMBER,
+    "validate_zip": Rule.CHECK,
+    "web_engine": Rule.MEMBER,
+    "web_engine_get_outputs": Rule.READER,
+    # of Django, and of the question for consent to cookies
+    "CookieGroupAcceptView": Rule.ANYONE,
+    "CookieGroupDeclineView": Rule.ANYONE,
+    "CookieGroupListView": Rule.ANYONE,
+    "CookieStatusView": Rule.ANYONE,
+    "LoginView": Rule.LOGIN,
+    "LogoutView": Rule.ANYONE,
+    "PasswordResetCompleteView": Rule.ANYONE,
+    "PasswordResetConfirmView": Rule.ANYONE,
+    "PasswordResetDoneView": Rule.ANYONE,
+    "PasswordResetView": Rule.ANYONE,
+    "RedirectView": Rule.MEMBER,
+}
+#: rules of the applications that ask for the right by themselves: Django's administration
+APPS: Mapping[str, Rule] = {"admin": Rule.LOGIN}
+#: fields of a form with which a calculation is run
+RUN_FIELDS = {"job_ini", "hazard_job_id", "notify_to", "job_owner", "csrfmiddlewaretoken"}
+
+NAMES: Mapping[Callable[..., Any], str] = {
+    view: name for name, view in vars(views).items() if inspect.isfunction(view)
+}
+
+
+def name_of(view: Callable[..., Any]) -> str:
+    """Return the name of a view as in the table; decorators have hidden that of a function."""
+    if kind := getattr(view, "view_class", None):
+        return str(kind.__name__)
+    return NAMES.get(view) or str(getattr(view, "__name__", "a view without a name"))
+
+
+def rule_of(match: Any) -> Rule | None:
+    """Return the rule for a resolved URL, Django's ``ResolverMatch``; None if it has none."""
+    for app in match.app_names:
+        if app in APPS:
+            return APPS[app]
+    return VIEWS.get(name_of(match.func))
+
+
+class Refused(Exception):
+    """The answer instead of the view's.
+
+    :param status: of HTTP
+    :param text: one sentence
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Access:
+    """The middleware; it stands behind the engine's own, which asks for a login.
+
+    :param get_response: the rest of the site
+    """
+
+    def __init__(self, get_response: Callable[[Any], Any]) -> None:
+        self.get_response = get_response
+        self.logins = Logins()
+        user_login_failed.connect(self._failed, weak=False)
+        user_logged_in.connect(self._succeeded, weak=False)
+
+    def __call__(self, request: Any) -> Any:
+        try:
+            response = self.get_response(request)
+        finally:
+            uploads.upload.forget()
+        match = getattr(request, "resolver_match", None)
+        if response.status_code == 500 and match and rule_of(match) is Rule.RUN:
+            return _one_sentence(response)
+        return response
+
+    def process_view(
+        self, request: Any, view: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        rule = rule_of(request.resolver_match)
+        try:
+            self._check(rule, request, [*args, *kwargs.values()])
+        except Refused as exc:
+            name = name_of(view)
+            log.warning("refused %s to %s: %s", name, clean(str(request.user), 150), exc)
+            return JsonResponse({"error": str(exc)}, status=exc.status)
+        except InputError as exc:
+            return JsonResponse({"error": str(exc)}, status=400)
+        return JsonResponse({"success": False}) if rule is Rule.ELSEWHERE else None
+
+    def _check(self, rule: Rule | None, request: Any, arguments: Sequence[Any]) -> None:
+        """Raise Refused or InputError when a request may not reach its view."""
+        if rule is None:
+            raise Refused(403, "this is not open on this site")
+        if rule is Rule.LOGIN and request.method == "POST" and "password" in request.POST:
+            self._check_login(request)
+        if rule in (Rule.ANYONE, Rule.LOGIN):
+            return
+        if not request.user.is_authenticated:
+            raise Refused(403, "log in first")
+        match rule:
+            case Rule.READER | Rule.OWNER:
+                check_owner(request, int(arguments[0]), change=rule is Rule.OWNER)
+            case Rule.LIST:
+                check_conditions(request)
+            case Rule.RUN:
+                check_run(request)
+            case Rule.CHECK:
+                uploads.check(request.FILES.getlist("archive"), ".ini")
+            case Rule.NEVER:
+                raise Refused(403, "paths on the server are not taken; upload the files")
+
+    def _check_login(self, request: Any) -> None:
+        account = request.POST.get("username", "")
+        if wait_s := self.logins.wait_s(account, request.META["REMOTE_ADDR"]):
+            minutes = math.ceil(wait_s / 60)
+            raise Refused(429, f"too many failed logins; try again in {minutes} minutes")
+
+    def _failed(self, credentials: Mapping[str, Any], request: Any = None, **_: Any) -> None:
+        if request is not None:
+            account = str(credentials.get("username", ""))
+            self.logins.failed(account, request.META["REMOTE_ADDR"])
+
+    def _succeeded(self, user: Any, **_: Any) -> None:
+        self.logins.succeeded(user.get_username())
+
+
+def check_owner(request: Any, number: int, *, change: bool) -> None:
+    """Raise Refused unless the user may see, or change, the calculation of this number."""
+    job = logs.dbcmd("get_job", number) if number <= MOST_ROWS else None
+    if job is None:
+        raise Refused(404, f"there is no calculation {number}")
+    own = job.user_name in utils.get_valid_users(request) or utils.is_superuser(request)
+    if not own and (change or not utils.user_has_permission(request, job.user_name, job.status)):
+        raise Refused(403, f"calculation {number} belongs to somebody else")
+
+
+def check_conditions(request: Any) -> None:
+    """Raise InputError for a condition on the list that is no date: 3.23 puts it into SQL."""
+    start = request.GET.get("start_time")
+    try:
+        datetime.fromisoformat(start or "2000-01-01")
+    except ValueError:
+        raise InputError("start_time takes a date as 2028-01-31") from None
+
+
+def check_run(request: Any) -> None:
+    """Raise Refused or InputError unless a calculation is the user's own, with all its files."""
+    if unknown := sorted(set(request.POST) - RUN_FIELDS):
+        raise InputError(f"the field {clean(unknown[0], 50)} is not taken")
+    if request.POST.get("job_owner") not in (None, "", request.user.get_username()):
+        raise Refused(403, "a calculation is run for nobody but oneself; leave job_owner out")
+    parent = request.POST.get("hazard_job_id")
+    if parent:
+        if not (parent.isascii() and parent.isdigit()):
+            raise InputError("hazard_job_id takes the number of a calculation")
+        check_owner(request, int(parent), change=False)
+    ending = request.POST.get("job_ini") or ("risk.ini" if parent else ".ini")
+    uploads.check(request.FILES.getlist("archive"), ending)
+
+
+def _one_sentence(response: Any) -> HttpResponse:
+    """Return the engine's answer to a job that did not start, without the traceback."""
+    found = json.loads(response.content)
+    text = found["traceback"][-1]
+    return JsonResponse({"error": text, "job_id": found["job_id"]}, status=400)

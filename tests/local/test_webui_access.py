@@ -1,0 +1,289 @@
+"""Who may do what on the WebUI: a stranger, two members, an administrator, and all its routes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sqlite3
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.conftest import Attacks
+from tests.local.test_webui import PASSWORD, Site, enable_mode_with_login
+
+pytestmark = [pytest.mark.timeout(600)]
+
+#: all routes of the site, as JSON: pattern, rule, and whether it takes the number of a calculation
+ROUTES = """
+import json, django
+django.setup()
+from django.urls import ResolverMatch, get_resolver
+from oq_runtime.webui import access
+def walk(resolver, prefix, apps):
+    for entry in resolver.url_patterns:
+        pattern = prefix + str(entry.pattern)
+        if hasattr(entry, "url_patterns"):
+            yield from walk(entry, pattern, apps + [entry.app_name] * bool(entry.app_name))
+        else:
+            yield pattern, ResolverMatch(entry.callback, (), {}, app_names=apps)
+rows = []
+for pattern, match in walk(get_resolver(), "", []):
+    rule = access.rule_of(match)
+    rows.append([pattern, access.name_of(match.func), rule and rule.name])
+print(json.dumps(rows))
+"""
+ACCOUNTS = f"""
+import django
+django.setup()
+from django.contrib.auth.models import User
+for name in ("alice", "bob"):
+    if not User.objects.filter(username=name).exists():
+        User.objects.create_user(name, password={PASSWORD!r})
+"""
+#: what stands in a route for the number of a calculation, and for what follows
+PLACES = [(r"(\d+)", "{job}"), ("<int:calc_id>", "{job}"), (r"(\d*):(\d*)", "0:10"),
+          ("<str:tag_name>", "tag"), (r"([-/_\.\w]+)", "oqparam"), (r"([-/_\.\(\)\w]+)", "x.png"),
+          ("^", ""), ("$", ""), ("?", "")]  # fmt: skip
+
+
+class Sites(Site):
+    def login_as(self, name: str) -> requests.Session:
+        session = requests.Session()
+        form = {"username": name, "password": PASSWORD}
+        assert session.post(f"{self.url}/accounts/ajax_login/", form).text == "Successful login"
+        return session
+
+    def job_of(self, owner: str, status: str = "complete") -> int:
+        job = self.insert_job(0)
+        with sqlite3.connect(self.database) as db:
+            db.execute(
+                "UPDATE job SET user_name=?, status=?, is_running=0 WHERE id=?",
+                (owner, status, job),
+            )
+            db.execute(
+                "INSERT INTO log (job_id, timestamp, level, process, message)"
+                " VALUES (?, '2028-01-01 00:00:00', 'CRITICAL', 'p', 'a secret line')",
+                (job,),
+            )
+        return job
+
+    def jobs(self) -> int:
+        with sqlite3.connect(self.database) as db:
+            return int(db.execute("SELECT count(*) FROM job").fetchone()[0])
+
+    def output(self, code: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=self.env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def site(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+    enable_mode_with_login()
+    home = tmp_path_factory.mktemp("w")
+    site = Sites(engine_home | {"TMPDIR": str(home)}, home)
+    site.prepare()
+    site.output(ACCOUNTS)
+    site.start()
+    yield site
+    site.stop()
+
+
+@pytest.fixture(scope="module")
+def routes(site: Sites) -> list[tuple[str, str, str | None]]:
+    return json.loads(site.output(ROUTES).splitlines()[-1])
+
+
+def test_every_route_has_a_rule(routes: list[tuple[str, str, str | None]]) -> None:
+    assert len(routes) > 50
+    assert not [row for row in routes if row[2] is None]
+
+
+@pytest.mark.attack
+def test_a_calculation_is_its_owners(
+    site: Sites, routes: list[tuple[str, str, str | None]], attacks: Attacks
+) -> None:
+    """Every route with the number of a calculation, for somebody else and without a login."""
+    job = site.job_of("alice")
+    bob, stranger = site.login_as("bob"), requests.Session()
+    tried = 0
+    for pattern, _, rule in routes:
+        if rule not in ("READER", "OWNER"):
+            continue
+        path = pattern
+        for place, value in PLACES:
+            path = path.replace(place, value)
+        url = f"{site.url}/{path.format(job=job)}"
+        for session in (bob, stranger):
+            for method in ("GET", "POST"):
+                answer = session.request(method, url, allow_redirects=False)
+                gone = answer.status_code == 302 and "login" in answer.headers["Location"]
+                refused = answer.status_code == 403 or gone
+                attacks.tried(successes=int(not refused or "secret" in answer.text))
+                tried += 1
+    assert tried > 60
+    assert site.status(job) == "complete"
+    owner, admin = site.login_as("alice"), site.login()
+    for session in (owner, admin):
+        log = session.get(f"{site.url}/v1/calc/{job}/log/0:10")
+        assert (log.status_code, "a secret line" in log.text) == (200, True)
+        assert session.get(f"{site.url}/v1/calc/{job}/traceback").ok
+    assert bob.get(f"{site.url}/v1/calc/999999/log/0:10").status_code == 404
+    assert bob.get(f"{site.url}/v1/calc/{10**30}/log/0:10").status_code == 404
+
+
+def test_a_shared_calculation_is_read_by_all_and_changed_by_none(site: Sites) -> None:
+    job = site.job_of("alice", "shared")
+    bob = site.login_as("bob")
+    assert bob.get(f"{site.url}/v1/calc/{job}/log/0:10").ok
+    for change in ("abort", "remove", "unshare"):
+        assert bob.post(f"{site.url}/v1/calc/{job}/{change}").status_code == 403
+
+
+@pytest.mark.attack
+def test_no_path_on_the_server_is_read(site: Sites, attacks: Attacks, tmp_path: Path) -> None:
+    secret = tmp_path / "authkey"
+    secret.write_text("the secret of the cluster")
+    bob, before = site.login_as("bob"), site.jobs()
+    v1 = f"{site.url}/v1"
+    members = {"job.ini": job_text(f"sites_csv = {secret}"), "tree.xml": ""}
+    exposure = job_text("exposure_file = e.xml").replace("classical", "classical_risk")
+    in_xml = {"job.ini": exposure, "e.xml": EXPOSURE.format(assets=f"../../../../../..{secret}")}
+    for answer in [
+        bob.post(f"{v1}/calc/run_ini", {"job_ini": str(secret)}),
+        bob.get(f"{v1}/calc/jobs_from_inis", params={"ini": str(secret)}),
+        bob.post(f"{v1}/calc/validate_ini", files={"job_ini": ("job.ini", b"[general]")}),
+        bob.post(f"{v1}/calc/run_scenario_calc_from_ses_rupture/1", {"mapping": str(secret)}),
+        upload(bob, f"{v1}/calc/run", members),
+        upload(bob, f"{v1}/calc/validate_zip", members),
+        bob.post(f"{v1}/calc/run", files={"archive": ("job.ini", members["job.ini"])}),
+        upload(bob, f"{v1}/calc/run", in_xml),
+        upload(bob, f"{v1}/calc/validate_zip", in_xml),
+    ]:
+        wrong = answer.status_code not in (400, 403) and not answer.json().get("error_msg")
+        attacks.tried(successes=int(wrong or "the secret" in answer.text))
+        assert "Traceback" not in answer.text and len(answer.text.splitlines()) == 1, answer.text
+    same = bob.post(f"{v1}/on_same_fs", {"filename": str(secret), "checksum": "1"})
+    assert same.json() == {"success": False}
+    # only that whose paths are in XML came so far that there is a row of it
+    assert site.jobs() - before == 1
+    assert not list(Path(site.env["TMPDIR"]).glob("oq-webui-*"))
+
+
+@pytest.mark.attack
+def test_nobody_runs_for_somebody_else(site: Sites, attacks: Attacks) -> None:
+    bob, before = site.login_as("bob"), site.jobs()
+    members = {"job.ini": job_text(), "tree.xml": ""}
+    foreign = str(site.job_of("alice"))
+    for form in [{"job_owner": "alice"}, {"hazard_job_id": foreign, "job_ini": ".ini"},
+                 {"hazard_job_id": "/x.hdf5", "job_ini": ".ini"}, {"user": "alice"}]:  # fmt: skip
+        answer = upload(bob, f"{site.url}/v1/calc/run", members, form)
+        attacks.tried(successes=int(answer.status_code not in (400, 403)))
+        assert "\n" not in answer.json()["error"]
+    assert site.jobs() - before == 1  # alice's
+
+
+@pytest.mark.attack
+def test_conditions_of_the_list_are_no_sql(site: Sites, attacks: Attacks) -> None:
+    job, bob = site.job_of("alice"), site.login_as("bob")
+    for condition in ["' OR 1=1 --", "2028' OR user_name='alice", "x"]:
+        answer = bob.get(f"{site.url}/v1/calc/list", params={"start_time": condition})
+        attacks.tried(successes=int(answer.status_code != 400 or str(job) in answer.text))
+    answer = bob.get(f"{site.url}/v1/calc/list", params={"start_time": "2020-01-01"})
+    assert answer.ok and job not in [row["id"] for row in answer.json()]
+
+
+@pytest.mark.parametrize(
+    "members, sentence",
+    [
+        (None, "job.zip is no zip archive"),
+        ({"tree.xml": ""}, "no file whose name ends with .ini"),
+        ({"JOB.INI": "x"}, "JOB.INI: write it in small letters"),
+        ({"job.ini": "x", "in\\tree.xml": ""}, "has a backslash"),
+        ({"job.ini": "[general]\ncalculation_mode = classical\nsites_csv = s.csv"}, "No such file"),
+    ],
+)
+def test_a_bad_archive_gets_one_sentence(
+    site: Sites, members: dict[str, str] | None, sentence: str
+) -> None:
+    answer = upload(site.login_as("alice"), f"{site.url}/v1/calc/run", members)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert sentence in error and "\n" not in error and "Traceback" not in error
+    assert "calc_" not in error and site.env["TMPDIR"] not in error, "a path that nobody gave"
+
+
+@pytest.mark.attack
+def test_passwords_are_not_tried_for_ever(site: Sites, attacks: Attacks) -> None:
+    wrong = [
+        requests.post(f"{site.url}/accounts/ajax_login/", {"username": "victim", "password": "x"})
+        for _ in range(15)
+    ]
+    assert [answer.status_code for answer in wrong] == [403] * 10 + [429] * 5
+    attacks.tried(15)
+    assert wrong[-1].json() == {"error": "too many failed logins; try again in 5 minutes"}
+    for page in ("accounts/login/", "admin/login/"):
+        client = requests.Session()
+        form = {"username": "victim", "password": PASSWORD}
+        form["csrfmiddlewaretoken"] = token(client, f"{site.url}/{page}")
+        client.post(f"{site.url}/{page}", form)
+        attacks.tried(successes=int("sessionid" in client.cookies))
+    assert site.login_as("alice").get(f"{site.url}/engine/").ok, "others may log in"
+
+
+def test_login_behind_a_proxy_with_tls(site: Sites) -> None:
+    site.stop()
+    site.env |= {"OQ_WEBUI_PROXY": "127.0.0.1", "OQ_WEBUI_HOSTS": "127.0.0.1,hazard.example"}
+    site.start()
+    client, page = requests.Session(), f"{site.url}/accounts/login/"
+    headers = {"Host": "hazard.example", "X-Forwarded-Proto": "https",
+               "X-Forwarded-For": "192.0.2.7"}  # fmt: skip
+    form = {"username": "alice", "password": PASSWORD}
+    form["csrfmiddlewaretoken"] = token(client, page, headers)
+    cookies = {"csrftoken": client.cookies["csrftoken"]}  # it goes by https only
+    for origin, code in [("https://hazard.example", 302), ("https://elsewhere.example", 403)]:
+        headers |= {"Origin": origin, "Referer": f"{origin}/"}
+        answer = requests.post(page, form, headers=headers, cookies=cookies, allow_redirects=False)
+        assert answer.status_code == code, answer.text
+    del site.env["OQ_WEBUI_PROXY"]
+
+
+def token(client: requests.Session, page: str, headers: dict[str, str] | None = None) -> str:
+    text = client.get(page, headers=headers).text
+    return text.partition('name="csrfmiddlewaretoken" value="')[2].partition('"')[0]
+
+
+def job_text(line: str = "") -> str:
+    return f"[general]\ndescription = d\ncalculation_mode = classical\n{line}\n"
+
+
+EXPOSURE = """<?xml version="1.0" encoding="utf-8"?>
+<nrml xmlns="http://openquake.org/xmlns/nrml/0.5"><exposureModel id="e" category="buildings">
+<description>d</description><conversions><costTypes>
+<costType name="structural" type="aggregated" unit="USD"/></costTypes></conversions>
+<tagNames></tagNames><assets>{assets}</assets></exposureModel></nrml>
+"""
+
+
+def upload(
+    session: requests.Session,
+    url: str,
+    members: dict[str, str] | None,
+    form: dict[str, str] | None = None,
+) -> requests.Response:
+    data = io.BytesIO()
+    if members is None:
+        data.write(b"no zip")
+    else:
+        with zipfile.ZipFile(data, "w") as file:
+            for name, text in members.items():
+                file.writestr(name, text)
+    return session.post(url, form, files={"archive": ("job.zip", data.getvalue())})
