@@ -7,12 +7,14 @@ Not covered: deaths of workers and of tasks (``test_starmap``), refused options 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -119,7 +121,7 @@ def test_signal(env: dict[str, str], calculating: Calculating, name: str) -> Non
     code, err = calculating.end(phase)
     assert code == 130, (phase, err)
     assert "interrupted" in one_line(err), phase
-    assert state(env, calculating.number) in [("aborted", 0), ("failed", 0)], phase
+    assert state(env, calculating.number) == ("aborted", 0), phase
     assert_closed(env, calculating.number)
 
 
@@ -257,14 +259,42 @@ def abort(env: dict[str, str], number: int) -> str:
     return result.stdout
 
 
+#: a program that has a title and waits
+TITLED = "import sys, setproctitle, time; setproctitle.setproctitle(sys.argv[1]); time.sleep(999)"
+
+
 def test_abort(env: dict[str, str], calculating: Calculating) -> None:
-    said = abort(env, calculating.number)
-    assert f"Job {calculating.number} aborted" in said
+    # beside a process that has the title, as job of another database
+    title = f"oq-job-{calculating.number}"
+    foreign = subprocess.Popen([sys.executable, "-c", TITLED, title])
+    try:
+        assert wait_for(lambda: psutil.Process(foreign.pid).name() == title)
+        said = abort(env, calculating.number)
+        assert f"Job {calculating.number} aborted" in said
+        assert foreign.poll() is None
+    finally:
+        foreign.kill()
+        foreign.wait()
     code, err = calculating.end("oq abort")
-    assert code != 0, "oq abort: oq-run says that the job is complete"
-    one_line(err)
-    assert state(env, calculating.number) in [("aborted", 0), ("failed", 0)], said
+    assert code == 130, err
+    assert "aborted from elsewhere" in one_line(err)
+    assert state(env, calculating.number) == ("aborted", 0), said
     assert_closed(env, calculating.number)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_row_that_says_aborted(
+    env: dict[str, str], calculating: Calculating, stopped: bool
+) -> None:
+    # as after an abort that told another process, or one that does not listen
+    if stopped:
+        calculating.engine.suspend()
+    with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
+        db.execute("UPDATE job SET status='aborted' WHERE id=?", (calculating.number,))
+    code, err = calculating.end("row set to aborted")
+    assert code == 130, err
+    assert "aborted from elsewhere" in one_line(err)
+    assert state(env, calculating.number) == ("aborted", 0)
 
 
 def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) -> None:
@@ -274,7 +304,125 @@ def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) ->
     calculating.end(phase)
     assert state(env, calculating.number) == ("executing", 1), f"{phase}: nothing to abort"
     said = abort(env, calculating.number)
-    assert state(env, calculating.number) in [("aborted", 0), ("failed", 0)], said
+    assert "Unable to find a process" in said
+    assert state(env, calculating.number) == ("failed", 0), said
+
+
+# ---- other jobs, and what they leave
+
+
+def row(env: dict[str, str], pid: int, status: str = "executing") -> int:
+    """Put a job of this host and user into the database; return its number."""
+    values = (getpass.getuser(), status, pid, socket.gethostname(), env["OQ_DATADIR"])
+    with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
+        cursor = db.execute(
+            "INSERT INTO job (description, user_name, calculation_mode, status, is_running, pid, "
+            "host, ds_calc_dir) VALUES ('test', ?, 'classical', ?, 1, ?, ?, ?)",
+            values,
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+
+def test_wait_for_another_job(env: dict[str, str]) -> None:
+    before = subprocess.Popen([sys.executable, "-c", TITLED, "oq-job-before"])
+    try:
+        assert wait_for(lambda: psutil.Process(before.pid).name() == "oq-job-before")
+        number = row(env, before.pid)
+        process = start(env, corpus(SMALL), "--json", "--log-level", "error")
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        told_s = time.monotonic()
+        assert re.match(rf"waiting for job {number} of {getpass.getuser()} \(executing", line), line
+        assert "serialize_jobs" in line and f"oq abort {number}" in line
+        assert [status for _, status, _ in jobs(env)[-2:]] == ["executing", "submitted"]
+        time.sleep(3)  # the subject of the test: it does not count as run time
+    finally:
+        before.kill()
+        before.wait()
+    out, err = process.communicate(timeout=60)
+    waited_s = time.monotonic() - told_s
+    assert process.returncode == 0, err
+    assert state(env, number) == ("failed", 0)
+    [job] = json.loads(out)["jobs"]
+    assert job["seconds"] < waited_s - 3, "the wait counts as run time"
+
+
+def test_pid_of_another_program(env: dict[str, str]) -> None:
+    with subprocess.Popen(["sleep", "999"]) as other:
+        try:
+            run(env, corpus(SMALL), "--json")  # there is a database
+            number = row(env, other.pid)
+            code, out, err = run(env, corpus(SMALL), "--json")
+        finally:
+            other.kill()
+    assert code == 0, (out, err)
+    assert state(env, number) == ("failed", 0)
+    assert f"job {number} of {getpass.getuser()} did not come to its end" in err
+
+
+@contextlib.contextmanager
+def own_database(env: dict[str, str], folder: Path) -> Iterator[dict[str, str]]:
+    """The environment with a data directory and a job database of its own, not made yet."""
+    text = Path(env["OQ_CONFIG_FILE"]).read_text()
+    cfg = folder / "openquake.cfg"
+    cfg.write_text(re.sub(r"file = .*", f"file = {folder}/oqdata/db.sqlite3", text))
+    (folder / "oqdata").mkdir()
+    yield env | {"OQ_CONFIG_FILE": str(cfg), "OQ_DATADIR": str(folder / "oqdata")}
+
+
+def test_first_start_after_one_that_was_interrupted(env: dict[str, str], tmp_path: Path) -> None:
+    with own_database(env, tmp_path) as own:
+        (tmp_path / "oqdata" / "db.sqlite3").write_bytes(b"")
+        code, out, err = run(own, corpus(SMALL), "--json")
+    assert code == 0, (out, err)
+    assert jobs(own) == [(1, "complete", 0)]
+
+
+def test_results_of_another_database(env: dict[str, str], tmp_path: Path) -> None:
+    with own_database(env, tmp_path) as own:
+        for number in (1, 2, 3):
+            (tmp_path / "oqdata" / f"calc_{number}.hdf5").write_bytes(b"")
+        code, out, err = run(own, corpus(SMALL), "--json")
+    assert code == 0, (out, err)
+    assert json.loads(out)["jobs"][0]["job"] == 4
+
+
+def test_locked_database(env: dict[str, str], calculating: Calculating) -> None:
+    phase = "SIGKILL to the engine, and a locked database"
+    with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db:
+        db.execute("BEGIN IMMEDIATE")
+        calculating.engine.kill()
+        code, err = calculating.end(phase)
+        db.rollback()
+    assert code == 1, (phase, err)
+    assert "Traceback" not in err and "the engine process was killed by SIGKILL" in err
+    assert re.search(r"the job database \S+: database is locked; the next oq-run will", err), err
+
+
+# ---- signals that a parent ignores
+
+
+@pytest.mark.parametrize("name", ["HUP", "INT"])
+def test_ignored_signal(env: dict[str, str], name: str) -> None:
+    # as with nohup, or in the background of a script
+    command = [sys.executable, "-m", "oq_runtime.commands.run", str(corpus(SMALL)), "--json"]
+    process = subprocess.Popen(
+        ["sh", "-c", f"trap '' {name}; exec \"$@\"", "sh", *command],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        os.killpg(process.pid, signal.Signals[f"SIG{name}"])
+        if "Exposing the outputs" in line:
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads(out)["jobs"][0]["state"] == "complete"
 
 
 # ---- start-up
@@ -404,6 +552,10 @@ def test_event_based_risk_example(env: dict[str, str]) -> None:
 HAZARD, RISK = "classical_damage/case_1a/job_haz.ini", "classical_damage/case_1a/job_risk.ini"
 
 
+#: seconds that the engine takes to be imported, at least
+IMPORT_S = 1.0
+
+
 def exported(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.csv") if path.stat().st_size)
 
@@ -418,11 +570,14 @@ def parent(env: dict[str, str], number: int) -> int:
 
 def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
     export = ["--exports", "csv", "--export-dir", tmp_path / "out"]
+    started_s = time.monotonic()
     code, out, err = run(env, corpus(HAZARD), corpus(RISK), "--json", *export)
+    took_s = time.monotonic() - started_s
     assert code == 0, (out, err)
     hazard, risk = json.loads(out)["jobs"]
     assert (hazard["state"], risk["state"]) == ("complete", "complete")
     assert parent(env, risk["job"]) == hazard["job"]
+    assert hazard["seconds"] + risk["seconds"] < took_s - IMPORT_S
     for job in (hazard, risk):
         names = exported(tmp_path / "out")
         assert any(name.endswith(f"_{job['job']}.csv") for name in names), names

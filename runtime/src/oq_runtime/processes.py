@@ -1,11 +1,60 @@
-"""What the kernel offers on processes: to end with a parent, and to see another one end."""
+"""What the kernel offers on processes: to end with a parent, to see another one and its end."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
+from dataclasses import dataclass
+
+import psutil
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What ``/proc`` says of a process.
+
+    ``name`` is the one it has given itself, of 15 characters at most; ``started_s`` is in seconds
+    since 1970.
+    """
+
+    name: str
+    command: str
+    started_s: float
+
+
+def exists(pid: int) -> bool:
+    """Whether there is such a process, also where ``/proc`` hides those of other users."""
+    try:
+        os.close(os.pidfd_open(pid))
+    except OSError as exc:
+        return exc.errno not in (errno.ESRCH, errno.EINVAL)  # EINVAL: a thread has that number
+    return True
+
+
+def look(pid: int) -> Process | None:
+    """Return what ``/proc`` says of a process; None where it is hidden, or gone.
+
+    One that has ended and waits for its parent to notice has the command ``""``.
+    """
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            command = "" if ended else " ".join(process.cmdline())
+            return Process(process.name(), command, process.create_time())
+    except psutil.Error:
+        return None
+
+
+def boot_s() -> float:
+    """Return when this machine was booted, in seconds since 1970; 0 where ``/proc`` hides it."""
+    try:
+        return float(psutil.boot_time())
+    except (OSError, RuntimeError):
+        return 0.0
 
 
 def die_with_parent() -> None:

@@ -5,78 +5,52 @@ engine process (``job``) side by side, draws the progress, passes signals on, an
 a job whose engine process was killed.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 
 import contextlib
 import json
 import os
 import selectors
-import sqlite3
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
-import zmq
 from rich.console import Console
 
 from oq_runtime import config
+from oq_runtime.commands import checks
+from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
+from oq_runtime.engine import jobtable
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import private
+from oq_runtime.node import memory
 from oq_runtime.session import launch
+from oq_runtime.text import clean
 from oq_runtime.wire.protocol import Status
 
-EXIT_FAILED, EXIT_INPUT, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
 #: seconds that an interrupted engine process has to end by itself
 STOP_SECS = 3.0
 #: seconds after which a node that is missing, or a wait, is worth a line
 TELL_SECS = 3.0
-#: seconds for the DbServer to answer
-DBSERVER_SECS = 2
-#: what the engine does for a job that fails, for one whose engine process cannot any more
-MEND = (
-    "UPDATE job SET status='failed', is_running=0, stop_time=datetime('now') "
-    "WHERE id=? AND status IN ('created', 'submitted', 'executing')"
-)
-
-
-class BadInput(click.ClickException):
-    exit_code = EXIT_INPUT
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"oq-run: {self.format_message()}", err=True)
-
-
-def check_file(name: str) -> str:
-    """Return the absolute path of a job file; raises BadInput naming the file and the remedy."""
-    path = Path(name).expanduser()
-    try:
-        if path.is_dir():
-            raise BadInput(f"{name} is a directory; give the job file in it")
-        data = path.read_bytes()
-    except OSError as exc:
-        raise BadInput(f"{name}: {exc.strerror}; check the path of the job file") from exc
-    if path.suffix == ".zip":
-        return str(path.resolve())
-    if not data.strip():
-        raise BadInput(f"{name} is empty; a job file has sections such as [general]")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        raise BadInput(f"{name} is not a text file; give a job file (.ini)") from exc
-    if "\0" in text:
-        raise BadInput(f"{name} is not a text file; give a job file (.ini)")
-    return str(path.resolve())
+#: seconds between two looks at the row of the job, and how long it may say that the job has ended
+#: before the engine process says so
+LOOK_SECS, ENDED_SECS = 2.0, 10.0
+#: seconds between two looks at the counters of the broker
+STATUS_SECS = 0.3
+#: characters of a line of the engine's log that are shown
+LINE_CHARACTERS = 2000
 
 
 def parse_params(params: tuple[str, ...]) -> dict[str, str]:
@@ -124,8 +98,9 @@ def main(
     With several files, the first one is the hazard that the others start from. Exit codes:
     0 complete, 1 a job failed, 2 bad input, 3 no workers, 130 interrupted.
     """
-    spec = {
-        "files": [check_file(name) for name in files],
+    checks.check_user()
+    spec: dict[str, Any] = {
+        "files": [checks.check_file(name) for name in files],
         "hc": hc,
         "params": parse_params(params),
         "exports": exports,
@@ -133,10 +108,11 @@ def main(
         "log_file": str(Path(log_file).expanduser().resolve()) if log_file else None,
         "log_level": log_level,
     }
-    if spec["log_file"] and not os.access(Path(str(spec["log_file"])).parent, os.W_OK):
+    if spec["log_file"] and not os.access(Path(spec["log_file"]).parent, os.W_OK):
         raise BadInput(f"--log-file {log_file}: its directory is missing or not writable")
     try:
         sections = config.read()
+        checks.check_directories(sections)
         if cores:  # on this machine, whatever cluster there is; but with the same limits
             check_cores(cores)
             sections = {"oq_runtime": sections.get("oq_runtime", {}) | {"cores": cores}}
@@ -144,6 +120,7 @@ def main(
     except ConfigError as exc:
         ours = cores and str(exc).startswith("cores=")
         raise BadInput(f"--{exc}" if ours else str(exc)) from exc
+    spec["cluster"] = settings.cluster is not None
     run = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
     code = run.execute()
     if as_json:
@@ -177,15 +154,22 @@ class Run:
         self.error = ""
         self.true_since_s: dict[str, float] = {}  # of what there is to be told, and what has been
         self.told: set[str] = set()
-        self.database: str | None = None
         self.interrupted_s: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.outcome: int | None = None  # exit code, as the engine process says itself
+        self.pending: dict[int, bytes] = {}  # descriptor -> what has come of its next line
+        self.traceback = False  # the engine's log is in the middle of one
+        self.table: jobtable.Outside | None = None
+        self.current: int | None = None  # the job that has its turn
+        self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
+        self.aborted = False  # from elsewhere
+        self.oom_kills = memory.oom_kills()
 
     def execute(self) -> int:
         """Run the jobs and return the exit code."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._interrupt)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or by a script
+                signal.signal(number, self._interrupt)
         try:
             directory = launch.start(self.settings, os.getpid())
         except ConfigError as exc:
@@ -223,54 +207,94 @@ class Run:
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(json.dumps(self.spec).encode())
-        log = threading.Thread(target=self._copy_log, args=(process.stdout,), daemon=True)
-        log.start()
         status = StatusReader(directory)
         display = Display(None if self.quiet else self.console)
         try:
-            self._follow(process, report_in, status, display)
+            with process.stdout as log, os.fdopen(report_in, "rb") as reports:
+                self._follow(process, reports.fileno(), log.fileno(), status, display)
         finally:
             display.close()
             status.close()
         code = process.wait()
-        log.join(timeout=5)
         return self._verdict(code if self.outcome is None else self.outcome)
-
-    def _copy_log(self, stream: IO[bytes]) -> None:
-        traceback = False
-        for raw in stream:
-            line = raw.decode(errors="replace").rstrip("\n")
-            # a traceback is for the log (the job database has it), not for the screen
-            traceback = line.startswith("Traceback (") or (traceback and line.startswith(" "))
-            if not traceback and line.startswith("["):
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _follow(
         self,
         process: subprocess.Popen[bytes],
-        report_in: int,
+        reports: int,
+        log: int,
         status: StatusReader,
         display: Display,
     ) -> None:
+        """Show what the engine process says until it has ended."""
         selector = selectors.DefaultSelector()
-        selector.register(report_in, selectors.EVENT_READ)
-        pending = b""
-        with os.fdopen(report_in, "rb", buffering=0) as stream:
-            while True:
-                if selector.select(0.3):
-                    data = stream.read(65536)
-                    if not data:
-                        break
-                    *lines, pending = (pending + data).split(b"\n")
-                    for line in lines:
-                        self._take(json.loads(line))
+        selector.register(reports, selectors.EVENT_READ, self._take)
+        selector.register(log, selectors.EVENT_READ, self._show)
+        next_s = ended_s = 0.0
+        # its children may keep the log open
+        while selector.get_map() and not (ended_s and time.monotonic() > ended_s + TELL_SECS):
+            for key, _ in selector.select(STATUS_SECS):
+                if not self._lines(key.fd, key.data):
+                    selector.unregister(key.fd)
+            now = time.monotonic()
+            if not ended_s and reports not in selector.get_map():
+                ended_s = now
+            if now >= next_s:
+                next_s = now + STATUS_SECS
                 if found := status.poll():
                     self.retries = sum(phase.retries for phase in found.phases)
                     self.slots = max(self.slots, sum(node.slots for node in found.nodes))
                     self._tell(found)
                     display.show(found)
-                if self.interrupted_s and time.monotonic() - self.interrupted_s > STOP_SECS:
-                    process.kill()
+                self._look(now)
+            if self.interrupted_s and now - self.interrupted_s > STOP_SECS:
+                process.kill()
+
+    def _lines(self, descriptor: int, take: Callable[[bytes], None]) -> bool:
+        """Hand the lines that have come to their reader; return False at the end."""
+        data = os.read(descriptor, 65536)
+        *lines, rest = (self.pending.get(descriptor, b"") + data).split(b"\n")
+        self.pending[descriptor] = rest
+        for line in lines:
+            take(line)
+        return bool(data)
+
+    def _show(self, raw: bytes) -> None:
+        """Show a line of the engine's log."""
+        line = raw.decode(errors="replace")
+        # a traceback is for the log (the job database has it), not for the screen
+        traceback = line.startswith("Traceback (") or (self.traceback and line.startswith(" "))
+        self.traceback = traceback
+        if not traceback and line.startswith("["):
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        line = clean(line, LINE_CHARACTERS)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _look(self, now: float) -> None:
+        """Interrupt the engine process when the job table says that its job has ended.
+
+        ``oq abort`` may have told the wrong process, or one that does not listen.
+        """
+        if (
+            self.table is None
+            or self.current is None
+            or self.interrupted_s
+            or now < self.next_look_s
+        ):
+            return
+        self.next_look_s = now + LOOK_SECS
+        with contextlib.suppress(jobtable.DatabaseError):
+            status = self.table.status(self.current)
+            if status in (*jobtable.UNFINISHED, *jobtable.COMPLETE):
+                self.ended_s = 0.0
+                return
+            self.ended_s = self.ended_s or now
+            # a failed one is on its way out, or set so by a command that did not find it
+            if status != jobtable.Status.FAILED or now - self.ended_s > ENDED_SECS:
+                self.aborted = True
+                self._interrupt()
 
     def _tell(self, status: Status) -> None:
         """Say what the job waits for, and which nodes it has to do without, once each."""
@@ -280,20 +304,29 @@ class Run:
         self.true_since_s = {line: self.true_since_s.get(line, now) for line in lines}
         for line, since_s in self.true_since_s.items():
             if line not in self.told and now - since_s >= TELL_SECS:
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                self._print(line)
                 self.told.add(line)
         self.told &= set(lines)
 
-    def _take(self, row: dict[str, Any]) -> None:
-        match row["kind"]:
+    def _take(self, line: bytes) -> None:
+        """Take a report of the engine process."""
+        row = json.loads(line)
+        match row.pop("kind"):
+            case "note":
+                self._print(row["text"])
             case "created":
                 self.jobs.append(row["job"])
-                self.database = row["database"]
+                self.table = jobtable.Outside(row["database"], answer_s=STATUS_SECS)
+            case "running":
+                self.current = row["job"]
             case "finished":
+                self.current = None
+                row["retries"] = self.retries - sum(job["retries"] for job in self.finished)
                 self.finished.append(row)
-            case "input" | "failed":
+            case "failed":
                 self.error = row["error"]
-                self.finished.append(row) if row["kind"] == "failed" else None
+                if row["job"] is not None:
+                    self.finished.append(row | {"state": "failed", "retries": 0})
             case "end":
                 self.outcome = row["code"]
 
@@ -304,62 +337,60 @@ class Run:
                 self.process.send_signal(signal.SIGINT)
 
     def _verdict(self, code: int) -> int:
-        if self.interrupted_s is not None:
+        if self.interrupted_s is not None and not self.aborted:
             self.error = "interrupted"
             code = EXIT_INTERRUPTED
-        elif code < 0:
-            self.error = (
-                self.error or f"the engine process was killed by {signal.Signals(-code).name}"
-            )
-            code = EXIT_FAILED
-        elif code == EXIT_INTERRUPTED:
+        elif self.aborted or code == EXIT_INTERRUPTED or (code < 0 and self._is_aborted()):
             self.error = "the job was aborted from elsewhere"
-        elif code == EXIT_FAILED and self.error.startswith("NoWorkers"):
-            code = EXIT_NO_WORKERS
+            code = EXIT_INTERRUPTED
+        elif code < 0:
+            self.error = f"the engine process was killed by {signal.Signals(-code).name}"
+            if -code == signal.SIGKILL and memory.oom_kills() > self.oom_kills:
+                self.error += (
+                    ": the kernel was out of memory; run the job where there is more, or with "
+                    "fewer --cores"
+                )
+            code = EXIT_FAILED
         if code and not self.error:
             self.error = f"the engine process ended with exit code {code}"
-        if code not in (0, EXIT_INPUT) and self.database:
-            mend(self.database, self.jobs)
+        if code and self.jobs:
+            self._end_rows(code)
         return code
+
+    def _is_aborted(self) -> bool:
+        with contextlib.suppress(jobtable.DatabaseError):
+            if self.table is not None and self.jobs:
+                return self.table.status(self.jobs[-1]) == jobtable.Status.ABORTED
+        return False
+
+    def _end_rows(self, code: int) -> None:
+        """End the jobs for which the engine process could not do it any more."""
+        aborted = code == EXIT_INTERRUPTED
+        status = jobtable.Status.ABORTED if aborted else jobtable.Status.FAILED
+        assert self.table is not None
+        try:
+            jobtable.Outside(self.table.place).finish(self.jobs, status)
+        except jobtable.DatabaseError as exc:
+            self._print(f"{exc}; the next oq-run will set the job to failed")
 
     def print_summary(self) -> None:
         """Print the outcome for a person."""
-        out = Console(highlight=False)
+        out = Console(highlight=False, markup=False, soft_wrap=True)
         for row in self.finished:
-            if row["kind"] == "failed":
+            if row["state"] == "failed":
                 continue
-            capacity = self.slots * row["seconds"]
+            capacity = self.slots * max(row["seconds"], 0.01)
             out.print(
                 f"job {row['job']} {row['state']} in {row['seconds']:.1f} s: {row['tasks']} tasks, "
-                f"{self.retries} retried, slot efficiency {row['busy_seconds'] / capacity:.0%}"
+                f"{row['retries']} retried, slot efficiency {row['busy_seconds'] / capacity:.0%}"
             )
-            out.print(f"datastore {row['datastore']} ({row['bytes'] / 1e6:.1f} MB)", soft_wrap=True)
+            out.print(f"datastore {clean(row['datastore'])} ({row['bytes'] / 1e6:.1f} MB)")
             for output in row["outputs"]:
-                out.print(f"  {output['id']:>5}  {output['name']}")
+                out.print(f"  {output['id']:>5}  {clean(output['name'])}")
         if self.error:
-            where = f" (oq engine --show-log {self.jobs[-1]})" if self.jobs else ""
-            click.echo(f"oq-run: {self.error}{where}", err=True)
-
-
-def mend(database: str, jobs: list[int]) -> None:
-    """Set to ``failed`` those of the jobs that the database takes for unfinished.
-
-    Directly, or as the DbServer's clients do: importing the engine for this would take seconds.
-
-    :param database: a file, or the DbServer's tcp:// URL
-    """
-    if not database.startswith("tcp://"):
-        with contextlib.closing(sqlite3.connect(database, timeout=2)) as db, db:
-            db.executemany(MEND, [(job,) for job in jobs])
-        return
-    with zmq.Context() as context, context.socket(zmq.REQ) as dbserver:
-        dbserver.linger = 0
-        dbserver.connect(database)
-        for job in jobs:
-            dbserver.send_pyobj((MEND.replace("?", "?x"), job))
-            if not dbserver.poll(DBSERVER_SECS * 1000):
-                return  # the next job of this host will do it
-            dbserver.recv()
+            number = self.current or (self.jobs[-1] if self.jobs else None)
+            where = f" (oq engine --show-log {number})" if number else ""
+            click.echo(f"oq-run: {clean(self.error, LINE_CHARACTERS)}{where}", err=True)
 
 
 def stop_session(directory: Path) -> None:

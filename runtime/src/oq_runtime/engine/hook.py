@@ -23,6 +23,8 @@ INSTALLERS = {
     "openquake.baselib.workerpool": "oq_runtime.engine.workerpool:install_workerpool",
     "openquake.baselib.zeromq": "oq_runtime.engine.dbserver:install_zeromq",
     "openquake.server.dbserver": "oq_runtime.engine.dbserver:install_dbserver",
+    "openquake.engine.engine": "oq_runtime.engine.queue:install_queue",
+    "openquake.commands.abort": "oq_runtime.engine.abort:install_abort",
 }
 #: what is installed in worker processes, whose tasks are run by ``worker``
 IN_WORKERS = ("openquake.baselib.zeromq",)

@@ -1,72 +1,42 @@
 """The engine process of ``oq-run``: create the jobs, run them, say what became of them.
 
-Reads a JSON specification on stdin (the options of ``cli``) and writes one JSON object per line to
-the descriptor ``--report-fd``: ``created`` (job id), ``finished`` (the summary of a job), ``input``
-(one line on what is wrong with the input) or ``failed`` (one line on why a job stopped). Tracebacks
-go to the engine's log, which is in the job database.
+Reads a JSON specification on stdin (the options of ``commands.run``) and writes one JSON object per
+line to a descriptor: ``note`` (a line for the user), ``created`` and ``running`` (a job),
+``finished`` (its summary), ``failed`` (one line on what is wrong) and at last ``end`` (the exit
+code). Tracebacks go to the engine's log, which is in the job database.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import errno
 import json
 import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import sqlite3
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from oq_runtime import processes
+from oq_runtime.config import SESSION_VARIABLE
+from oq_runtime.engine import archives, jobtable, messages, queue
 from oq_runtime.engine.hook import activate
-from oq_runtime.engine.jobtable import mend, parent_job
-from oq_runtime.errors import InputError, UnsupportedEngine
+from oq_runtime.engine.jobtable import JobTable, Status
+from oq_runtime.errors import InputError, NoWorkers, UnsupportedEngine
+from oq_runtime.text import clean
 
+Report = Callable[[dict[str, Any]], None]
+
+COMPLETE, FAILED, BAD_INPUT, NO_WORKERS, INTERRUPTED = 0, 1, 2, 3, 130
 #: seconds that the files of a job have to close
-CLOSE_SECS = 20
-FULL = os.strerror(errno.ENOSPC)
-NOT_THERE = f"{os.strerror(errno.ENOENT)}|{os.strerror(errno.EACCES)}"
-
-
-def first_line(exc: BaseException) -> str:
-    """Return the telling line of an exception: the last one, which follows the engine's frames.
-
-    A full disk comes first: HDF5 raises other errors while it cleans up after one.
-    """
-    if isinstance(exc, InputError):
-        return str(exc)
-    link: BaseException | None = exc
-    while link is not None:
-        if FULL in str(link):
-            where = re.search(r"filename = '([^']+)'|: '([^']+)'$", str(link))
-            name = f" on the device of {where.group(1) or where.group(2)}" if where else ""
-            return f"{FULL}{name}; free space or set OQ_DATADIR to another directory"
-        link = link.__cause__ or link.__context__
-    lines = [line.strip() for line in str(exc).strip().splitlines() if line.strip()]
-    name = type(exc).__name__
-    return f"{name}: {lines[-1]}" if lines else name
-
-
-def unseen(exc: BaseException, shared_dir: str) -> str:
-    """Say which file a worker did not find or could not read although it is here, if that is so."""
-    found = re.search(rf"({NOT_THERE}): '([^'\n]+)'", str(exc))
-    # what this process did not find itself has a number, which the engine leaves out for workers
-    if found is None or getattr(exc, "errno", None) or not os.access(found.group(2), os.R_OK):
-        return ""
-    reason, path = found.groups()
-    remedy = f"keep the files of the job in shared_dir ({shared_dir or 'not set in openquake.cfg'})"
-    if shared_dir and Path(path).resolve().is_relative_to(Path(shared_dir).resolve()):
-        remedy = "let the user of the workers read it"
-    return f"{path} is on this machine, but a worker says: {reason}; {remedy}"
+CLOSE_SECS = 60
 
 
 class Ignored(logging.Handler):
@@ -88,15 +58,228 @@ class Ignored(logging.Handler):
         logging.getLogger().removeHandler(self)
 
 
-def unknown(names: list[str], known: Iterable[str]) -> str:
-    """Say which parameters are unknown, each with the nearest known name where there is one."""
-    choices = [name for name in known if not name.startswith(("_", "is_valid_"))]
-    told = []
-    for name in sorted(names):
-        near = difflib.get_close_matches(name, choices, 1)
-        told.append(f"{name} (did you mean {near[0]}?)" if near else name)
-    plural = "s" if len(told) > 1 else ""
-    return f"unknown parameter{plural} {', '.join(told)}; correct or remove"
+class Jobs:
+    """The jobs of one ``oq-run``, from their files to their summaries.
+
+    :param spec: what is to be done
+    :param report: is given what there is to be told
+    """
+
+    def __init__(self, spec: dict[str, Any], report: Report) -> None:
+        from openquake.baselib import config
+        from openquake.commonlib import logs, readinput
+        from openquake.engine import engine
+
+        self.spec = spec
+        self.report = report
+        self.config = config
+        self.logs = logs
+        self.readinput = readinput
+        self.engine = engine
+        self.table = JobTable.of_engine()
+        self.parent: int | str | None = None
+        self.unpacked: dict[Path, str] = {}  # directory -> the archive in it
+        self.rest: list[Any] = []  # the engine's contexts of the jobs that are not at their end
+
+    def run(self) -> int:
+        """Run all jobs, one after the other; return the exit code."""
+        try:
+            place = self.open_table()
+            self.parent = jobtable.parent(self.table, self.spec["hc"], self.note)
+            params = [self.read(Path(name)) for name in self.spec["files"]]
+            for number, one in enumerate(params):
+                self.check(one, lacking=bool(number) and self.parent is None)
+            self.create(params, place)
+            hazard = self.rest[0]
+            for job in list(self.rest):
+                if job is not hazard and self.parent is None:
+                    job.params["hazard_calculation_id"] = hazard.calc_id
+                self.run_one(job)
+            return COMPLETE
+        except KeyboardInterrupt:
+            self.finish(Status.ABORTED)
+            return INTERRUPTED
+        except SystemExit as exc:
+            if str(exc.code).startswith("Killed"):  # the engine's answer to SIGTERM
+                self.finish(Status.ABORTED)
+                return INTERRUPTED
+            return self.failed(exc)
+        except Exception as exc:
+            return self.failed(exc)
+        finally:
+            for folder in self.unpacked:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def note(self, text: str) -> None:
+        self.report({"kind": "note", "text": text})
+
+    def finish(self, status: Status) -> None:
+        """Give the jobs that have not come to their end their last status."""
+        for job in self.rest:
+            found = self.table.job(job.calc_id)
+            if found is not None and found.status not in jobtable.COMPLETE:
+                self.table.finish(job.calc_id, status)
+
+    def failed(self, exc: BaseException) -> int:
+        """Report an error in the words of the user; return the exit code."""
+        if not isinstance(exc, InputError):
+            traceback.print_exception(exc, file=sys.stderr)
+        self.finish(Status.FAILED)
+        job = self.rest[0] if self.rest else None
+        if isinstance(exc, NoWorkers):
+            code, text = NO_WORKERS, messages.explain(exc)
+        elif full := messages.no_room(exc):
+            code, text = FAILED, full
+        elif unseen := messages.unseen(exc, self.config.directory.shared_dir):
+            code, text = FAILED, unseen
+        elif messages.of_input(exc):
+            inputs = messages.files(job.params["inputs"]) if job else ()
+            code, text = BAD_INPUT, messages.input_text(exc, inputs)
+        else:
+            code, text = FAILED, messages.explain(exc)
+        number = job.calc_id if job else None
+        self.report({"kind": "failed", "job": number, "error": self.as_given(text)})
+        return code
+
+    def as_given(self, text: str) -> str:
+        """Return a text with the paths that the user knows instead of where they are unpacked."""
+        for folder, archive in self.unpacked.items():
+            text = text.replace(f"{folder / archives.FILES}/", f"{archive}: ")
+        return text
+
+    # ---- before there is a job
+
+    def open_table(self) -> str:
+        """Make the job table usable; return where it is.
+
+        :raises InputError: where that cannot be
+        """
+        host = os.environ.get("OQ_DATABASE", self.config.dbserver.host)
+        if host != "127.0.0.1" or os.environ.get("USER") == "openquake":
+            place = f"tcp://{host}:{self.config.dbserver.port}"
+        else:
+            place = os.path.expanduser(self.config.dbserver.file)
+        try:
+            if not place.startswith("tcp://"):
+                jobtable.make(Path(place))
+                # what it logs gives the root logger a handler, and the engine then sets no level
+                logging.getLogger().handlers.clear()
+            self.table.check()
+            for job in self.table.mend():
+                self.note(
+                    f"job {job.id} of {clean(job.user)} did not come to its end, and its process "
+                    "is gone: it is failed"
+                )
+        except sqlite3.Error as exc:
+            raise InputError(f"the job database {place}: {exc}; repair or move it away") from exc
+        return place
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """Read a job file or an archive; return the engine's parameters.
+
+        :raises InputError: for what cannot be read
+        """
+        archive = path if path.suffix == ".zip" else None
+        if archive is not None:
+            path = self.unpack(archive)
+        try:
+            params: dict[str, Any] = self.readinput.get_params(str(path))
+        except (Exception, SystemExit) as exc:
+            text = messages.encoding(exc, [str(path)]) or messages.explain(exc)
+            raise InputError(self.about(path, text)) from exc
+        params.update(self.spec["params"])
+        params["exports"] = self.spec["exports"]
+        if self.spec["export_dir"]:
+            params["export_dir"] = self.spec["export_dir"]
+        if self.parent is not None:
+            params["hazard_calculation_id"] = self.parent
+        if archive is not None:
+            params["inputs"]["input_zip"] = str(archive)
+            # beside the archive: what is unpacked goes with the job
+            params["export_dir"] = str(archive.parent / params.get("export_dir", "."))
+        return params
+
+    def unpack(self, archive: Path) -> Path:
+        """Unpack an archive and return its job file, the first where there are several."""
+        shared = Path(self.logs.get_datadir()) if self.spec["cluster"] else None
+        try:
+            folder = archives.place(Path(os.environ[SESSION_VARIABLE]), shared)
+        except OSError as exc:
+            raise InputError(f"{archive}: no room to unpack it: {exc}") from exc
+        self.unpacked[folder] = archive.name
+        first, *others = archives.unpack(archive, folder)
+        if others:
+            names = ", ".join(path.name for path in others)
+            self.note(
+                f"{archive} holds {1 + len(others)} job files: running {first.name}, not {names}; "
+                "unpack it to run another"
+            )
+        return first
+
+    def check(self, params: dict[str, Any], *, lacking: bool) -> None:
+        """Let the engine check the parameters of a job.
+
+        :param lacking: a second stage takes from the first, which has not run yet, what it lacks
+        :raises InputError: for a parameter that is unknown, or wrong
+        """
+        from openquake.commonlib.oqvalidation import OqParam
+
+        path = params["inputs"]["job_ini"]
+        try:
+            with Ignored() as ignored, contextlib.suppress(*[Exception] if lacking else []):
+                self.readinput.get_oqparam(params)
+        except (Exception, SystemExit) as exc:
+            inputs = messages.files(params["inputs"])
+            text = messages.encoding(exc, inputs) or messages.explain(exc)
+            if isinstance(exc, OSError) and str(exc.filename) in params.get("export_dir", ""):
+                text = f"export_dir={params['export_dir']}: {exc.strerror}"
+            raise InputError(self.about(path, text)) from exc
+        if ignored.names:
+            raise InputError(self.about(path, messages.unknown(ignored.names, dir(OqParam))))
+
+    def about(self, path: Path | str, text: str) -> str:
+        return self.as_given(text if str(path) in text else f"{path}: {text}")
+
+    # ---- jobs
+
+    def create(self, params: list[dict[str, Any]], place: str) -> None:
+        """Give each job a number."""
+        spec = self.spec
+        self.table.skip_old_results(Path(self.logs.get_datadir()))
+        for one in params:
+            try:
+                [job] = self.engine.create_jobs(
+                    [one],
+                    spec["log_level"],
+                    spec["log_file"],
+                    hc_id=self.parent,
+                )
+            except BaseException as exc:
+                for number in created_in(exc):
+                    self.table.finish(number, Status.FAILED)
+                raise
+            self.rest.append(job)
+            # a job after the first waits, as the engine's queue understands it
+            self.table.own(job.calc_id, Status.SUBMITTED if self.rest[1:] else Status.CREATED)
+            self.report({"kind": "created", "job": job.calc_id, "database": place})
+
+    def run_one(self, job: Any) -> None:
+        """Run a job when it is its turn, and report its summary."""
+        at_a_time = self.config.distribution.serialize_jobs
+        queue.wait(self.table, job.calc_id, at_a_time, self.note)
+        self.report({"kind": "running", "job": job.calc_id})
+        started = time.monotonic()
+        self.engine.run_jobs([job])
+        seconds = time.monotonic() - started
+        self.rest.remove(job)
+        self.report({"kind": "finished", **summary(self.logs, job.calc_id, seconds)})
+
+
+def created_in(exc: BaseException) -> set[int]:
+    """Return the numbers of the jobs that the engine created before it failed to create one."""
+    frames = [frame for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    values = [value for frame in frames for value in frame.f_locals.values()]
+    return {value.calc_id for value in values if type(value).__name__ == "LogContext"}
 
 
 def summary(logs: Any, job_id: int, seconds: float) -> dict[str, Any]:
@@ -127,76 +310,19 @@ def summary(logs: Any, job_id: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def run(spec: dict[str, Any], report: Any) -> int:
+def run(spec: dict[str, Any], report: Report) -> int:
+    """Run what ``oq-run`` asks for; return the exit code."""
     try:
-        from openquake.baselib import config
-        from openquake.commonlib import logs
-        from openquake.commonlib.oqvalidation import OqParam
-        from openquake.engine import engine
-    except UnsupportedEngine as exc:
-        raise InputError(str(exc)) from exc
-
-    datadir = Path(logs.get_datadir())
-    database = Path(os.path.expanduser(config.dbserver.file))
-    dbhost = os.environ.get("OQ_DATABASE", config.dbserver.host)
-    local = dbhost == "127.0.0.1"
-    for folder in (datadir, database.parent) if local else (datadir,):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as probe:
-                probe.write(b"oq-run" * 1000)
-        except OSError as exc:
-            raise InputError(
-                f"{folder}: {exc.strerror}; free space or set OQ_DATADIR to another directory"
-            ) from exc
-    try:
-        if local and not database.exists():
-            logs.dbcmd("upgrade_db")
-            # it logs, which gives the root logger a handler, and the engine then sets no level
-            logging.getLogger().handlers.clear()
-        mend(logs)
-        parent = parent_job(logs, spec["hc"])
-    except sqlite3.Error as exc:
-        raise InputError(f"the job database {database}: {exc}; repair or move it away") from exc
-    try:
-        jobs = engine.create_jobs(spec["files"], spec["log_level"], spec["log_file"], hc_id=parent)
-    except Exception as exc:
-        raise InputError(f"{', '.join(spec['files'])}: {first_line(exc)}") from exc
-    for job in jobs:
-        job.params.update(spec["params"])
-        job.params["exports"] = spec["exports"]
-        if spec["export_dir"]:
-            job.params["export_dir"] = spec["export_dir"]
-        where = str(database) if local else f"tcp://{dbhost}:{config.dbserver.port}"
-        report({"kind": "created", "job": job.calc_id, "database": where})
-    for job in jobs:
-        # a second stage takes from the first, which has not run yet, what it lacks itself
-        lacking = job is not jobs[0] and not parent
-        try:
-            with Ignored() as ignored, contextlib.suppress(*[Exception] if lacking else []):
-                job.get_oqparam()
-            if ignored.names:
-                raise InputError(unknown(ignored.names, dir(OqParam)))
-        except (Exception, SystemExit) as exc:
-            for created in jobs:
-                logs.dbcmd("finish", created.calc_id, "failed")
-            raise InputError(f"{job.params['inputs']['job_ini']}: {first_line(exc)}") from exc
-    started = time.monotonic()
-    try:
-        engine.run_jobs(jobs, precalc=len(jobs) > 1 and not parent)
+        return Jobs(spec, report).run()
     except KeyboardInterrupt:
-        return 130
-    except SystemExit:
-        return 130
-    except Exception as exc:
+        return INTERRUPTED
+    except UnsupportedEngine as exc:
+        code, error = BAD_INPUT, str(exc)
+    except Exception as exc:  # the engine cannot be imported
         traceback.print_exc(file=sys.stderr)
-        error = unseen(exc, config.directory.shared_dir) or first_line(exc)
-        report({"kind": "failed", "job": jobs[-1].calc_id, "error": error})
-        return 1
-    for job in jobs:
-        figures = summary(logs, job.calc_id, time.monotonic() - started)
-        report({"kind": "finished", **figures})
-    return 0
+        code, error = FAILED, messages.explain(exc)
+    report({"kind": "failed", "job": None, "error": error})
+    return code
 
 
 def main() -> None:
@@ -204,7 +330,8 @@ def main() -> None:
     processes.die_with_parent()
     if os.getppid() != int(sys.argv[2]):
         sys.exit("oq-run has ended")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where oq-run's parent ignores them
+        signal.signal(number, signal.default_int_handler)
     spec = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w") as stream:
 
@@ -212,17 +339,7 @@ def main() -> None:
             stream.write(json.dumps(row) + "\n")
             stream.flush()
 
-        try:
-            code = run(spec, report)
-        except InputError as exc:
-            report({"kind": "input", "error": str(exc)})
-            code = 2
-        except KeyboardInterrupt:
-            code = 130
-        except Exception as exc:
-            traceback.print_exc(file=sys.stderr)
-            report({"kind": "failed", "job": None, "error": first_line(exc)})
-            code = 1
+        code = run(spec, report)
         # from here on nothing can change the outcome, nor the interpreter's own end be safer
         report({"kind": "end", "code": code})
         close_files()

@@ -1,57 +1,411 @@
 """The engine's job table: the only place that knows it.
 
-Jobs whose engine process is gone are mended here, and jobs of the past are found.
+``JobTable`` speaks the engine's named actions through one function, which is the seam for another
+way to the database: ``logs.dbcmd`` in a process that has imported the engine. ``Outside`` is for
+one that has not, and must not, for that takes seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import fcntl
+import getpass
 import os
 import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
-import psutil
+import zmq
 
-from oq_runtime.errors import InputError
+from oq_runtime import processes
+from oq_runtime.engine.unpickler import Names, Refused, loads
+from oq_runtime.errors import InputError, OqRuntimeError
+from oq_runtime.text import clean
 
-#: jobs of a process, by host and pid, that it says are under way
-EXECUTING_HERE = "SELECT id FROM job WHERE host=?x AND pid=?x AND status='executing'"
-#: jobs of a host (its name is the parameter) that say of themselves that they are under way
-RUNNING_HERE = (
-    "SELECT id, pid FROM job WHERE host=?x AND pid > 0 "
-    "AND status IN ('created', 'submitted', 'executing')"
+#: performs a named action of the engine's ``server.db.actions`` and returns its result
+Call = Callable[..., Any]
+
+#: seconds by which the clocks of two sources may differ; a pid is not given away again as fast
+SLACK_SECS = 60.0
+#: unfinished jobs that one look at the table may find
+MOST_JOBS = 100_000
+#: seconds for the database to answer a process that does not import the engine
+ANSWER_SECS = 5.0
+#: seconds for another process to finish a database that lacks a part
+HALF_MADE_SECS = 3.0
+
+
+class Status(enum.StrEnum):
+    """The column ``status``; those of UNFINISHED are told by the engine process itself."""
+
+    CREATED = "created"
+    SUBMITTED = "submitted"  # waits for others, see ``queue``
+    EXECUTING = "executing"
+    COMPLETE = "complete"
+    SHARED = "shared"  # complete, and shown to all users of the WebUI
+    FAILED = "failed"
+    ABORTED = "aborted"
+    DELETED = "deleted"
+
+
+UNFINISHED = (Status.CREATED, Status.SUBMITTED, Status.EXECUTING)
+COMPLETE = (Status.COMPLETE, Status.SHARED)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row of the table. ``started_s``: seconds since 1970, 0 where it is not known."""
+
+    id: int
+    user: str
+    status: str
+    pid: int
+    host: str
+    started_s: float
+    path: str = ""
+
+
+class DatabaseError(OqRuntimeError):
+    """The job database cannot be read or written; the text names it and the remedy."""
+
+
+class JobTable:
+    """The jobs, as a process of the engine reads and ends them.
+
+    :param call: performs a named action and returns its result
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.host = socket.gethostname()
+
+    @classmethod
+    def of_engine(cls) -> JobTable:
+        """Return the table as the engine of this process is configured to reach it."""
+        from openquake.commonlib import logs
+
+        return cls(logs.dbcmd)
+
+    def job(self, number: int, user: str | None = None) -> Job | None:
+        """Return a job; -1 stands for the last one of a user, -2 for the one before."""
+        row = self.call("get_job", number, user)
+        if row is None or row.status == Status.DELETED:
+            return None
+        started_s = seconds(row.start_time)
+        path = f"{row.ds_calc_dir}.hdf5"
+        return Job(row.id, row.user_name, row.status, row.pid or 0, row.host or "", started_s, path)
+
+    def unfinished(self) -> list[Job]:
+        """Return the jobs of this host that the table says are not at their end, oldest first."""
+        wanted = {"is_running": "1", "include_shared": "0", "limit": MOST_JOBS}
+        found = []
+        for row in self.call("get_calcs", wanted, []):
+            # the same places in all engine series
+            number, user, status, *_, pid, _, _, host, start = row[:11]
+            if host == self.host and status in UNFINISHED:
+                found.append(Job(number, user, status, pid or 0, host, seconds(start)))
+        return sorted(found, key=lambda job: job.id)
+
+    def own(self, number: int, status: Status) -> None:
+        """Say that a job belongs to this process, and how far it is."""
+        self.call("update_job", number, {"status": status.value, "pid": os.getpid()})
+
+    def finish(self, number: int, status: Status) -> None:
+        """Give a job its last status."""
+        self.call("finish", number, status.value)
+
+    def mend(self) -> list[Job]:
+        """Set to ``failed`` the jobs of this host whose engine process is gone; return them.
+
+        The engine would wait for them for ever before it starts the next job.
+        """
+        lost = [job for job in self.unfinished() if job.pid and not lives(job)]
+        for job in lost:
+            self.finish(job.id, Status.FAILED)
+        return lost
+
+    def end_own(self, status: Status) -> None:
+        """Give the jobs of this process that are not calculating yet their last status.
+
+        The engine has told the table that they are executing, and only tells it their end once
+        they calculate. Other jobs would wait for them for ever.
+        """
+        for job in self.unfinished():
+            if job.pid == os.getpid() and job.status == Status.EXECUTING:
+                self.finish(job.id, status)
+
+    def skip_old_results(self, datadir: Path) -> None:
+        """Let the next job get a number above those of results that this table does not know.
+
+        They are of a job database that was lost or reset. The engine would refuse each of their
+        numbers, one per try.
+        """
+        last = self.call("get_job", -1)
+        number = start = last.id if last else 0
+        while (datadir / f"calc_{number + 1}.hdf5").exists():
+            number += 1
+        if number > start:
+            what = ("custom", "results of another job database", user_name(), Status.DELETED.value)
+            with contextlib.suppress(sqlite3.IntegrityError):  # the table is beyond it
+                self.call("import_job", number, *what, None, str(datadir))
+
+    def check(self) -> None:
+        """Raise InputError where the tables are older than the engine."""
+        if outdated := self.call("check_outdated"):
+            raise InputError(f"{outdated}".replace("\n", " "))
+
+
+def lives(job: Job) -> bool:
+    """Whether the engine process of a job of this host may be there; what is hidden counts."""
+    return processes.exists(job.pid) and is_of(job, processes.look(job.pid), processes.boot_s())
+
+
+def is_of(job: Job, process: processes.Process | None, boot_s: float) -> bool:
+    """Whether the process that has the pid of a job now may be the job's.
+
+    A job keeps its pid until it ends, so whoever has got it since then was started later, or never
+    was an engine. The title counts before the clocks, which may have been put right meanwhile.
+
+    :param process: None where ``/proc`` does not show it
+    :param boot_s: when the machine was booted, in seconds since 1970
+    """
+    if process is not None and process.name == f"oq-job-{job.id}":
+        return bool(process.command)
+    if job.started_s and boot_s > job.started_s + SLACK_SECS:
+        return False
+    if process is None:
+        return True
+    if job.started_s and process.started_s > job.started_s + SLACK_SECS:
+        return False
+    program = process.command.partition(" ")[0]
+    return "python" in Path(program).name or process.name.startswith("oq-job-")
+
+
+def seconds(moment: Any) -> float:
+    """Return a time of the table, UTC as text or as datetime, in seconds since 1970; 0: none."""
+    if not moment:
+        return 0.0
+    if not isinstance(moment, datetime):
+        try:
+            moment = datetime.fromisoformat(str(moment))
+        except ValueError:
+            return 0.0
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return float(moment.timestamp())
+
+
+def user_name() -> str:
+    """Return the user as the engine calls them."""
+    return getpass.getuser()
+
+
+# ---- parents
+
+
+def parent(table: JobTable, wanted: str | None, tell: Callable[[str], None]) -> int | str | None:
+    """Return the job that ``--hc`` names, or the path that it is.
+
+    A negative number counts the user's complete jobs from the last one.
+
+    :param tell: is given a line where others than complete ones were left out
+    :raises InputError: for a job that cannot be started from, with the reason
+    """
+    if wanted is None:
+        return None
+    if not wanted.lstrip("-").isdigit():
+        if wanted.endswith(".hdf5"):
+            check_datastore(Path(wanted), f"--hc {wanted}")
+        return wanted
+    number = int(wanted)
+    job = table.job(number) if number >= 0 else last_complete(table, -number, tell)
+    name = f"--hc {number}"
+    if job is None:
+        what = "there is no such job" if number >= 0 else "you have no such complete job"
+        raise InputError(f"{name}: {what}; list them with oq engine --lhc")
+    name += f": job {job.id} of {clean(job.user)}"
+    if job.status in UNFINISHED:
+        raise InputError(f"{name} is {job.status}; wait for its end")
+    if job.status not in COMPLETE:
+        raise InputError(f"{name} is {job.status}; run it again, or start from a complete one")
+    check_datastore(Path(job.path), name)
+    return job.id
+
+
+def last_complete(table: JobTable, count: int, tell: Callable[[str], None]) -> Job | None:
+    """Return the user's last complete job, or the one ``count`` before it."""
+    user, skipped, before = user_name(), [], None
+    for position in range(-1, -MOST_JOBS, -1):
+        job = table.job(position, user)
+        if job is None or job == before:  # the engine repeats the first one
+            return None
+        before = job
+        if job.status not in COMPLETE:
+            skipped.append(job)
+        elif (count := count - 1) == 0:
+            if skipped:
+                left = ", ".join(f"job {other.id} is {other.status}" for other in skipped[:3])
+                tell(f"starting from job {job.id}, the last complete one ({left})")
+            return job
+    return None
+
+
+def check_datastore(path: Path, name: str) -> None:
+    """Raise InputError where the datastore of a parent cannot be read."""
+    import h5py
+
+    try:
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise InputError(f"{name}: its datastore {path} is not there any more") from None
+    except OSError as exc:
+        remedy = "its owner must let you read it"
+        raise InputError(f"{name}: its datastore {path}: {exc.strerror}; {remedy}") from None
+    try:
+        with h5py.File(path, "r"):
+            pass
+    except OSError as exc:
+        open_mark = "already open for write" in str(exc)
+        what = "was not closed: its job was killed while it wrote" if open_mark else "is damaged"
+        raise InputError(f"{name}: its datastore {path} {what}; run that job again") from None
+
+
+# ---- without the engine
+
+
+class Record:
+    """An object in an answer of the DbServer, whatever its class: its attributes."""
+
+
+ANSWERS: Names = {("datetime", cls.__name__): cls for cls in (datetime, timedelta, timezone)} | {
+    ("openquake.baselib.parallel", "Result"): Record,
+    ("openquake.baselib.parallel", "Pickled"): Record,
+    ("openquake.baselib.performance", "Monitor"): Record,
+    ("openquake.commonlib.dbapi", "Row"): Record,
+}
+STATUS_OF = "SELECT status FROM job WHERE id=?"
+END = (
+    "UPDATE job SET status=?, is_running=0, stop_time=datetime('now') "
+    f"WHERE id=? AND status IN ({', '.join(repr(str(status)) for status in UNFINISHED)})"
 )
 
 
-def end_jobs(status: str) -> None:
-    """Give the jobs of this process that are not calculating yet their last status.
+class Outside:
+    """The job table for a process that does not import the engine.
 
-    The engine has told the database that they are executing, and only tells it their end once they
-    calculate. Other jobs would wait for them for ever.
+    :param place: the file, or the DbServer's tcp:// URL
+    :param answer_s: seconds to wait for an answer, or for a lock
+    :raises DatabaseError: out of each method
     """
-    from openquake.commonlib import logs
 
-    for row in logs.dbcmd(EXECUTING_HERE, socket.gethostname(), os.getpid()):
-        logs.dbcmd("finish", row.id, status)
+    def __init__(self, place: str, answer_s: float = ANSWER_SECS) -> None:
+        self.place = place
+        self.answer_s = answer_s
+
+    def status(self, number: int) -> str | None:
+        """Return the status of a job, None where there is no such job."""
+        if self.place.startswith("tcp://"):
+            row = self._ask("get_job", number)
+            return None if row is None else str(row.status)
+        with self._open() as connection:
+            row = connection.execute(STATUS_OF, (number,)).fetchone()
+            return row[0] if row else None
+
+    def finish(self, numbers: Sequence[int], status: Status) -> None:
+        """Give those of the jobs that the table takes for unfinished their last status."""
+        if self.place.startswith("tcp://"):
+            for number in numbers:
+                if self.status(number) in UNFINISHED:
+                    self._ask("finish", number, status.value)
+            return
+        with self._open() as connection, connection:
+            connection.executemany(END, [(status.value, number) for number in numbers])
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with contextlib.closing(
+                sqlite3.connect(self.place, timeout=self.answer_s)
+            ) as connection:
+                yield connection
+        except sqlite3.Error as exc:
+            raise DatabaseError(f"the job database {self.place}: {exc}") from exc
+
+    def _ask(self, action: str, *arguments: Any) -> Any:
+        """Perform a named action as the DbServer's clients do."""
+        with zmq.Context() as context, context.socket(zmq.REQ) as dbserver:
+            dbserver.linger = 0
+            dbserver.connect(self.place)
+            dbserver.send_pyobj((action, *arguments))
+            if not dbserver.poll(int(self.answer_s * 1000)):
+                raise DatabaseError(f"the DbServer {self.place} does not answer")
+            answer = dbserver.recv()
+        try:
+            result = loads(answer, ANSWERS)
+            if result.tb_str:
+                raise DatabaseError(f"the DbServer {self.place} could not {action}")
+            return loads(result.pik.pik, ANSWERS)
+        except (Refused, AttributeError) as exc:
+            raise DatabaseError(f"what answers at {self.place} is no DbServer") from exc
 
 
-def mend(logs: Any) -> None:
-    """Set to ``failed`` the jobs of this host whose engine process is gone.
+# ---- a database that is not there yet
 
-    The engine would wait for them for ever before it starts the next job.
+
+def make(database: Path) -> None:
+    """Make the job database where there is none, or one that was never finished.
+
+    It is made beside its place and put there whole, one process at a time: whoever is interrupted
+    leaves nothing that another could take for a database.
+
+    :raises sqlite3.Error: when what is there is no job database
     """
-    for row in logs.dbcmd(RUNNING_HERE, socket.gethostname()):
-        if not psutil.pid_exists(row.pid):
-            logs.dbcmd("finish", row.id, "failed")
+    if made(database):
+        return
+    from openquake.commonlib import dbapi
+    from openquake.server.db import actions
+
+    with database.with_name(f".{database.name}.lock").open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        deadline_s = time.monotonic() + HALF_MADE_SECS
+        while database.exists() and time.monotonic() < deadline_s and not made(database):
+            time.sleep(0.1)  # a command of the engine may be making it
+        if made(database):
+            return
+        new = database.with_name(f".{database.name}.{os.getpid()}")
+        try:
+            db = dbapi.Db(sqlite3.connect, str(new), isolation_level=None)
+            actions.upgrade_db(db)
+            db.close()
+            for suffix in ("-wal", "-shm"):  # of the one that is replaced
+                database.with_name(database.name + suffix).unlink(missing_ok=True)
+            new.replace(database)
+        finally:
+            new.unlink(missing_ok=True)
 
 
-def parent_job(logs: Any, wanted: int | str | None) -> int | str | None:
-    """Return the job that ``--hc`` names; raises InputError where there is none."""
-    if wanted is None or not str(wanted).lstrip("-").isdigit():
-        return wanted
-    import getpass
+def made(database: Path) -> bool:
+    """Whether a job database is there that can be used, or must be kept.
 
-    number = int(wanted)
-    job = logs.dbcmd("get_job", number, getpass.getuser() if number < 0 else None)
-    if job is None:
-        raise InputError(f"--hc {number}: there is no such job; list them with oq engine --lhc")
-    return int(job.id)
+    One that is empty, or has no jobs and lacks a part, was not finished.
+    """
+    from openquake.server.db.schema.upgrades import upgrader
+
+    if not database.exists():
+        return False
+    with contextlib.closing(sqlite3.connect(database, timeout=ANSWER_SECS)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if not tables:
+            return False
+        if connection.execute("SELECT EXISTS (SELECT * FROM job)").fetchone() == (1,):
+            return True
+        versioned = upgrader.version_table in tables
+        return versioned and not upgrader.check_versions(connection)

@@ -8,7 +8,7 @@ from typing import Any
 
 from oq_runtime.cluster import debug, pool
 from oq_runtime.config import Config
-from oq_runtime.engine.jobtable import end_jobs
+from oq_runtime.engine.jobtable import JobTable, Status
 from oq_runtime.session.client import Session
 
 
@@ -45,7 +45,8 @@ def install_workerpool(workerpool: Any) -> None:
                 return Session.current().status()
             except BaseException as exc:
                 with contextlib.suppress(Exception):  # the first error says more
-                    end_jobs("failed" if isinstance(exc, Exception) else "aborted")
+                    failed = isinstance(exc, Exception)
+                    JobTable.of_engine().end_own(Status.FAILED if failed else Status.ABORTED)
                 raise
 
         def wait(self, seconds: int = 120) -> list[tuple[str, int, int]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
-import psutil
 from openquake.server import apps
 from openquake.server.db import actions
 
-from oq_runtime.engine.jobtable import RUNNING_HERE
+from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.webui import uploads
 
 
@@ -18,9 +16,7 @@ def fail_lost_jobs(db: Any) -> None:
 
     :param db: ``openquake.commonlib.dbapi.Db``; the DbServer need not be there yet
     """
-    for row in db(RUNNING_HERE, socket.gethostname()):
-        if not psutil.pid_exists(row.pid):
-            actions.finish(db, row.id, "failed")
+    JobTable(lambda action, *arguments: getattr(actions, action)(db, *arguments)).mend()
 
 
 class ServerConfig(apps.ServerConfig):  # type: ignore[misc]

@@ -1,0 +1,124 @@
+"""What ``oq-run`` refuses before anything is started: files, directories, users, limits.
+
+Each check raises BadInput with one line: what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import getpass
+import os
+import pwd
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from oq_runtime.engine import messages
+from oq_runtime.text import clean
+
+EXIT_INPUT = 2
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+#: bytes that no text has
+CONTROL = frozenset(range(32)) - frozenset(b"\t\n\f\r")
+#: by errno, what can be done besides taking another place
+REMEDIES = {
+    errno.ENOSPC: "free space or ",
+    errno.EDQUOT: "remove old results (oq engine --dc ID) or ",
+    errno.EEXIST: "it is a file: move it away or ",
+    errno.ENOTDIR: "a file is in its way: move that away or ",
+}
+
+
+class BadInput(click.ClickException):
+    exit_code = EXIT_INPUT
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"oq-run: {clean(self.format_message(), messages.MOST_CHARACTERS)}", err=True)
+
+
+def check_file(name: str) -> str:
+    """Return the absolute path of a job file."""
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            raise BadInput(f"{name} is a directory; give the job file in it")
+        data = path.read_bytes() if path.suffix != ".zip" else path.open("rb").read(1)
+    except OSError as exc:
+        raise BadInput(f"{name}: {exc.strerror}; check the path of the job file") from exc
+    if path.suffix == ".zip":
+        return str(path.resolve())
+    if not data.strip():
+        raise BadInput(f"{name} is empty; a job file has sections such as [general]")
+    wrong = messages.not_utf8(path, data)
+    if not data.startswith(UTF16) and CONTROL & set(data):
+        wrong = f"{name} is not a text file; give a job file (.ini)"
+    if wrong:
+        raise BadInput(wrong)
+    return str(path.resolve())
+
+
+def check_user() -> None:
+    """Refuse a user without a home, and give one without an entry in passwd a name: the number."""
+    try:
+        entry = pwd.getpwuid(os.getuid())
+    except KeyError:
+        if not any(map(os.environ.get, ("LOGNAME", "USER", "LNAME", "USERNAME"))):
+            os.environ["USER"] = str(os.getuid())  # the engine asks for it in many places
+        if not os.environ.get("HOME"):
+            raise BadInput(
+                f"HOME is not set, and user {os.getuid()} has no entry in passwd; set HOME to a "
+                "directory where you may write"
+            ) from None
+        return
+    os.environ.setdefault("HOME", entry.pw_dir)
+
+
+def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse directories of results and of the job database where nothing can be written."""
+    room(data_directory(sections), "set OQ_DATADIR to another directory")
+    dbserver = sections.get("dbserver", {})
+    host = os.environ.get("OQ_DATABASE") or dbserver.get("host")
+    if host == "127.0.0.1" and getpass.getuser() != "openquake":  # no DbServer, as in the engine
+        file = Path(dbserver.get("file", "")).expanduser()
+        room(file.parent, "set file in [dbserver] of openquake.cfg to another place")
+
+
+def data_directory(sections: Mapping[str, Mapping[str, str]]) -> Path:
+    """Return where the engine puts its results.
+
+    Source: ``get_datadir`` in ``openquake/commonlib/logs.py`` of engine 3.26.
+    """
+    if given := os.environ.get("OQ_DATADIR"):
+        return Path(given)
+    shared = sections.get("directory", {}).get("shared_dir", "")
+    if not shared:
+        return Path.home() / "oqdata"
+    folder = str(Path(shared, getpass.getuser(), "oqdata"))
+    return Path(folder.replace("openquake/openquake", "openquake"))
+
+
+def room(folder: Path, otherwise: str) -> None:
+    """Make a directory where there is none, and try to write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"oq-run" * 1000)
+    except OSError as exc:
+        remedy = REMEDIES.get(exc.errno or 0, "")
+        if exc.errno in (errno.EACCES, errno.EPERM):
+            remedy = f"ask {owner(folder)} to let you write there, or "
+        raise BadInput(f"{folder}: {exc.strerror}; {remedy}{otherwise}") from exc
+
+
+def owner(path: Path) -> str:
+    """Return who owns a path, or the first directory above it that there is."""
+    while not os.path.exists(path) and path != path.parent:  # or it cannot be looked at
+        path = path.parent
+    try:
+        return f"{path.owner()}, who owns {path},"
+    except (KeyError, OSError):
+        return f"the owner of {path}"

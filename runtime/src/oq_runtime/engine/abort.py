@@ -1,0 +1,66 @@
+"""``oq abort``: end the engine process that the job table names, and no other.
+
+The engine's own takes the first process of the host that calls itself ``oq-job-N``, which may run
+job N of another database, and calls the job aborted while its process still runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import select
+import signal
+from typing import Any
+
+from oq_runtime import processes
+from oq_runtime.engine.jobtable import UNFINISHED, JobTable, Status, lives
+from oq_runtime.text import clean
+
+#: seconds that an engine process has to end after an interrupt
+END_SECS = 10.0
+
+
+def install_abort(abort: Any) -> None:
+    """Replace what ``oq abort`` does.
+
+    :param abort: the module ``openquake.commands.abort``
+    """
+
+    @functools.wraps(abort.main)  # its attributes and annotations make the command line
+    def main(job_id: list[int]) -> None:
+        for number in job_id:
+            print(end(JobTable.of_engine(), number))
+
+    abort.main = main
+
+
+def end(table: JobTable, number: int) -> str:
+    """End a job and return what has become of it.
+
+    :param number: as the engine's commands take it: -1 is the last job
+    """
+    job = table.job(number)
+    if job is None:
+        return f"There is no job {number}"
+    if job.status not in UNFINISHED:
+        return f"Job {job.id} is {job.status}"
+    if job.host not in ("", table.host):
+        return f"Job {job.id} runs on {clean(job.host)}; abort it there"
+    descriptor = processes.pidfd(job.pid) if job.pid else None
+    if descriptor is None or not lives(job):
+        table.finish(job.id, Status.FAILED)
+        return f"Unable to find a process for job {job.id}, setting it as failed"
+    try:
+        signal.pidfd_send_signal(descriptor, signal.SIGINT)
+        table.call("set_status", job.id, Status.ABORTED.value)
+        if not select.select([descriptor], [], [], END_SECS)[0]:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            select.select([descriptor], [], [], END_SECS)
+    except PermissionError:
+        return f"Job {job.id} belongs to {clean(job.user)}; only they or root can abort it"
+    except ProcessLookupError:
+        pass  # it has ended meanwhile
+    finally:
+        os.close(descriptor)
+    table.finish(job.id, Status.ABORTED)  # the engine writes "failed" on its way out
+    return f"Job {job.id} aborted"

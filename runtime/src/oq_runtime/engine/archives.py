@@ -1,0 +1,96 @@
+"""Job archives (.zip): unpacked where the workers see the files, and gone with the job.
+
+The engine unpacks them into a directory that nobody removes, takes the first of several job files
+without a word, and names that directory in its errors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+from oq_runtime.errors import InputError
+from oq_runtime.text import clean
+
+PREFIX = ".oq-run-"
+#: of an unpacked archive: a link to the directory of the session that unpacked it
+OWNER = "session"
+#: where the files of the archive are in it
+FILES = "files"
+#: bytes that stay free
+SPARE_BYTES = 16 << 20
+
+
+def place(session: Path, shared: Path | None) -> Path:
+    """Make the directory into which this session unpacks.
+
+    :param session: the session's own directory, with which it goes
+    :param shared: where the workers of other hosts read, None where there are none; what dead
+        sessions of this host have left there is removed
+    :raises OSError: when it cannot be made
+    """
+    if shared is None:
+        return Path(tempfile.mkdtemp(prefix="archive-", dir=session))
+    prefix = f"{PREFIX}{socket.gethostname()}-"
+    for left in shared.glob(f"{prefix}*"):
+        if not (left / OWNER).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=shared))
+    (folder / OWNER).symlink_to(session)
+    folder.chmod(0o755)
+    return folder
+
+
+def unpack(archive: Path, place: Path) -> list[Path]:
+    """Unpack an archive and return its job files, in the order in which the engine takes them.
+
+    :param place: a new directory for it
+    :raises InputError: for what is no archive, does not fit on the device, or has no job file
+    """
+    folder = place / FILES
+    try:
+        folder.mkdir()
+        with zipfile.ZipFile(archive) as packed:
+            check(archive, packed, shutil.disk_usage(folder).free)
+            for member in packed.infolist():
+                path = Path(packed.extract(member, folder))  # never above the folder
+                path.chmod(0o755 if path.is_dir() else 0o644)
+    except zipfile.BadZipFile as exc:
+        raise InputError(f"{archive} is not a zip archive, or damaged: {exc}") from exc
+    except (zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
+        raise InputError(f"{archive} cannot be unpacked: {exc}; pack it again") from exc
+    except OSError as exc:
+        raise InputError(f"{archive} cannot be unpacked in {folder}: {exc.strerror}") from exc
+    for directory, _, _ in os.walk(folder):
+        os.chmod(directory, 0o755)
+    found = sorted(path for path in folder.rglob("*.ini") if "__MACOSX" not in path.parts)
+    if not found:
+        near = [path.name for path in folder.rglob("*") if path.suffix.lower() == ".ini"]
+        hint = f"; rename {near[0]} to {Path(near[0]).stem}.ini" if near else ""
+        raise InputError(clean(f"{archive} holds no job file (.ini){hint}"))
+    return found
+
+
+def check(archive: Path, packed: zipfile.ZipFile, free_bytes: int) -> None:
+    """Raise InputError for an archive that is not to be unpacked."""
+    for member in packed.infolist():
+        if "\\" in member.filename:
+            raise InputError(
+                clean(
+                    f"{archive} names its files with backslashes ({member.filename}), so that its "
+                    "folders are lost here; pack it again with a program that writes slashes"
+                )
+            )
+        if member.flag_bits & 1:
+            raise InputError(f"{archive} is encrypted; pack it without a password")
+    nbytes = sum(member.file_size for member in packed.infolist())
+    if nbytes > free_bytes - SPARE_BYTES:
+        raise InputError(
+            f"{archive} takes {nbytes / 1e6:.0f} MB unpacked, and {free_bytes / 1e6:.0f} MB are "
+            "free; set TMPDIR to a directory with more room, or unpack it yourself"
+        )

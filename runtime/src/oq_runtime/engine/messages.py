@@ -1,0 +1,221 @@
+"""What an error of the engine says to a user: one line, the file, the remedy, whose fault it is.
+
+The engine raises errors of workers again with their traceback in the text, explains parameters in
+several lines, and opens files whose name it does not mention when something is wrong with them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import errno
+import linecache
+import os
+import re
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from oq_runtime.errors import InputError, OqRuntimeError
+from oq_runtime.text import clean
+
+#: characters of an explanation of the engine that are shown
+MOST_CHARACTERS = 1500
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+NOT_THERE = f"{os.strerror(errno.ENOENT)}|{os.strerror(errno.EACCES)}"
+#: errors whose text alone says nothing: the engine met what nobody had thought of
+UNFORESEEN = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError,
+    RecursionError, TypeError, UnboundLocalError,
+)  # fmt: skip
+#: modules of the engine that read what a user has written
+READERS = (
+    "baselib/node.py",
+    "commonlib/oqvalidation.py",
+    "commonlib/readinput.py",
+    "hazardlib/gsim_lt.py",
+    "hazardlib/logictree.py",
+    "hazardlib/lt.py",
+    "hazardlib/nrml.py",
+    "hazardlib/source_reader.py",
+    "hazardlib/sourceconverter.py",
+    "hazardlib/valid.py",
+    "risklib/asset.py",
+    "risklib/read_nrml.py",
+    "risklib/reinsurance.py",
+    "risklib/riskmodels.py",
+)
+#: errors of the engine that are raised for nothing else
+OF_INPUT = ("DuplicatedID", "DuplicatedPoint", "InvalidFile", "SiteAssociationError")
+#: of the files that people edit
+TEXTS = (".csv", ".ini", ".txt", ".xml")
+FRAME = re.compile(r'^  File "(.+)", line \d+, in (.+)\n(?:    (.*)\n)?', re.MULTILINE)
+
+
+class Frame(NamedTuple):
+    """A line of a traceback: source file, function, and the text of the line where it is known."""
+
+    file: str
+    function: str
+    line: str
+
+
+def frames(exc: BaseException) -> list[Frame]:
+    """Return the traceback of an error, the worker's in its text included, innermost last."""
+    found = [
+        Frame(frame.filename, frame.name, linecache.getline(frame.filename, number).strip())
+        for frame in traceback.extract_tb(exc.__traceback__)
+        if (number := frame.lineno) is not None
+    ]
+    return found + [Frame(*(part or "" for part in m.groups())) for m in FRAME.finditer(str(exc))]
+
+
+def explain(exc: BaseException) -> str:
+    """Return the whole text of an error on one line, without the traceback of a worker in it."""
+    text = str(exc).strip("\n")
+    if found := list(FRAME.finditer(f"{text}\n")):  # the error itself follows the last frame
+        text = re.sub(r"\A(?: {4}.*\n)+", "", text[found[-1].end() :])
+    if isinstance(exc, OqRuntimeError):  # of a lost task: the engine puts a line before it
+        text = text.rpartition(f"{type(exc).__name__}: ")[2]
+    name = type(exc).__name__
+    while text.startswith(f"{name}: "):
+        text = text.removeprefix(f"{name}: ")
+    text = re.sub(r"(\S+ does not end with \S+)", r"\1 (a blank ends a file name here)", text)
+    text = re.sub(r"\[Errno \d+\] (.+?): '([^']+)'", r"\2: \1", text)
+    text = " ".join(text.split())
+    if isinstance(exc, UNFORESEEN) or not text:
+        text = f"{name}: {text}" if text else name
+    return clean(text, MOST_CHARACTERS)
+
+
+def no_room(exc: BaseException) -> str:
+    """Say which device is full, if that is at the root of an error.
+
+    HDF5 raises other errors while it cleans up after one.
+    """
+    for link in chain(exc):
+        for reason in FULL:
+            if reason in str(link):
+                where = re.search(r"filename = '([^']+)'|: '([^']+)'$", str(link))
+                name = f": {where.group(1) or where.group(2)}" if where else ""
+                return clean(f"{reason}{name}; free space or set OQ_DATADIR to another directory")
+    return ""
+
+
+def chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those during whose handling it came."""
+    while exc is not None:
+        yield exc
+        exc = exc.__cause__ or exc.__context__
+
+
+def unseen(exc: BaseException, shared_dir: str) -> str:
+    """Say which file a worker did not find or could not read although it is here, if that is so."""
+    found = re.search(rf"({NOT_THERE}): '([^'\n]+)'", str(exc))
+    # what this process did not find itself has a number, which the engine leaves out for workers
+    if found is None or getattr(exc, "errno", None) or not os.access(found.group(2), os.R_OK):
+        return ""
+    reason, path = found.groups()
+    remedy = f"keep the files of the job in shared_dir ({shared_dir or 'not set in openquake.cfg'})"
+    if shared_dir and Path(path).resolve().is_relative_to(Path(shared_dir).resolve()):
+        remedy = "let the user of the workers read it"
+    return clean(f"{path} is on this machine, but a worker says: {reason}; {remedy}")
+
+
+def of_input(exc: BaseException) -> bool:
+    """Whether an error is about what the user gave, as far as its traceback tells.
+
+    Then it comes from where the engine reads that, or the engine raised it on purpose before it
+    calculated.
+    """
+    if isinstance(exc, InputError):
+        return True
+    if isinstance(exc, (OqRuntimeError, MemoryError)) or no_room(exc):
+        return False
+    if type(exc).__name__ in OF_INPUT:
+        return True
+    trace = [frame for frame in frames(exc) if "/openquake/" in frame.file]
+    if any(frame.file.endswith(READERS) for frame in trace):
+        return True
+    early = any(frame.function == "pre_execute" for frame in trace)
+    return early and trace[-1].line.startswith("raise ") and "/calculators/" in trace[-1].file
+
+
+def input_text(exc: BaseException, inputs: Iterable[str]) -> str:
+    """Return what is wrong with the input of a job: in which file, and what to do.
+
+    :param inputs: the files of the job
+    """
+    if wrong := encoding(exc, (*open_in(exc), *inputs)):
+        return wrong
+    text = explain(exc)
+    near = next(iter(open_in(exc)), "")
+    if near and Path(near).name not in text:
+        return clean(f"{near}: {text}", MOST_CHARACTERS)
+    return text
+
+
+def encoding(exc: BaseException, inputs: Iterable[str]) -> str:
+    """Say which file is not UTF-8, if an error is about that.
+
+    :param inputs: the files that it may be
+    """
+    # a worker's UnicodeDecodeError cannot be raised again with a text, which is a TypeError
+    if re.search(r"codec can't decode|function takes exactly 5 arguments", str(exc)):
+        for path in map(Path, inputs):
+            if path.suffix in TEXTS and (wrong := not_utf8(path, path.read_bytes())):
+                return clean(wrong)
+    return ""
+
+
+def open_in(exc: BaseException) -> list[str]:
+    """Return the files that the functions of a traceback were about, the innermost first."""
+    found: dict[str, None] = {}
+    for frame, _ in reversed(list(traceback.walk_tb(exc.__traceback__))):
+        if "/openquake/" not in frame.f_code.co_filename:
+            continue
+        for value in frame.f_locals.values():
+            name = getattr(value, "name", value)
+            if not isinstance(name, str) or not name.startswith("/"):
+                continue
+            if name.endswith(TEXTS) and os.path.isfile(name):
+                found[name] = None
+    return list(found)
+
+
+def files(inputs: object) -> Iterator[str]:
+    """Yield the paths in the ``inputs`` of a job, which are nested."""
+    if isinstance(inputs, str):
+        yield inputs
+    elif isinstance(inputs, dict):
+        yield from files(list(inputs.values()))
+    elif isinstance(inputs, list | tuple):
+        for one in inputs:
+            yield from files(one)
+
+
+def not_utf8(path: Path, data: bytes) -> str:
+    """Say where a text file is not UTF-8 and how to convert it; nothing when it is."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return f"{path} is UTF-16; save it as UTF-8, e.g. iconv -f UTF-16 -t UTF-8 {path.name}"
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        remedy = f"save it as UTF-8, e.g. iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
+        if path.suffix == ".csv":
+            remedy += ", or set ignore_encoding_errors = true to leave out such characters"
+        return f"{path} is not UTF-8 at byte {exc.start} (line {line}); {remedy}"
+    return ""
+
+
+def unknown(names: list[str], known: Iterable[str]) -> str:
+    """Say which parameters are unknown, each with the nearest known name where there is one."""
+    choices = [name for name in known if not name.startswith(("_", "is_valid_"))]
+    told = []
+    for name in sorted(names):
+        near = difflib.get_close_matches(name, choices, 1)
+        told.append(f"{clean(name)} (did you mean {near[0]}?)" if near else clean(name))
+    plural = "s" if len(told) > 1 else ""
+    return f"unknown parameter{plural} {', '.join(told)}; correct or remove"

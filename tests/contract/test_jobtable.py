@@ -1,0 +1,479 @@
+"""The job table against real databases of the installed engine, run once per series.
+
+Not covered: what ``oq-run`` makes of it (``tests/local``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+
+from oq_runtime import processes
+from oq_runtime.engine import abort, jobtable, queue
+from oq_runtime.engine.jobtable import DatabaseError, JobTable, Outside, Status
+from oq_runtime.errors import InputError
+from tests.leftovers import wait_for
+
+#: a new virtual environment compiles the engine for minutes
+pytestmark = pytest.mark.timeout(900)
+
+NOW = datetime.now(UTC)
+#: a program that has a title and waits
+TITLED = "import sys, setproctitle, time; setproctitle.setproctitle(sys.argv[1]); time.sleep(99)"
+
+
+class Database:
+    """A job database of the engine's, and its actions on it."""
+
+    def __init__(self, path: Path) -> None:
+        from openquake.commonlib import dbapi
+
+        self.path = path
+        self.db = dbapi.Db(
+            sqlite3.connect, str(path), isolation_level=None, detect_types=sqlite3.PARSE_DECLTYPES
+        )
+
+    def call(self, action: str, *arguments: Any) -> Any:
+        from openquake.server.db import actions
+
+        return getattr(actions, action)(self.db, *arguments)
+
+    def job(self, status: str = "executing", host: str = socket.gethostname(), **more: Any) -> int:
+        """Make a row and return its number."""
+        arguments = [str(self.path.parent), "classical", "a test", getpass.getuser(), None, host]
+        number = int(self.call("create_job", *arguments))
+        self.call("update_job", number, {"status": status, "start_time": NOW, **more})
+        return number
+
+    def status(self, number: int) -> str:
+        return str(self.call("get_job", number).status)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "db.sqlite3"
+    jobtable.make(path)
+    return path
+
+
+@pytest.fixture
+def database(made: Path, tmp_path: Path) -> Database:
+    (tmp_path / "db.sqlite3").write_bytes(made.read_bytes())
+    return Database(tmp_path / "db.sqlite3")
+
+
+@pytest.fixture
+def table(database: Database) -> JobTable:
+    return JobTable(database.call)
+
+
+@contextlib.contextmanager
+def program(*command: str) -> Iterator[int]:
+    process = subprocess.Popen(command)
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def titled(title: str) -> contextlib.AbstractContextManager[int]:
+    @contextlib.contextmanager
+    def started() -> Iterator[int]:
+        with program(sys.executable, "-c", TITLED, title) as pid:
+            assert wait_for(lambda: (seen := processes.look(pid)) and seen.name == title)
+            yield pid
+
+    return started()
+
+
+def no_process() -> int:
+    """A pid that nobody has."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+# ---- a database that is not there yet
+
+
+def whole(path: Path) -> bool:
+    return Database(path).job() == 1
+
+
+def test_made_from_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "db.sqlite3"
+    jobtable.make(path)
+    assert whole(path)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(f".{path.name}.")] == [
+        f".{path.name}.lock"
+    ]
+
+
+def test_made_from_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "db.sqlite3"
+    path.write_bytes(b"")
+    jobtable.make(path)
+    assert whole(path)
+
+
+def half_made() -> list[str]:
+    """The statements with which the engine begins a database."""
+    from openquake.server.db.schema import upgrades
+
+    script = Path(upgrades.__file__).parent / "0000-base_schema.sql"
+    return [text for text in script.read_text().split("\n\n") if text.strip()]
+
+
+@pytest.mark.parametrize("statements", [0, 1, 3, None], ids=["page", "job", "some", "base"])
+def test_made_from_half_a_database(tmp_path: Path, statements: int | None) -> None:
+    path = tmp_path / "db.sqlite3"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        for text in half_made()[:statements]:
+            connection.execute(text)
+        connection.commit()
+    jobtable.make(path)
+    assert whole(path)
+
+
+def test_an_interrupted_start_leaves_no_half(tmp_path: Path) -> None:
+    path = tmp_path / "db.sqlite3"
+    jobtable.made(path)  # whatever is imported for it
+    for pause_s in (0.0, 0.01, 0.03, 0.06):
+        child = os.fork()
+        if child == 0:
+            jobtable.make(path)
+            os._exit(0)
+        time.sleep(pause_s)  # the subject of the test
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert not path.exists() or jobtable.made(path), pause_s
+    jobtable.make(path)
+    assert whole(path)
+
+
+def test_two_first_starts(tmp_path: Path) -> None:
+    path = tmp_path / "db.sqlite3"
+    jobtable.made(path)
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            jobtable.make(path)
+            Database(path).job()
+            os._exit(0)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert whole_ids(path) == [1, 2, 3]
+
+
+def whole_ids(path: Path) -> list[int]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [number for (number,) in connection.execute("SELECT id FROM job ORDER BY id")]
+
+
+def test_a_database_with_jobs_is_kept(database: Database) -> None:
+    number = database.job("complete")
+    jobtable.make(database.path)
+    assert database.status(number) == "complete"
+
+
+def test_what_is_no_database_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "db.sqlite3"
+    path.write_bytes(b"not a database " * 1000)
+    with pytest.raises(sqlite3.DatabaseError):
+        jobtable.make(path)
+    assert path.read_bytes() == b"not a database " * 1000
+
+
+def test_tables_older_than_the_engine(database: Database, table: JobTable) -> None:
+    table.check()
+    database.db(
+        "DELETE FROM revision_info WHERE version = (SELECT MAX(version) FROM revision_info)"
+    )
+    with pytest.raises(InputError, match="upgrade-db"):
+        table.check()
+
+
+# ---- jobs whose process is gone
+
+
+def test_mend(database: Database, table: JobTable) -> None:
+    gone = no_process()
+    with titled("oq-job-1") as running, program("sleep", "99") as sleeping:
+        lives = database.job(pid=running)
+        assert lives == 1
+        dead = {
+            "no such process": database.job(pid=gone),
+            "waited": database.job("submitted", pid=gone),
+            "created": database.job("created", pid=gone),
+            "another program": database.job(pid=sleeping),
+            "older than the process": database.job(
+                pid=os.getpid(), start_time=datetime.now(UTC) - timedelta(days=3)
+            ),
+            "before the boot": database.job(
+                pid=os.getpid(), start_time=datetime(2020, 1, 1, 0, 0, 0, 1, tzinfo=UTC)
+            ),
+        }
+        kept = {
+            "alive": lives,
+            "this process": database.job(pid=os.getpid()),
+            "without a pid": database.job("created"),
+            "on another host": database.job(host="elsewhere", pid=gone),
+        }
+        ended = database.job("complete", pid=gone)
+        mended = [job.id for job in table.mend()]
+    assert mended == sorted(dead.values())
+    assert {what: database.status(number) for what, number in dead.items()} == dict.fromkeys(
+        dead, "failed"
+    )
+    statuses = {what: database.status(number) for what, number in kept.items()}
+    assert not [what for what, status in statuses.items() if status == "failed"]
+    assert database.status(ended) == "complete"
+
+
+def test_a_job_of_days_is_found(database: Database, table: JobTable) -> None:
+    # the engine's get_executing_jobs leaves out what began more than two days ago
+    number = database.job(pid=no_process(), start_time=datetime.now(UTC) - timedelta(days=9))
+    assert [job.id for job in table.unfinished()] == [number]
+
+
+def test_end_own(database: Database, table: JobTable) -> None:
+    own, other = database.job(pid=os.getpid()), database.job(pid=1)
+    table.end_own(Status.ABORTED)
+    assert (database.status(own), database.status(other)) == ("aborted", "executing")
+
+
+# ---- the queue
+
+
+def test_a_wait_is_told_and_ends(database: Database, table: JobTable) -> None:
+    told: list[str] = []
+    with titled("oq-job-1") as pid:
+        before = database.job(pid=pid)
+        number = database.job("created")
+
+        def tell(line: str) -> None:
+            told.append(line)
+            assert database.status(number) == "submitted"
+            database.call("finish", before, "complete")
+
+        queue.wait(table, number, 1, tell)
+    [line] = told
+    assert re.search(
+        rf"job {before} of {getpass.getuser()} \(executing since ....-..-.. ..:..\)", line
+    )
+    assert "serialize_jobs" in line and f"oq abort {before}" in line
+
+
+@pytest.mark.parametrize("at_a_time, waits", [(1, True), (2, False), (0, False)])
+def test_jobs_at_a_time(table: JobTable, database: Database, at_a_time: int, waits: bool) -> None:
+    database.job(pid=os.getpid())
+    number = database.job("created")
+    assert bool(queue.ahead(table, number, at_a_time)) == waits
+
+
+def test_no_wait_for_the_dead(database: Database, table: JobTable) -> None:
+    with program("sleep", "99") as pid:  # got the pid of a job that died
+        dead = database.job(pid=pid)
+        queue.wait(table, database.job("created"), 1, pytest.fail)
+    assert database.status(dead) == "failed"
+
+
+# ---- oq abort
+
+
+def test_abort_ends_the_process_of_the_row(database: Database, table: JobTable) -> None:
+    with titled("oq-job-1") as foreign, titled("oq-job-1") as own:
+        number = database.job(pid=own)
+        assert abort.end(table, number) == f"Job {number} aborted"
+        assert not Path(f"/proc/{own}").exists() or processes.look(own).command == ""  # type: ignore[union-attr]
+        assert processes.look(foreign).name == "oq-job-1"  # type: ignore[union-attr]
+    assert database.status(number) == "aborted"
+
+
+def test_abort_of_a_stopped_process(
+    database: Database, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(abort, "END_SECS", 0.3)
+    with titled("oq-job-1") as pid:
+        os.kill(pid, signal.SIGSTOP)
+        number = database.job(pid=pid)
+        assert abort.end(table, number) == f"Job {number} aborted"
+        assert processes.look(pid).command == ""  # type: ignore[union-attr]
+
+
+def test_abort_without_a_process(database: Database, table: JobTable) -> None:
+    with program("sleep", "99") as pid:
+        number = database.job(pid=pid)
+        assert "Unable to find" in abort.end(table, number)
+        assert processes.look(pid).name == "sleep"  # type: ignore[union-attr]
+    assert database.status(number) == "failed"
+
+
+def test_abort_of_what_is_not_there_to_abort(database: Database, table: JobTable) -> None:
+    assert abort.end(table, 99) == "There is no job 99"
+    complete = database.job("complete")
+    assert abort.end(table, complete) == f"Job {complete} is complete"
+    elsewhere = database.job(host="elsewhere", pid=no_process())
+    assert "elsewhere" in abort.end(table, elsewhere)
+    assert database.status(elsewhere) == "executing"
+
+
+# ---- parents
+
+
+def results(database: Database, number: int) -> Path:
+    path = database.path.parent / f"calc_{number}.hdf5"
+    h5py.File(path, "w").close()
+    return path
+
+
+def refused(table: JobTable, wanted: object) -> str:
+    with pytest.raises(InputError) as error:
+        jobtable.parent(table, str(wanted), pytest.fail)
+    text = str(error.value)
+    assert "\n" not in text and text.startswith(f"--hc {wanted}: "), text
+    return text
+
+
+def test_parent(database: Database, table: JobTable) -> None:
+    number = database.job("complete")
+    results(database, number)
+    assert jobtable.parent(table, None, pytest.fail) is None
+    assert jobtable.parent(table, str(number), pytest.fail) == number
+    assert jobtable.parent(table, "some.ini", pytest.fail) == "some.ini"
+
+
+def test_the_last_complete_parent(database: Database, table: JobTable) -> None:
+    first, second = database.job("complete"), database.job("complete")
+    results(database, first)
+    results(database, second)
+    failed = database.job("failed")
+    database.job("complete", user_name="other")
+    told: list[str] = []
+    assert jobtable.parent(table, "-1", told.append) == second
+    assert told == [f"starting from job {second}, the last complete one (job {failed} is failed)"]
+    assert jobtable.parent(table, "-2", told.append) == first
+    assert "no such complete job" in refused(table, -3)
+
+
+def test_refused_parents(database: Database, table: JobTable) -> None:
+    assert "no such job" in refused(table, 99)
+    assert "failed" in refused(table, database.job("failed"))
+    assert "aborted" in refused(table, database.job("aborted"))
+    assert "wait for its end" in refused(table, database.job(pid=os.getpid()))
+    gone = database.job("complete")
+    assert f"calc_{gone}.hdf5 is not there any more" in refused(table, gone)
+    damaged = database.job("complete")
+    (database.path.parent / f"calc_{damaged}.hdf5").write_bytes(b"no results" * 99)
+    assert f"calc_{damaged}.hdf5 is damaged" in refused(table, damaged)
+
+
+def test_a_parent_that_was_not_closed(database: Database, table: JobTable) -> None:
+    path = database.path.parent / "calc_5.hdf5"
+    child = os.fork()
+    if child == 0:
+        file = h5py.File(path, "w", libver="latest")
+        file.swmr_mode = True
+        os._exit(0)  # as after SIGKILL
+    os.waitpid(child, 0)
+    with pytest.raises(InputError, match=r"was not closed: its job was killed"):
+        jobtable.parent(table, str(path), pytest.fail)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_parent_that_others_may_not_read(database: Database, table: JobTable) -> None:
+    number = database.job("complete", user_name="other")
+    results(database, number).chmod(0)
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            jobtable.check_datastore(database.path.parent / f"calc_{number}.hdf5", "--hc 1")
+        except InputError as exc:
+            os._exit(0 if "Permission denied" in str(exc) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# ---- numbers
+
+
+def test_old_results_are_skipped_at_once(database: Database, table: JobTable) -> None:
+    first = database.job("complete")
+    for number in range(first + 1, first + 6):
+        results(database, number)
+    table.skip_old_results(database.path.parent)
+    assert database.job() == first + 6
+    assert table.job(first + 5) is None
+    table.skip_old_results(database.path.parent)
+    assert database.job() == first + 7
+
+
+# ---- without the engine
+
+
+def outside_of_a_file(database: Database) -> contextlib.AbstractContextManager[str]:
+    return contextlib.nullcontext(str(database.path))
+
+
+@contextlib.contextmanager
+def dbserver(database: Database) -> Iterator[str]:
+    """The engine's DbServer on this database."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cfg = database.path.parent / "openquake.cfg"
+    cfg.write_text(f"[dbserver]\nmulti_user = true\nfile = {database.path}\n")
+    code = f"from openquake.server import dbserver; dbserver.run_server('127.0.0.1:{port}')"
+    env = os.environ | {"OQ_CONFIG_FILE": str(cfg)}
+    with (database.path.parent / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=log, stderr=log)
+    try:
+        yield f"tcp://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("place", [outside_of_a_file, dbserver])
+def test_outside(
+    database: Database, place: Callable[[Database], contextlib.AbstractContextManager[str]]
+) -> None:
+    executing, complete = database.job(), database.job("complete")
+    with place(database) as url:
+        outside = Outside(url, answer_s=30.0)
+        assert outside.status(executing) == "executing"
+        assert outside.status(99) is None
+        outside.finish([executing, complete], Status.ABORTED)
+        assert (outside.status(executing), outside.status(complete)) == ("aborted", "complete")
+
+
+def test_a_locked_database_is_one_line(database: Database) -> None:
+    number = database.job()
+    with contextlib.closing(sqlite3.connect(database.path)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(DatabaseError, match=r"db\.sqlite3: database is locked$"):
+            Outside(str(database.path), answer_s=0.1).finish([number], Status.FAILED)
+
+
+def test_a_dbserver_that_does_not_answer() -> None:
+    with pytest.raises(DatabaseError, match=r"127\.0\.0\.1:9 does not answer"):
+        Outside("tcp://127.0.0.1:9", answer_s=0.1).status(1)

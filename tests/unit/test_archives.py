@@ -1,0 +1,98 @@
+"""Job archives: what is unpacked, what is refused, what a dead session has left."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from oq_runtime.engine import archives
+from oq_runtime.errors import InputError
+
+
+def packed(path: Path, *names: str, text: str = "[general]\n") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, text)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
+
+
+def test_job_files_in_the_order_of_the_engine(tmp_path: Path, folder: Path) -> None:
+    names = ("b/job.ini", "b/job_2.ini", "b/model.xml", "__MACOSX/b/._job.ini")
+    found = archives.unpack(packed(tmp_path / "a.zip", *names), folder)
+    assert [path.relative_to(folder / archives.FILES) for path in found] == [
+        Path("b/job.ini"),
+        Path("b/job_2.ini"),
+    ]
+    assert (folder / archives.FILES / "b" / "model.xml").stat().st_mode & 0o777 == 0o644
+
+
+def test_nothing_is_written_above(tmp_path: Path, folder: Path) -> None:
+    names = ("job.ini", "../../outside.txt", "/outside.txt", f"{archives.OWNER}/x")
+    (folder / archives.OWNER).symlink_to(tmp_path)
+    archives.unpack(packed(tmp_path / "a.zip", *names), folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "folder"]
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ((), "holds no job file"),
+        (("model.xml",), "holds no job file"),
+        (("JOB.INI",), r"holds no job file \(\.ini\); rename JOB.INI to JOB.ini"),
+        (("job.ini", "in\\model.xml"), r"backslashes \(in\\model.xml\)"),
+    ],
+)
+def test_refused(tmp_path: Path, folder: Path, names: tuple[str, ...], words: str) -> None:
+    path = packed(tmp_path / "a.zip", *names)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))} .*{words}"):
+        archives.unpack(path, folder)
+
+
+def test_no_archive(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"not an archive")
+    with pytest.raises(InputError, match="is not a zip archive"):
+        archives.unpack(path, folder)
+
+
+def test_damaged(tmp_path: Path, folder: Path) -> None:
+    path = packed(tmp_path / "a.zip", "job.ini", text="[general]\n" * 100)
+    data = bytearray(path.read_bytes())
+    data[40:50] = bytes(10)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"damaged|cannot be unpacked"):
+        archives.unpack(path, folder)
+
+
+def test_more_than_there_is_room_for(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.zip", "job.ini", text="[general]\n" * 1_000_000)
+    with zipfile.ZipFile(path) as archive, pytest.raises(InputError, match="takes 10 MB unpacked"):
+        archives.check(path, archive, free_bytes=archives.SPARE_BYTES + 9_000_000)
+    with zipfile.ZipFile(path) as archive:
+        archives.check(path, archive, free_bytes=archives.SPARE_BYTES + 10_000_000)
+
+
+def test_what_dead_sessions_left_is_removed(tmp_path: Path) -> None:
+    shared, living, dead = (tmp_path / name for name in ("shared", "living", "dead"))
+    for path in (shared, living, dead):
+        path.mkdir()
+    kept, left = archives.place(living, shared), archives.place(dead, shared)
+    elsewhere = shared / f"{archives.PREFIX}not{socket.gethostname()}-x"
+    elsewhere.mkdir()
+    shutil.rmtree(dead)
+    new = archives.place(living, shared)
+    assert (
+        sorted(shared.iterdir()) == sorted([kept, new, elsewhere]) and left not in shared.iterdir()
+    )
+    assert archives.place(living, None).parent == living

@@ -1,0 +1,160 @@
+"""What errors of the engine become: whole sentences, files and remedies, whose fault."""
+
+from __future__ import annotations
+
+import errno
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from oq_runtime.engine import messages
+from oq_runtime.errors import InputError, NoWorkers, WorkerDied
+
+#: the text of an error of a worker, as the engine raises it again in its own process
+WORKER = """
+  File "/venv/lib/openquake/baselib/parallel.py", line 441, in new
+    val = func(*args)
+          ^^^^^^^^^^^
+  File "/venv/lib/openquake/{module}.py", line 62, in read
+    raise {name}(text)
+{name}: {text}"""
+
+
+def raised(exc: BaseException, module: str, file: str = __file__) -> BaseException:
+    """The error, raised by a function of a module of the engine that was about a file."""
+    code = "def read(fname, exc):\n    raise exc\n"
+    namespace: dict[str, object] = {}
+    exec(compile(code, f"/venv/lib/openquake/{module}.py", "exec"), namespace)
+    try:
+        namespace["read"](file, exc)  # type: ignore[operator]
+    except BaseException as found:
+        return found
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "exc, text",
+    [
+        (ValueError("\nOne thing must hold,\nand another.\n"), "One thing must hold, and another."),
+        (ValueError("ValueError: ValueError: too big"), "too big"),
+        (
+            NameError("exposure.xml does not end with .xml"),
+            "exposure.xml does not end with .xml (a blank ends a file name here)",
+        ),
+        (KeyError("PGA"), "KeyError: 'PGA'"),
+        (AssertionError(), "AssertionError"),
+        (
+            OSError(errno.ENOENT, "No such file or directory", "/a/b"),
+            "/a/b: No such file or directory",
+        ),
+        (InputError("job.ini is empty"), "job.ini is empty"),
+        (SystemExit("Cannot do it: zero hazard"), "Cannot do it: zero hazard"),
+        (ValueError("red \x1b[31m and \u202e back"), r"red \x1b[31m and \u202e back"),
+    ],
+)
+def test_explained(exc: BaseException, text: str) -> None:
+    assert messages.explain(exc) == text
+
+
+@pytest.mark.parametrize("text", ["105: no element found", "first,\nthen second"])
+def test_explained_of_a_worker(text: str) -> None:
+    exc = ValueError(WORKER.format(module="hazardlib/nrml", name="ValueError", text=text))
+    assert messages.explain(exc) == " ".join(text.split())
+
+
+def test_explained_of_a_lost_task() -> None:
+    exc = WorkerDied("\nlost task\nWorkerDied: task #3 was given up after 3 attempts")
+    assert messages.explain(exc) == "task #3 was given up after 3 attempts"
+
+
+@pytest.mark.parametrize(
+    "exc, verdict",
+    [
+        (raised(ValueError("wrong"), "risklib/asset"), True),
+        (raised(RuntimeError("wrong"), "calculators/base"), False),
+        (raised(type("InvalidFile", (Exception,), {})("wrong"), "calculators/base"), True),
+        (raised(MemoryError(), "commonlib/readinput"), False),
+        (raised(OSError(errno.ENOSPC, "No space left on device"), "commonlib/readinput"), False),
+        (raised(NoWorkers("no node"), "commonlib/readinput"), False),
+        (ValueError(WORKER.format(module="hazardlib/nrml", name="ValueError", text="x")), True),
+        (
+            ValueError(WORKER.format(module="hazardlib/calc/gmf", name="ValueError", text="x")),
+            False,
+        ),
+        (InputError("wrong"), True),
+    ],
+)
+def test_whose_fault(exc: BaseException, verdict: bool) -> None:
+    assert messages.of_input(exc) is verdict
+
+
+def test_checks_before_the_calculation_are_about_the_input(tmp_path: Path) -> None:
+    path = tmp_path / "openquake" / "calculators" / "base.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        textwrap.dedent(
+            """
+            def pre_execute(purpose):
+                if purpose:
+                    raise RuntimeError("The sites are far from all sources")
+                1 / 0
+            """
+        )
+    )
+    namespace: dict[str, object] = {}
+    exec(compile(path.read_text(), str(path), "exec"), namespace)
+    for purpose in (True, False):
+        with pytest.raises((RuntimeError, ZeroDivisionError)) as error:
+            namespace["pre_execute"](purpose)  # type: ignore[operator]
+        assert messages.of_input(error.value) is purpose
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room(code: int) -> None:
+    try:
+        try:
+            raise OSError(code, "no matter", "/data/calc_1.hdf5")
+        except OSError as exc:
+            exc.strerror = messages.os.strerror(code)
+            raise RuntimeError("Can't decrement id ref count") from exc
+    except RuntimeError as exc:
+        text = messages.no_room(exc)
+    assert re.fullmatch(rf"{messages.os.strerror(code)}: /data/calc_1.hdf5; free space or .*", text)
+    assert messages.no_room(ValueError("wrong")) == ""
+
+
+def test_a_file_is_named_once(tmp_path: Path) -> None:
+    file = tmp_path / "exposure.csv"
+    file.write_text("id\n")
+    nameless, named = ValueError("no header"), ValueError(f"{file}: no header")
+    assert messages.input_text(nameless, []) == "no header"
+    for exc in (nameless, named):
+        found = raised(exc, "risklib/asset", str(file))
+        assert messages.input_text(found, []) == f"{file}: no header"
+
+
+def test_the_file_that_is_not_utf8(tmp_path: Path) -> None:
+    good, bad, wide = (tmp_path / name for name in ("a.csv", "b.csv", "c.xml"))
+    good.write_text("id\nà\n")
+    bad.write_bytes("id,name\n1,Müller\n".encode("cp1252"))
+    wide.write_text("id\n", encoding="utf-16")
+    try:
+        bad.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        error = exc
+    text = messages.input_text(error, [str(good), str(bad), str(wide)])
+    assert re.search(
+        rf"{bad} is not UTF-8 at byte 11 \(line 2\); .*iconv.*ignore_encoding_errors", text
+    )
+    assert re.search(rf"{wide} is UTF-16", messages.input_text(error, [str(wide)]))
+    # what a worker's one has become: it cannot be raised again with a text
+    with pytest.raises(TypeError) as lost:
+        raise UnicodeDecodeError("text")  # type: ignore[call-arg]
+    assert str(bad) in messages.input_text(lost.value, [str(bad)])
+
+
+def test_inputs_are_nested() -> None:
+    inputs = {"a": "1", "b": ["2", "3"], "c": {"d": "4", "e": ["5"]}, "f": 6}
+    assert list(messages.files(inputs)) == ["1", "2", "3", "4", "5"]
