@@ -116,9 +116,9 @@ def room(folder: Path, otherwise: str) -> None:
 
 def owner(path: Path) -> str:
     """Return who owns a path, or the first directory above it that there is."""
-    while not os.path.exists(path) and path != path.parent:  # or it cannot be looked at
-        path = path.parent
-    try:
+    try:  # above it there may be one that this user cannot look into
+        while not path.exists() and path != path.parent:
+            path = path.parent
         return f"{path.owner()}, who owns {path},"
     except (KeyError, OSError):
         return f"the owner of {path}"

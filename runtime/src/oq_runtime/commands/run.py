@@ -41,14 +41,16 @@ from oq_runtime.wire.protocol import Status
 
 EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
 #: seconds that an interrupted engine process has to end by itself
-STOP_SECS = 3.0
+STOP_SECS = 2.5
 #: seconds after which a node that is missing, or a wait, is worth a line
 TELL_SECS = 3.0
 #: seconds between two looks at the row of the job, and how long it may say that the job has ended
 #: before the engine process says so
-LOOK_SECS, ENDED_SECS = 2.0, 10.0
+LOOK_SECS, ENDED_SECS = 1.0, 10.0
 #: seconds between two looks at the counters of the broker
 STATUS_SECS = 0.3
+#: seconds to wait for a locked database in which a job is to be ended
+LOCK_SECS = 1.5
 #: characters of a line of the engine's log that are shown
 LINE_CHARACTERS = 2000
 
@@ -369,7 +371,7 @@ class Run:
         status = jobtable.Status.ABORTED if aborted else jobtable.Status.FAILED
         assert self.table is not None
         try:
-            jobtable.Outside(self.table.place).finish(self.jobs, status)
+            jobtable.Outside(self.table.place, answer_s=LOCK_SECS).finish(self.jobs, status)
         except jobtable.DatabaseError as exc:
             self._print(f"{exc}; the next oq-run will set the job to failed")
 
