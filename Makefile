@@ -22,7 +22,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint types unit local cluster attack conformance chaos bench bench-peers simulate \
-	provisioning molecule wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
+	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
@@ -35,6 +35,7 @@ help:
 	@echo "make lint | types | unit | local | cluster | attack    one test lane"
 	@echo "make provisioning checks of the playbooks and roles without hosts"
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
+	@echo "make system-test  a cluster of real kernels, row by row (ROWS=expression: some of them)"
 	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
 	@echo "make clean        remove build/ and caches (virtual environments stay)"
@@ -155,6 +156,12 @@ SCENARIO ?= default
 
 molecule: .venv-provision/.stamp
 	@molecule/run test --scenario-name $(SCENARIO)
+
+# Hosts with kernels of their own: NFS, swap, nftables, power cuts; see tests/system/README.md.
+# ROWS chooses rows as pytest's -k does; KEEP names a directory whose disks are used and stay.
+system-test: $(STAMP) .venv-provision/.stamp
+	$(if $(KEEP),OQ_SYSTEM_KEEP="$(KEEP)") $(VENV)/bin/python -m tests.system \
+	  $(if $(ROWS),-k "$(ROWS)")
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -30,6 +30,7 @@ class Lane:
     commands: tuple[tuple[str, ...], ...]  # arguments after "python -m", or a program's path first
     venv: str = VENV
     asked_by: str = ""  # variable of the environment without which the lane is left out
+    why: str = ""  # reason to give then
     beside: bool = False  # it may run at the same time as others
 
 
@@ -46,7 +47,21 @@ LANES = (
     Lane("local", "tests/local", (("pytest", "-m", "not attack", "tests/local"),)),
     Lane("cluster", "tests/cluster", CLUSTER),
     Lane("attack", "tests/cluster", ATTACK),
-    Lane("molecule", "molecule/run", MOLECULE, ".venv-provision", asked_by="MOLECULE"),
+    Lane(
+        "molecule",
+        "molecule/run",
+        MOLECULE,
+        ".venv-provision",
+        asked_by="MOLECULE",
+        why="takes ten minutes and installs podman",
+    ),
+    Lane(
+        "system",
+        "tests/system",
+        (("tests.system",),),
+        asked_by="SYSTEM",
+        why="takes an hour and builds a kernel",
+    ),
     Lane("provisioning", "tests/provisioning", PROVISIONING, ".venv-provision", beside=True),
     Lane("contract-3.25", "tests/contract", CONTRACT, ".venv-3.25", beside=True),
     Lane("contract-3.23", "tests/contract", CONTRACT, ".venv-3.23", beside=True),
@@ -72,11 +87,7 @@ def run(lane: Lane) -> Outcome:
     if not (ROOT / lane.needs).exists():
         return Outcome(lane, "left out", f"{lane.needs} is missing")
     if lane.asked_by and not os.environ.get(lane.asked_by):
-        return Outcome(
-            lane,
-            "left out",
-            f"takes ten minutes and installs podman; run it with {lane.asked_by}=1",
-        )
+        return Outcome(lane, "left out", f"{lane.why}; run it with {lane.asked_by}=1")
     python = ROOT / lane.venv / "bin" / "python"
     if not python.exists():
         return Outcome(lane, "failed", f"no interpreter in {lane.venv}; run `make {lane.venv}`")

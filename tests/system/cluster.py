@@ -1,0 +1,266 @@
+"""A cluster as a site has it: hosts, an inventory, people, and jobs of theirs.
+
+    master    2 GiB   alice and bob may run calculations, mallory may not
+    worker1   2 GiB
+    worker2   1 GiB
+    worker3   1 GiB   off, and not in the inventory, until a step adds it
+
+Each host has one core of this machine. The inventory is that of ``inventory.example.ini`` without
+any setting but the users; steps may set more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.leftovers import wait_for
+from tests.system import host, image, network, playbooks
+from tests.system.host import Host
+from tests.system.playbooks import ROOT, Played
+
+MASTER, WORKERS, NEWCOMER = "master", ("worker1", "worker2"), "worker3"
+MEMORY_MB = {MASTER: 2048, "worker1": 2048, "worker2": 1024, NEWCOMER: 1024}
+NUMBER = {MASTER: 10, "worker1": 11, "worker2": 12, NEWCOMER: 13}
+USERS, OUTSIDER = ("alice", "bob"), "mallory"
+EXAMPLES = {"hazard": "hazard_classical", "risk": "event_based_risk"}
+JOB_LIMIT_S = 1200.0
+VENV = "/opt/openquake/venv"
+DATABASE = "/var/lib/openquake/oqdata/db.sqlite3"
+
+
+class Cluster:
+    """
+    A context manager: hosts and network are there inside it, and nothing of them after it.
+
+    :param directory: of the run, for disks, logs and the inventory; disks that are there are used
+    :param suite: release of Debian
+    """
+
+    def __init__(self, directory: Path, suite: str = "bookworm") -> None:
+        self.directory = directory
+        self.settings: dict[str, object] = {"openquake_users": list(USERS)}
+        self.workers = list(WORKERS)
+        self.hosts = {
+            name: Host(name, f"{network.NETWORK}.{NUMBER[name]}", MEMORY_MB[name], directory, suite)
+            for name in NUMBER
+        }
+        self.master = self.hosts[MASTER]
+        self.inventory = directory / "inventory.ini"
+
+    def __enter__(self) -> Cluster:
+        host.remove_dead()
+        network.make(list(self.hosts))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        key = self.directory / "observer_key"
+        if not key.exists():
+            command = ("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "harness", "-f", key)
+            subprocess.run(command, check=True)
+        for name in ("ssh_config", "known_hosts"):
+            (self.directory / name).unlink(missing_ok=True)
+        for one in self.hosts.values():
+            one.install()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for one in self.hosts.values():
+            if one.process is not None:
+                one.cut()
+        host.remove_dead()
+        network.remove()
+
+    # ---- hosts
+
+    @property
+    def running(self) -> list[Host]:
+        return [one for one in self.hosts.values() if one.process is not None]
+
+    @property
+    def members(self) -> list[Host]:
+        """The hosts of the inventory."""
+        return [self.master, *(self.hosts[name] for name in self.workers)]
+
+    def start(self, names: Iterable[str] = (MASTER, *WORKERS)) -> None:
+        """Switch hosts on, and wait until they are up."""
+        started = [self.hosts[name] for name in names if self.hosts[name].process is None]
+        for one in started:
+            one.start()
+        for one in started:
+            one.wait_up()
+
+    def make_people(self) -> None:
+        """Accounts on the master, reached by the key of the harness; private homes."""
+        for name in (*USERS, OUTSIDER):
+            self.master.run(
+                f"id {name} 2>/dev/null || {{ useradd --create-home --shell /bin/bash {name} && "
+                f"chmod 700 /home/{name} && install -d -o {name} -g {name} -m 700 "
+                f"/home/{name}/.ssh && install -o {name} -g {name} -m 600 "
+                f"/root/.ssh/authorized_keys /home/{name}/.ssh/; }}"
+            )
+
+    # ---- playbooks
+
+    def write_inventory(self) -> None:
+        """The inventory of the workers and settings of now."""
+
+        def line(name: str) -> str:
+            return f"{name} ansible_host={self.hosts[name].address}"
+
+        settings = {"ansible_user": image.ADMIN, **self.settings}
+        lines = ["[master]", line(MASTER), "", "[workers]", *map(line, self.workers), ""]
+        lines += ["[all:vars]", *(f"{name}={json.dumps(it)}" for name, it in settings.items())]
+        self.inventory.write_text("\n".join(lines) + "\n")
+
+    def play(self, playbook: str, *args: str, **options: Any) -> Played:
+        """Run a playbook, see ``playbooks.play``; the output is in ``playbooks.log``."""
+        self.write_inventory()
+        config = self.directory / "ssh_config"
+        return playbooks.play(
+            playbook,
+            *args,
+            inventory=self.inventory,
+            log=self.directory / "playbooks.log",
+            env={
+                "ANSIBLE_SSH_COMMON_ARGS": f"-F {config}",
+                "ANSIBLE_NOCOLOR": "1",
+                "COLUMNS": "160",
+                "OPENQUAKE_VERIFY_REPORT": str(self.directory / "verify.json"),
+            },
+            **{"answers": {"BECOME password": image.PASSWORD}, **options},
+        )
+
+    # ---- jobs
+
+    def give_example(self, user: str, example: str) -> str:
+        """Copy an example into the home of a user; returns the path of its job file there."""
+        name = EXAMPLES[example]
+        archive = subprocess.run(
+            ("tar", "-C", str(ROOT / "examples"), "-cf", "-", name), check=True, capture_output=True
+        ).stdout
+        subprocess.run(self.master.ssh("tar -xf -", user), input=archive, check=True)
+        return f"/home/{user}/{name}/job.ini"
+
+    def submit(self, user: str, job: str, *args: str) -> Job:
+        """Start ``oq-run`` as a user who has logged in."""
+        return Job(self, user, job, args)
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What ``oq-workers status`` says, by the name of the worker."""
+        done = self.master.run("oq-workers status --json", USERS[0], check=False)
+        rows = json.loads(done.stdout or "{}")
+        names = {one.address: name for name, one in self.hosts.items()}
+        return {names.get(address, address): row for address, row in rows.items()}
+
+    def all_up(self) -> bool:
+        """Do all workers of the inventory say that they are up?"""
+        rows = self.status()
+        return set(rows) == set(self.workers) and all(row["state"] == "up" for row in rows.values())
+
+    def wait_all_up(self, limit_s: float = 180.0) -> None:
+        """Wait until all workers serve."""
+        assert wait_for(self.all_up, limit_s, 1.0), f"not all workers are up: {self.status()}"
+
+    def jobs(self) -> dict[int, str]:
+        """The jobs of the database with their states, read on the master."""
+        code = (
+            "import sqlite3, json; "
+            f"db = sqlite3.connect('file:{DATABASE}?mode=ro', uri=True); "
+            "print(json.dumps(dict(db.execute('SELECT id, status FROM job'))))"
+        )
+        rows = json.loads(self.master.out(f'python3 -c "{code}"'))
+        return {int(number): state for number, state in rows.items()}
+
+
+class Job:
+    """
+    ``oq-run --json`` of a user on the master, from this machine.
+
+    :param job: path of the job file on the master
+    :param args: more of the command line
+    """
+
+    def __init__(self, cluster: Cluster, user: str, job: str, args: Iterable[str] = ()) -> None:
+        self.cluster = cluster
+        self.started_s = time.monotonic()
+        self.seconds = 0.0
+        words = " ".join(("oq-run", "--json", *args, job))
+        self.user = user
+        self._log = cluster.directory / f"job-{user}-{time.strftime('%H%M%S')}.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                cluster.master.ssh(words, user), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait(self, limit_s: float = JOB_LIMIT_S) -> dict[str, Any]:
+        """What it has printed at its end, with its log.
+
+        :raises subprocess.TimeoutExpired: if it does not end
+        """
+        out, _ = self._process.communicate(timeout=limit_s)
+        self.seconds = time.monotonic() - self.started_s
+        log = self._log.read_text(errors="replace")[-4000:]
+        try:
+            return {**json.loads(out), "log": log, "code": self._process.returncode}
+        except ValueError:
+            return {"exit": self._process.returncode, "error": out, "jobs": [], "log": log}
+
+    def complete(self, limit_s: float = JOB_LIMIT_S) -> str:
+        """Wait for it; it must be complete. Returns the path of its datastore on the master."""
+        found = self.wait(limit_s)
+        assert found["exit"] == 0, found
+        [row] = found["jobs"]
+        assert row["state"] == "complete", found
+        return str(row["datastore"])
+
+    def fetch(self, datastore: str, target: Path) -> Path:
+        """Copy a datastore of the user from the master."""
+        with target.open("wb") as file:
+            command = self.cluster.master.ssh(f"cat {datastore}", self.user)
+            subprocess.run(command, stdout=file, check=True, timeout=120)
+        return target
+
+    def under_way(self, *workers: str, limit_s: float = 300.0) -> None:
+        """Wait until each of the workers has a task."""
+        seen: dict[str, Any] = {}
+
+        def reached() -> bool:
+            seen.update(self.cluster.status())
+            return all(seen.get(name, {}).get("busy", 0) for name in workers)
+
+        found = wait_for(lambda: not self.running() or reached(), limit_s, 0.5)
+        assert found and self.running(), (seen, None if self.running() else self.wait())
+
+
+def embedded(example: str, directory: Path) -> Path:
+    """Run an example on this machine alone; returns its datastore."""
+    datadir = directory / "embedded" / example
+    shutil.rmtree(datadir, ignore_errors=True)
+    datadir.mkdir(parents=True)
+    job = ROOT / "examples" / EXAMPLES[example] / "job.ini"
+    done = subprocess.run(
+        (Path(sys.prefix) / "bin/oq-run", "--json", "--cores=2", job),
+        env=os.environ | {"OQ_DATADIR": str(datadir), "CI": "true"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return Path(json.loads(done.stdout)["jobs"][-1]["datastore"])
+
+
+def sampled(question: Callable[[], dict[str, int]], job: Job) -> dict[str, int]:
+    """Ask while a job runs; per key the greatest number that was answered."""
+    most: dict[str, int] = {}
+    while job.running():
+        for key, number in question().items():
+            most[key] = max(most.get(key, 0), number)
+        time.sleep(0.5)
+    return most

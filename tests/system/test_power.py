@@ -1,0 +1,84 @@
+"""A host loses its power: SIGKILL of its kernel, with all that it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conformance.compare import compare
+from tests.leftovers import wait_for
+from tests.system.cluster import MASTER, USERS, WORKERS, Cluster
+
+#: until the master's database says that a job is not under way any more
+STATE_LIMIT_S = 120.0
+
+
+def check_services(cluster: Cluster) -> None:
+    """Services, exports, firewall and mounts of all hosts are up, without a hand."""
+    for one in cluster.members:
+        assert one.out("systemctl --failed --no-legend") == "", one.name
+        assert "1908" in one.out("nft list table inet openquake") or one.name != MASTER
+    assert cluster.master.out("systemctl is-active openquake-dbserver nfs-server").split() == [
+        "active", "active",
+    ]  # fmt: skip
+    assert cluster.master.out("exportfs -s")
+    for name in cluster.workers:
+        host = cluster.hosts[name]
+        assert host.out("systemctl is-active openquake-worker") == "active"
+        assert host.out("stat -f -c %T /home/ /opt/openquake/").split() == ["nfs", "nfs"]
+
+
+def test_a_worker_loses_its_power_in_a_job(
+    cluster: Cluster, embedded: dict[str, Path], tmp_path: Path
+) -> None:
+    worker = cluster.hosts[WORKERS[0]]
+    job = cluster.submit(USERS[0], cluster.give_example(USERS[0], "risk"))
+    job.under_way(*WORKERS)
+    worker.cut()
+    datastore = job.complete()
+    assert not compare(embedded["risk"], job.fetch(datastore, tmp_path / "risk.hdf5"))
+    worker.start()
+    worker.wait_up()
+    cluster.wait_all_up()
+    check_services(cluster)
+
+
+def test_the_master_loses_its_power_in_a_job(
+    cluster: Cluster, embedded: dict[str, Path], tmp_path: Path
+) -> None:
+    file = cluster.give_example(USERS[0], "risk")
+    before = cluster.jobs()
+    job = cluster.submit(USERS[0], file)
+    job.under_way(*WORKERS)
+    cluster.master.cut()
+    cluster.master.start()
+    cluster.master.wait_up()
+    cluster.wait_all_up()
+    check_services(cluster)
+
+    def state() -> str:
+        [number] = set(cluster.jobs()) - set(before)
+        return cluster.jobs()[number]
+
+    assert wait_for(lambda: state() == "failed", STATE_LIMIT_S, 1.0), state()
+    free = wait_for(
+        lambda: not any(row.get("busy") for row in cluster.status().values()), STATE_LIMIT_S, 1.0
+    )
+    assert free, cluster.status()
+    again = cluster.submit(USERS[0], file)
+    datastore = again.complete()
+    assert not compare(embedded["risk"], again.fetch(datastore, tmp_path / "risk.hdf5"))
+
+
+def test_workers_that_start_before_the_master_recover(cluster: Cluster) -> None:
+    for one in cluster.members:
+        one.cut()
+    for name in cluster.workers:
+        cluster.hosts[name].start()
+    for name in cluster.workers:
+        cluster.hosts[name].wait_up()
+    cluster.master.start()
+    cluster.master.wait_up()
+    cluster.wait_all_up()
+    job = cluster.submit(USERS[1], cluster.give_example(USERS[1], "hazard"))
+    job.complete()
+    check_services(cluster)
