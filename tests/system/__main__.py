@@ -14,11 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.system import image, kernel, playbooks, store
+from tests.system import browser, image, kernel, playbooks, store
 
 HERE = Path(__file__).parent
 CANNOT_RUN = 77
-PACKAGES = (*kernel.PACKAGES, *image.PACKAGES, "iproute2", "nftables", "openssh-client")
+PACKAGES = (
+    *kernel.PACKAGES,
+    *image.PACKAGES,
+    *browser.PACKAGES,
+    "iproute2",
+    "nftables",
+    "openssh-client",
+)
 SUITES = ("bookworm",)
 
 

@@ -27,7 +27,13 @@ ORDER = (
     "test_jobs",
     "test_swap",
     "test_power",
+    "test_memory",
     "test_verify",
+    "test_newcomer",
+    "test_webui",
+    "test_leaving",
+    "test_kills",
+    "test_upgrade",
 )
 ROW_LIMIT_S = 3600
 #: set by ``python -m tests.system``, which makes what the rows need

@@ -24,6 +24,8 @@ INSTALLED = (
     "systemd,systemd-sysv,libpam-systemd,udev,dbus,openssh-server,sudo,python3,python3-apt,"
     "iproute2,procps,ca-certificates"
 )
+#: the package lists stay, as an installer leaves them
+OPTIONS = ("--quiet", "--variant=minbase", "--skip=cleanup/apt/lists", f"--include={INSTALLED}")
 #: run with the root directory of the image in ``$1``
 CUSTOM = (
     'chroot "$1" useradd --create-home --shell /bin/bash --uid {uid} --groups sudo {admin}',
@@ -63,8 +65,7 @@ def base(suite: str) -> Path:
             root = Path(scratch, "root")
             subprocess.run(
                 (
-                    "mmdebstrap", "--quiet", "--variant=minbase", f"--include={INSTALLED}",
-                    f"--aptopt={given}/apt.conf",
+                    "mmdebstrap", *OPTIONS, f"--aptopt={given}/apt.conf",
                     *(f"--customize-hook={hook}" for hook in (*copies, *custom)),
                     suite, root, "-",
                 ),
@@ -76,7 +77,7 @@ def base(suite: str) -> Path:
             subprocess.run(("mkfs.ext4", "-q", "-F", "-d", root, target), check=True)
 
     recipe = (sources, options, pip, *(path.read_bytes() for path in certificates))
-    name = store.digest(INSTALLED, *custom, str(DISK_BYTES), *recipe)
+    name = store.digest(*OPTIONS, *custom, str(DISK_BYTES), *recipe)
     return store.kept(f"debian-{suite}-{name}", make)
 
 

@@ -117,7 +117,8 @@ def play(
                 break
             text = text.replace("\r\n", "\n")
             output += text
-            file.write(text)
+            moment = time.strftime("%H:%M:%S")
+            file.write(text.replace("\nTASK [", f"\n{moment} TASK ["))
             file.flush()
             for question, answer in answers.items():
                 if (at := output.find(question, asked)) >= 0 and output.endswith(": "):
