@@ -35,7 +35,7 @@ ORDER = (
     "test_kills",
     "test_upgrade",
 )
-ROW_LIMIT_S = 3600
+ROW_LIMIT_S = 7200
 #: set by ``python -m tests.system``, which makes what the rows need
 STARTED = "OQ_SYSTEM_STARTED"
 #: per row the outcome and the seconds that it took, with what it made first
