@@ -297,6 +297,19 @@ class Both:
             for state in State
         }
         assert of[State.PENDING] == waiting and of[State.RUNNING] == running
+        self.check_work(len(running))
+
+    def check_work(self, running: int) -> None:
+        """No task waits beside an idle worker, unless one has to be alone; some worker comes."""
+        leases, workers = self.slots.leases.values(), self.slots.workers.values()
+        alone = any(lease.pending and lease.pending[0].alone for lease in leases)
+        alone = alone or any(w.alone and w.state is slots.WorkerState.BUSY for w in workers)
+        for lease in leases:
+            idle = any(w.job == lease.job and w.state is slots.WorkerState.IDLE for w in workers)
+            held_back = running and (alone or self.slots.short)
+            full = len(workers) - sum(w.state is slots.WorkerState.IDLE for w in workers)
+            assert not (lease.pending and idle) or held_back or full >= self.slots.slots
+        assert workers or not any(lease.pending for lease in leases), "no worker comes"
 
 
 JOBS = st.sampled_from(["j", "k"])

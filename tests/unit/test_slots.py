@@ -7,6 +7,7 @@ import pytest
 from oq_runtime.core.limits import Limits
 from oq_runtime.core.slots import (
     GROWTH_BYTES,
+    STUCK_SECS,
     TURN_S,
     Died,
     DrainAsked,
@@ -21,6 +22,7 @@ from oq_runtime.core.slots import (
     RunOn,
     Slots,
     Spawn,
+    Stuck,
     TaskGiven,
     TaskTaken,
     Tick,
@@ -30,6 +32,9 @@ from oq_runtime.core.slots import (
     WorkerReady,
     WorkerState,
 )
+
+#: the worker that was killed has ended
+GONE_1 = WorkerGone(1, "killed by SIGKILL")
 
 
 def leased(slots: int = 2, *, ready: bool = True) -> Slots:
@@ -64,9 +69,9 @@ def test_lease_that_is_asked_again_starts_anew() -> None:
         Kill(1),
         LeaseEnded("j", "asked for again"),
         GrantLease("j", 1),
-        Spawn(2, "j"),
     ]
     assert node.handle(WorkerFree(1), 1.0) == []
+    assert node.handle(GONE_1, 1.0) == [Spawn(2, "j")]
 
 
 def grants(effects: list[Effect]) -> dict[str, int]:
@@ -110,7 +115,8 @@ def test_a_single_slot_alternates_between_leases() -> None:
     node.handle(TaskGiven("j", 2, 1), TURN_S)
     assert node.handle(TaskGiven("k", 7, 1), TURN_S) == [], "the slot is busy"
     effects = node.handle(WorkerFree(1), TURN_S + 1)
-    assert effects == [Kill(1), Spawn(2, "k")], "k is below its share and comes before j"
+    assert effects == [Kill(1)], "k is below its share and comes before j"
+    assert node.handle(GONE_1, TURN_S + 1) == [Spawn(2, "k")]
     assert node.handle(WorkerReady(2), TURN_S + 1) == [RunOn(2, "k", 7, 1)]
 
 
@@ -132,7 +138,8 @@ def test_a_share_that_shrinks_stops_nothing() -> None:
     assert effects == [GrantLease("j", 1), GrantLease("k", 1)]
     node.handle(TaskGiven("k", 9, 1), 0.0)
     assert node.busy == 2
-    assert node.handle(WorkerFree(1), 1.0) == [Kill(1), Spawn(3, "k")]
+    assert node.handle(WorkerFree(1), 1.0) == [Kill(1)]
+    assert node.handle(GONE_1, 1.0) == [Spawn(3, "k")]
 
 
 def memory(part: float, **workers: int) -> MemoryUsed:
@@ -196,8 +203,10 @@ def test_alone_waits_for_an_empty_node_and_keeps_it() -> None:
     assert node.handle(TaskGiven("k", 9, 2, True), 0.0) == [], "another job's task is under way"
     assert node.handle(TaskGiven("j", 2, 1), 0.0) == [], "no new one beside it"
     effects = node.handle(WorkerFree(1), 1.0)
-    assert effects == [Kill(1), Spawn(3, "k")]
+    assert effects == [Kill(1)]
+    assert node.handle(GONE_1, 1.0) == [Spawn(3, "k")]
     assert node.handle(WorkerReady(3), 2.0) == [Kill(2), RunOn(3, "k", 9, 2)], "idle memory as well"
+    assert node.handle(WorkerGone(2, ""), 2.0) == [], "nor another one beside it"
     assert node.handle(WorkerFree(3), 3.0) == [Spawn(4, "j")]
     assert node.handle(WorkerReady(4), 4.0) == [RunOn(4, "j", 2, 1)]
 
@@ -217,7 +226,8 @@ def test_worker_that_has_grown_is_replaced(grown: int, replaced: bool) -> None:
     node.handle(WorkerReady(1, 1000), 0.0)
     node.handle(TaskGiven("j", 1, 1), 0.0)
     effects = node.handle(WorkerFree(1, 1000 + grown), 0.0)
-    assert effects == ([Kill(1), Spawn(2, "j")] if replaced else [])
+    assert effects == ([Kill(1)] if replaced else [])
+    assert not replaced or node.handle(GONE_1, 0.0) == [Spawn(2, "j")]
 
 
 def test_task_timeout() -> None:
@@ -306,8 +316,8 @@ def test_abort_of_a_running_attempt_kills_and_blames_nobody() -> None:
     node.handle(TaskGiven("j", 1, 1), 0.0)
     node.handle(TaskGiven("j", 2, 1), 0.0)
     effects = node.handle(TaskTaken("j", 1, 1), 0.0)
-    assert effects == [Kill(1), Spawn(2, "j")]
-    assert node.handle(WorkerGone(1, "signal 9"), 0.0) == []
+    assert effects == [Kill(1)]
+    assert node.handle(WorkerGone(1, "signal 9"), 0.0) == [Spawn(2, "j")]
     assert node.handle(WorkerReady(2), 0.0) == [RunOn(2, "j", 2, 1)]
 
 
@@ -335,7 +345,8 @@ def test_silent_broker_is_fenced(silent_s: float, fenced: bool) -> None:
     ended = LeaseEnded("j", "broker silent for 28 s")
     assert effects == ([Kill(1), Kill(2), ended] if fenced else [])
     if fenced:
-        assert node.handle(WorkerGone(1, "signal 9"), silent_s) == []
+        for worker in (1, 2):
+            assert node.handle(WorkerGone(worker, "signal 9"), silent_s) == []
         assert node.workers == {} and node.leases == {}
 
 
@@ -372,6 +383,43 @@ def test_a_worker_whose_end_is_known_gets_no_other_task() -> None:
     node.handle(WorkerReady(1), 0.0)
     for task in range(2):
         node.handle(TaskGiven("j", task, 1), 0.0)
-    assert node.handle(WorkerFree(1, 0, True), 1.0) == [Kill(1), Spawn(2, "j")]
-    assert node.handle(WorkerGone(1, "killed by SIGKILL"), 1.0) == []
+    assert node.handle(WorkerFree(1, 0, True), 1.0) == [Kill(1)]
+    assert node.handle(WorkerGone(1, "killed by SIGKILL"), 1.0) == [Spawn(2, "j")]
     assert node.handle(WorkerReady(2), 2.0) == [RunOn(2, "j", 1, 1)]
+
+
+# ---- workers that were killed and do not end
+
+
+def test_a_slot_is_not_given_away_while_a_killed_worker_lives() -> None:
+    node = leased(2)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    assert node.handle(TaskTaken("j", 1, 1), 0.0) == [Kill(1)]
+    assert node.handle(TaskGiven("j", 2, 1), 0.0) == [RunOn(2, "j", 2, 1)]
+    for task in (3, 4):
+        assert node.handle(TaskGiven("j", task, 1), 0.0) == []
+    assert node.handle(Released("j"), 1.0)[0] == Kill(2)
+    assert node.handle(LeaseAsked("k"), 1.0) == [GrantLease("k", 2)], "both are still there"
+    assert node.handle(WorkerGone(2, ""), 1.0) == [Spawn(3, "k")]
+    assert node.handle(GONE_1, 99.0) == [Spawn(4, "k")]
+
+
+def test_a_worker_that_does_not_end_is_told_once() -> None:
+    node = leased(1)
+    node.handle(Released("j"), 1.0)
+    assert node.handle(Tick(), 1.0 + STUCK_SECS) == [] and node.stuck == 0
+    assert node.handle(Tick(), 2.0 + STUCK_SECS) == [Stuck(1, 1.0 + STUCK_SECS)]
+    assert node.handle(Tick(), 3.0 + STUCK_SECS) == [] and node.stuck == 1
+    assert node.handle(GONE_1, 9.0) == [] and node.stuck == 0
+
+
+def test_room_is_made_once_for_each_task() -> None:
+    node = leased(3)
+    node.handle(LeaseAsked("k"), 0.0)
+    assert node.handle(TaskGiven("k", 1, 1), 0.0) == [Kill(1)]
+    assert node.handle(Heard("k"), 0.0) == [], "its slot is on its way"
+    node.handle(Tick(), 1.0)
+    node.handle(Heard("k"), STUCK_SECS + 1)
+    node.handle(Heard("j"), STUCK_SECS + 1)
+    assert node.handle(Tick(), STUCK_SECS + 2) == [Stuck(1, STUCK_SECS + 2), Kill(2)]
+    assert node.handle(WorkerGone(2, ""), STUCK_SECS + 2) == [Spawn(4, "k")]

@@ -4,6 +4,8 @@
 An attempt is known from the moment that it waits for a worker until that one is free again; the
 rest of its life is in ``attempts``.
 A worker belongs to one lease and runs one task at a time, so that blame for its death is exact.
+One that was killed keeps its slot until its process is gone, which may never be: the kernel does
+not kill what waits for a device, or for a file server that is away.
 
 Several leases share the slots by max-min fairness: none gets more than it wants while another has
 less than its part; what cannot be divided is held in turns, by the lease that has been served
@@ -27,16 +29,21 @@ TURN_S = 30.0
 KILL_INTERVAL_S = 2.0
 #: bytes by which a worker may grow over what it had at its start before it is replaced
 GROWTH_BYTES = 1 << 30
+#: seconds after which a killed worker that is still there is worth a word
+STUCK_SECS = 5.0
 
 
 class WorkerState(Enum):
     STARTING = "starting"
     IDLE = "idle"
     BUSY = "busy"
+    ENDING = "was killed"
 
 
 @dataclass(slots=True)
 class Worker:
+    """``since_s``: since when it has its task, or was killed; ``told``: that it does not end."""
+
     id: int
     job: str
     state: WorkerState = WorkerState.STARTING
@@ -45,6 +52,7 @@ class Worker:
     alone: bool = False
     since_s: float = 0.0
     start_bytes: int = 0
+    told: bool = False
 
 
 @dataclass(slots=True)
@@ -193,12 +201,20 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Stuck:
+    """The worker was killed so many seconds ago and is still there."""
+
+    worker: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseEnded:
     job: str
     reason: str
 
 
-Effect = GrantLease | Spawn | RunOn | Kill | Died | LeaseEnded
+Effect = GrantLease | Spawn | RunOn | Kill | Died | Stuck | LeaseEnded
 
 
 class Slots:
@@ -220,6 +236,11 @@ class Slots:
         self.ticked_s: float | None = None
 
     @property
+    def stuck(self) -> int:
+        """Workers that were killed and do not end."""
+        return sum(w.told for w in self.workers.values())
+
+    @property
     def busy(self) -> int:
         return sum(w.state is WorkerState.BUSY for w in self.workers.values())
 
@@ -236,7 +257,7 @@ class Slots:
     @property
     def ready(self) -> int:
         """Workers that have started."""
-        return sum(w.state is not WorkerState.STARTING for w in self.workers.values())
+        return sum(w.state in (WorkerState.IDLE, WorkerState.BUSY) for w in self.workers.values())
 
     def beat_age_s(self, now: float) -> float | None:
         """Return the longest silence of a broker, None without a lease."""
@@ -252,21 +273,25 @@ class Slots:
 
         :param workers: worker -> bytes that it holds
         """
-        known = [(self.workers[w], held) for w, held in workers.items() if w in self.workers]
-        return sum(max(0, held - worker.start_bytes) for worker, held in known)
+        found = [(self.workers.get(w), held) for w, held in workers.items()]
+        return sum(
+            max(0, held - worker.start_bytes)
+            for worker, held in found
+            if worker is not None and worker.state is not WorkerState.ENDING
+        )
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, monotonic); return what is to be done."""
         effects: list[Effect] = []
+        vacant = False  # a slot, for reasons that leave leases with fewer workers than their shares
         match event:
             case LeaseAsked(job):
-                self._end(job, "asked for again", effects)
+                self._end(job, "asked for again", now, effects)
                 # as if it had been here before: else it would hold what is left for hours
                 served_s = min((lease.served_s for lease in self.leases.values()), default=0.0)
                 self.leases[job] = Lease(job, -1, now, served_s=served_s)
                 self._share(effects)
-                for _ in range(min(self.leases[job].slots, self.slots - len(self.workers))):
-                    self._spawn(self.leases[job], effects)
+                vacant = True
             case Heard(job, wanted):
                 if job in self.leases:
                     self.leases[job].heard_s = now
@@ -281,11 +306,11 @@ class Slots:
             case DrainAsked(on):
                 self.draining = on
             case Released(job, reason):
-                self._end(job, reason, effects)
+                self._end(job, reason, now, effects)
             case TaskGiven(job):
                 self.leases[job].pending.append(event)
             case TaskTaken(job, task, attempt):
-                self._take_back(job, task, attempt, effects)
+                self._take_back(job, task, attempt, now, effects)
             case WorkerReady(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
                     found.state, found.start_bytes = WorkerState.IDLE, nbytes
@@ -293,26 +318,40 @@ class Slots:
                 if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
                     found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
                     if last or nbytes - found.start_bytes > GROWTH_BYTES:
-                        self._kill(found, effects)
-                        self._spawn(self.leases[found.job], effects)
+                        self._kill(found, now, effects)
             case WorkerGone():
-                self._gone(event, effects)
+                vacant = self._gone(event, effects)
             case Tick():
                 self._tick(now, effects)
         self._fill(now, effects)
+        if vacant:
+            self._staff(effects)
         return effects
 
     def _of(self, job: str) -> list[Worker]:
-        return [w for w in self.workers.values() if w.job == job]
+        """The workers of a lease, without those that were killed."""
+        return [
+            w for w in self.workers.values() if w.job == job and w.state is not WorkerState.ENDING
+        ]
 
     def _spawn(self, lease: Lease, effects: list[Effect]) -> None:
         self.spawned += 1
         self.workers[self.spawned] = Worker(self.spawned, lease.job)
         effects.append(Spawn(self.spawned, lease.job))
 
-    def _kill(self, worker: Worker, effects: list[Effect]) -> None:
+    def _staff(self, effects: list[Effect]) -> None:
+        """Start the workers that leases lack of their shares, as far as slots are empty."""
+        if any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
+            return
+        for lease in self.leases.values():
+            missing = lease.slots - len(self._of(lease.job))
+            for _ in range(min(missing, self.slots - len(self.workers))):
+                self._spawn(lease, effects)
+
+    def _kill(self, worker: Worker, now: float, effects: list[Effect]) -> None:
         """Kill a worker whose death is wanted and charged to nobody."""
-        del self.workers[worker.id]
+        worker.state, worker.since_s = WorkerState.ENDING, now
+        worker.task = worker.attempt = -1
         effects.append(Kill(worker.id))
 
     def _share(self, effects: list[Effect]) -> None:
@@ -341,7 +380,8 @@ class Slots:
 
     def _fill(self, now: float, effects: list[Effect]) -> None:
         """Give waiting tasks to idle workers, and start workers where they are missing."""
-        free = self.slots - self.busy
+        ending = [w for w in self.workers.values() if w.state is WorkerState.ENDING]
+        free = self.slots - self.busy - len(ending)
         leases = [lease for lease in self.leases.values() if lease.pending]
         if not leases or free <= 0 or self.short:
             return
@@ -359,10 +399,12 @@ class Slots:
                     self._start(worker, lease, now, effects)
                     free -= 1
             starting = sum(w.state is WorkerState.STARTING for w in self._of(lease.job))
-            for _ in range(min(len(lease.pending) - starting, free - starting)):
-                if len(self.workers) >= self.slots and not self._make_room(lease, effects):
+            coming = starting + sum(not w.told for w in ending)
+            for _ in range(min(len(lease.pending) - coming, free - starting)):
+                if len(self.workers) < self.slots:
+                    self._spawn(lease, effects)
+                elif not self._make_room(lease, now, effects):
                     break
-                self._spawn(lease, effects)
 
     def _start(self, worker: Worker, lease: Lease, now: float, effects: list[Effect]) -> None:
         given = lease.pending.popleft()
@@ -370,17 +412,18 @@ class Slots:
         worker.state, worker.since_s = WorkerState.BUSY, now
         if worker.alone:
             for other in [w for w in self.workers.values() if w is not worker]:
-                self._kill(other, effects)  # idle ones hold memory as well
+                if other.state is not WorkerState.ENDING:
+                    self._kill(other, now, effects)  # idle ones hold memory as well
         effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
 
     def _running(self, lease: Lease) -> int:
         return sum(w.state is WorkerState.BUSY for w in self._of(lease.job))
 
-    def _make_room(self, lease: Lease, effects: list[Effect]) -> bool:
-        """End an idle worker of another lease; False when there is none."""
+    def _make_room(self, lease: Lease, now: float, effects: list[Effect]) -> bool:
+        """End an idle worker of another lease, whose slot is then empty; False if there is none."""
         for worker in self.workers.values():
             if worker.state is WorkerState.IDLE and worker.job != lease.job:
-                self._kill(worker, effects)
+                self._kill(worker, now, effects)
                 return True
         return False
 
@@ -391,14 +434,19 @@ class Slots:
             lease.served_s += seconds * self._running(lease)
             # a beat early: at the latest lost_s after a cut its slots are to be free
             if now - lease.heard_s > self.limits.lost_s - self.limits.beat_s:
-                self._end(lease.job, f"broker silent for {now - lease.heard_s:.0f} s", effects)
+                silence = f"broker silent for {now - lease.heard_s:.0f} s"
+                self._end(lease.job, silence, now, effects)
         if len(self.leases) > 1:
             self._share(effects)
         for worker in list(self.workers.values()):
             limit = self.limits.task_timeout_s
             if limit and worker.state is WorkerState.BUSY and now - worker.since_s > limit:
                 reason = f"killed after {now - worker.since_s:.0f} s, task_timeout_s is {limit:g} s"
-                self._kill_busy(worker, reason, effects)
+                self._kill_busy(worker, reason, now, effects)
+            ending = worker.state is WorkerState.ENDING and not worker.told
+            if ending and now - worker.since_s > STUCK_SECS:
+                worker.told = True
+                effects.append(Stuck(worker.id, now - worker.since_s))
 
     def _kill_newest(self, now: float, effects: list[Effect]) -> None:
         busy = [w for w in self.workers.values() if w.state is WorkerState.BUSY]
@@ -409,22 +457,26 @@ class Slots:
         figures = self._figures(self.memory.workers.get(newest.id, 0))
         limit = self.limits.memory_hard_percent
         reason = f"killed to free memory: {figures}, the limit is {limit:g}%"
-        self._kill_busy(newest, reason, effects, oom=True)
+        self._kill_busy(newest, reason, now, effects, oom=True)
 
     def _figures(self, worker_bytes: int) -> str:
         used, limit = gib(self.memory.used_bytes), gib(self.memory.limit_bytes)
         return f"its worker had {gib(worker_bytes)}, {used} of {limit} were in use"
 
     def _kill_busy(
-        self, worker: Worker, reason: str, effects: list[Effect], *, oom: bool = False
+        self, worker: Worker, reason: str, now: float, effects: list[Effect], *, oom: bool = False
     ) -> None:
-        self._kill(worker, effects)
-        effects.append(Died(worker.job, worker.task, worker.attempt, reason, oom))
+        died = Died(worker.job, worker.task, worker.attempt, reason, oom)
+        self._kill(worker, now, effects)
+        effects.append(died)
 
-    def _gone(self, gone: WorkerGone, effects: list[Effect]) -> None:
+    def _gone(self, gone: WorkerGone, effects: list[Effect]) -> bool:
+        """Take note of an end; return whether others may follow on that slot without a task."""
         worker = self.workers.pop(gone.worker, None)
         if worker is None:
-            return
+            return False
+        if worker.state is WorkerState.ENDING:
+            return True
         lease = self.leases[worker.job]
         reason = gone.reason
         if gone.oom:
@@ -436,10 +488,11 @@ class Slots:
             given = lease.pending.popleft()
             text = f"worker could not start: {reason}"
             effects.append(Died(lease.job, given.task, given.attempt, text, gone.oom))
-        if worker.state is not WorkerState.STARTING and len(self._of(lease.job)) < lease.slots:
-            self._spawn(lease, effects)
+        return worker.state is not WorkerState.STARTING
 
-    def _take_back(self, job: str, task: int, attempt: int, effects: list[Effect]) -> None:
+    def _take_back(
+        self, job: str, task: int, attempt: int, now: float, effects: list[Effect]
+    ) -> None:
         lease = self.leases[job]
         for given in lease.pending:
             if (given.task, given.attempt) == (task, attempt):
@@ -447,14 +500,13 @@ class Slots:
                 return
         for worker in self._of(job):
             if (worker.task, worker.attempt) == (task, attempt):
-                self._kill(worker, effects)
-                self._spawn(lease, effects)
+                self._kill(worker, now, effects)
 
-    def _end(self, job: str, reason: str, effects: list[Effect]) -> None:
+    def _end(self, job: str, reason: str, now: float, effects: list[Effect]) -> None:
         if self.leases.pop(job, None) is None:
             return
         for worker in self._of(job):
-            self._kill(worker, effects)
+            self._kill(worker, now, effects)
         effects.append(LeaseEnded(job, reason))
         self._share(effects)
 
@@ -464,7 +516,8 @@ class Slots:
         assert sum(lease.slots for lease in self.leases.values()) <= self.slots, self.leases
         running = []
         for number, worker in self.workers.items():
-            assert number == worker.id <= self.spawned and worker.job in self.leases, worker
+            assert number == worker.id <= self.spawned, worker
+            assert worker.job in self.leases or worker.state is WorkerState.ENDING, worker
             assert (worker.state is WorkerState.BUSY) == (worker.task >= 0), worker
             if worker.task >= 0:
                 running.append((worker.job, worker.task, worker.attempt))
