@@ -207,7 +207,7 @@ def test_a_fetch_that_is_passed_over_is_repeated_at_once() -> None:
     assert core.handle(BlobCame("j", B)) == [Fetch("j", A, 10), TaskGiven("j", 1, 1)]
     core.handle(Given("j", 2, 1, ((C, 10),)))
     effects = core.handle(BlobCame("j", C))
-    assert isinstance(effects[-2], TellDied) and effects[-2].task == 0, "asked for often enough"
+    assert isinstance(effects[0], TellDied) and effects[0].task == 0, "asked for often enough"
 
 
 def test_no_room_for_a_blob_fails_those_that_wait_for_it() -> None:
@@ -216,9 +216,9 @@ def test_no_room_for_a_blob_fails_those_that_wait_for_it() -> None:
     core.handle(Given("j", 2, 1, ((B, 10),)))
     effects = core.handle(BlobRefused("j", A, "No space left"))
     assert effects == [
+        TellDied("j", 1, 1, "no room for its arguments: No space left", no_room=True),
         DropBlob("j", A),
         Forget("j", 1, 1),
-        TellDied("j", 1, 1, "no room for its arguments: No space left", no_room=True),
     ]
     assert core.handle(BlobCame("j", B)) == [TaskGiven("j", 2, 1)]
     assert core.handle(BlobRefused("j", A, "late")) == []

@@ -171,11 +171,8 @@ def test_kill_by_the_kernel_has_the_figures() -> None:
     node = leased(1)
     node.handle(TaskGiven("j", 1, 1), 0.0)
     node.handle(memory(0.8), 0.0)
-    effects = node.handle(WorkerGone(1, "signal 9", oom=True, nbytes=8 << 30), 1.0)
-    reason = (
-        "signal 9 by the kernel for lack of memory: its worker had 8.00 GiB, 8.00 GiB of "
-        "10.00 GiB were in use"
-    )
+    effects = node.handle(WorkerGone(1, "killed by the kernel", oom=True, nbytes=8 << 30), 1.0)
+    reason = "killed by the kernel: its worker had 8.00 GiB, 8.00 GiB of 10.00 GiB were in use"
     assert effects[0] == Died("j", 1, 1, reason, oom=True)
 
 

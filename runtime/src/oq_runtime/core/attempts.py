@@ -318,11 +318,11 @@ class Attempts:
             case Sent():
                 self._end(attempt, "sent", effects)
             case slots.Died(reason=reason, oom=oom):
-                self._end(attempt, "fail", effects)
                 effects.append(TellDied(*key, reason, oom=oom))
-            case Failed(reason=reason, no_room=no_room):
                 self._end(attempt, "fail", effects)
+            case Failed(reason=reason, no_room=no_room):
                 effects.append(TellDied(*key, reason, no_room=no_room))
+                self._end(attempt, "fail", effects)
             case AbortAsked():
                 if attempt.state in (State.PENDING, State.RUNNING):
                     effects.append(slots.TaskTaken(*key))
@@ -423,8 +423,8 @@ class Attempts:
     ) -> None:
         """Fail the attempts that wait for a blob."""
         for key in list(blob.users):
-            self._end(self.attempts[key], "fail", effects)
             effects.append(TellDied(*key, reason, no_room=no_room))
+            self._end(self.attempts[key], "fail", effects)
 
     def _asked_no_more(self, job: str, digest: bytes) -> None:
         del self.fetches[job].asked[digest]

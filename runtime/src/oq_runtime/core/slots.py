@@ -139,7 +139,7 @@ class WorkerFree:
 
 @dataclass(frozen=True, slots=True)
 class WorkerGone:
-    """The process has ended; ``oom``: killed by the kernel for lack of memory.
+    """The process has ended; ``oom``: killed by the kernel for lack of memory, as ``reason`` says.
 
     ``nbytes`` is the most memory that it had.
     """
@@ -480,7 +480,7 @@ class Slots:
         lease = self.leases[worker.job]
         reason = gone.reason
         if gone.oom:
-            reason += f" by the kernel for lack of memory: {self._figures(gone.nbytes)}"
+            reason += f": {self._figures(gone.nbytes)}"
         if worker.state is WorkerState.BUSY:
             effects.append(Died(lease.job, worker.task, worker.attempt, reason, gone.oom))
         elif worker.state is WorkerState.STARTING and lease.pending:

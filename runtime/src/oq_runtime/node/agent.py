@@ -41,7 +41,7 @@ from oq_runtime.files.store import AHEAD_BYTES, Reception
 from oq_runtime.logs import about
 from oq_runtime.node import systemd
 from oq_runtime.node.channel import Channel
-from oq_runtime.node.forkserver import Ended, ForkServer
+from oq_runtime.node.forkserver import Exited, ForkServer
 from oq_runtime.node.memory import Resident, oom_kills, usage
 from oq_runtime.wire import protocol, security, transport
 
@@ -58,6 +58,9 @@ AT_ONCE, DATA_AT_ONCE = 500, 64
 #: last bytes of a dead worker's stderr in which the reason is looked for
 STDERR_TAIL_BYTES = 64 << 10
 FORKSERVER_LOG = "forkserver.log"
+#: how many threads a worker starts besides its own: none, unless somebody wants them. Each slot has
+#: a worker, and a library that starts a thread for each core would start slots times cores
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 #: of systemd.exec(5): for logs, and for what may need a disk
 DIRECTORIES = ("RUNTIME_DIRECTORY", "CACHE_DIRECTORY")
 
@@ -87,21 +90,28 @@ class Process:
         """Return the bytes of memory that it holds for itself."""
         return self.memory.own_nbytes if self.memory else 0
 
-    def last_words(self, ended: Ended, why: str = "") -> str:
+    def last_words(self, exited: Exited, why: str = "", *, oom: bool = False) -> str:
         """Say how it ended, with what its log says of that, and remove the log.
 
         :param why: what its parent said when it could not start it
+        :param oom: whether the kernel has killed it for lack of memory
         """
-        code = ended.code
-        text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        code = exited.code
         lines = [why] if why else _tail(self.log)
+        self.log.unlink(missing_ok=True)
+        if not exited.pid:  # there was none
+            return lines[-1] if lines else "no process for a worker"
+        text = f"was killed by {signal.Signals(-code).name}"
+        if oom:
+            text = "was killed by the kernel for lack of memory"
+        elif code >= 0:
+            text = f"ended with exit code {code}"
         if code > 0 and lines:
             text += f" ({lines[-1]})"
         elif fatal := [line for line in lines if line.startswith("Fatal Python error")]:
             frames = [line.strip() for line in lines if line.startswith("  File ")]
             text += f" ({'; '.join([*fatal[:1], *frames[:1]])})"  # see faulthandler
-        self.log.unlink(missing_ok=True)
-        return f"worker process {ended.pid} {text}"
+        return f"worker process {exited.pid} {text}"
 
 
 @dataclass(slots=True, eq=False)
@@ -132,9 +142,13 @@ class JobIO:
         self.unasked: deque[bytes] = deque()  # digests of blobs that are still to be asked for
         self.uploads: deque[Upload] = deque()
 
+    @property
+    def whose(self) -> str:
+        return f" of {self.user}" if self.user else ""
+
     def about(self, name: str) -> str:
         """Say which job this is, and whose."""
-        return f"{self.title or name} of {self.user}"
+        return f"{self.title or name}{self.whose}"
 
     def close(self) -> None:
         for reception in self.incoming.values():
@@ -380,14 +394,15 @@ class Agent:
                         self.context, url, send_hwm=DATA_HWM, receive_hwm=DATA_HWM, secure=secure
                     )
                 except (zmq.ZMQError, ProtocolError) as exc:
-                    self._give_back(name, f"no way to {url}: {exc}")
+                    self._give_back(name, f"cannot connect to {url} for the results: {exc}")
                     return
                 job.data = transport.Link(data, name, message.epoch)
                 self.poller.register(data, zmq.POLLIN)
                 job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
                 self._handle(slots.LeaseAsked(name))
                 if lease := self.slots.leases.get(name):
-                    log.info(f"lease of {name} of {job.user} granted: {lease.slots} slots")
+                    slots_ = "1 slot" if lease.slots == 1 else f"{lease.slots} slots"
+                    log.info(f"lease of {name}{job.whose} granted: {slots_}")
             case protocol.Task() if job.data:
                 self._take(name, job, message)
             case protocol.Grant(task=task, attempt=attempt):
@@ -557,8 +572,8 @@ class Agent:
     def _from_forkserver(self, forkserver: ForkServer, heard: bool) -> None:
         forkserver.flush()
         try:
-            while heard and (ended := forkserver.hear()):
-                self._reap(ended)
+            while heard and (exited := forkserver.hear()):
+                self._reap(exited)
         except EOFError:
             self._forkserver_gone(forkserver)
             return
@@ -579,28 +594,28 @@ class Agent:
         words = "".join(_tail(self.directory / FORKSERVER_LOG)[-1:])
         log.info(f"the fork server ended with {code}: {words}")
         for worker, process in list(self.processes.items()):
-            ended = Ended(worker, process.pid or forkserver.process.pid, code)
-            self._reap(ended, "" if process.pid else words)
+            exited = Exited(worker, process.pid or forkserver.process.pid, code)
+            self._reap(exited, "" if process.pid else words)
 
-    def _reap(self, ended: Ended, why: str = "") -> None:
-        process = self.processes[ended.worker]
+    def _reap(self, exited: Exited, why: str = "") -> None:
+        process = self.processes[exited.worker]
         process.ended = True
         if process.channel.fileno() in self.channels:
-            self._hear(ended.worker)  # its last words come first
+            self._hear(exited.worker)  # its last words come first
         self._stop_listening(process.channel)
         process.channel.close()
-        del self.processes[ended.worker]
-        reason = process.last_words(ended, why)
-        oom = ended.code == -signal.SIGKILL and oom_kills() > self.oom_kills_before
+        del self.processes[exited.worker]
+        oom = exited.code == -signal.SIGKILL and oom_kills() > self.oom_kills_before
         self.oom_kills_before += oom  # each kill explains one death
+        reason = process.last_words(exited, why, oom=oom)
         if process.memory is not None:
             process.memory.close()
-        known = self.slots.workers.get(ended.worker)  # one that was killed on purpose is not
+        known = self.slots.workers.get(exited.worker)  # one that was killed on purpose is not
         if known is not None and known.state is WorkerState.IDLE:
             log.info(f"{reason}, while it had no task")
         for place in (self.store.memory, self.store.disk):
             (place / process.spool).unlink(missing_ok=True)
-        self._handle(slots.WorkerGone(ended.worker, reason, oom, ended.peak_bytes))
+        self._handle(slots.WorkerGone(exited.worker, reason, oom, exited.peak_bytes))
 
     # ---- effects out
 
@@ -619,10 +634,17 @@ class Agent:
             case slots.Kill(worker):
                 if self.forkserver is not None:
                     self.forkserver.kill(worker)
+            case slots.Stuck(worker, seconds):
+                pid = self.processes[worker].pid
+                log.warning(
+                    f"worker process {pid} was killed {seconds:.0f} s ago and does not end; its "
+                    "slot stays taken. The kernel waits for a device or a file server: see "
+                    f"/proc/{pid}/stack"
+                )
             case slots.LeaseEnded(job, reason):
                 self._handle(attempts.JobEnded(job))
                 if ended := self.jobs.pop(job, None):
-                    log.info(f"lease of {job} of {ended.user} ended: {reason}")
+                    log.info(f"lease of {job}{ended.whose} ended: {reason}")
                     self._close(job, ended)
             case attempts.Fetch(job, digest, nbytes):
                 self._fetch(job, digest, nbytes)
@@ -635,7 +657,7 @@ class Agent:
             case attempts.TellStarted(job, task, attempt):
                 self._to_broker(job, protocol.Started(task=task, attempt=attempt))
             case attempts.TellDied(job, task, attempt, reason, oom, no_room):
-                log.info(f"task {task} of {job}, attempt {attempt}: {reason}")
+                log.info(f"{self._called(job, (task, attempt))}, attempt {attempt}: {reason}")
                 died = protocol.Died(
                     task=task, attempt=attempt, reason=reason, oom=oom, no_room=no_room
                 )
@@ -660,6 +682,13 @@ class Agent:
         if process.channel.unsent:
             self.poller.modify(process.channel.fileno(), _events(process.channel))
         self._handle(chosen)
+
+    def _called(self, name: str, key: Key) -> str:
+        """Say which task this is, by the number and the function that people know."""
+        job = self.jobs.get(name)
+        if job is None or (given := job.given.get(key)) is None:
+            return f"a task of {name}"
+        return f"task #{given.number} ({given.func}) of {job.about(name)}"
 
     def _path(self, name: str, job: JobIO, blob: protocol.Blob) -> str:
         if job.local and blob.path:
@@ -762,7 +791,8 @@ class Agent:
 
     def _start_forkserver(self) -> ForkServer:
         env = dict(os.environ)
-        env.setdefault("OMP_NUM_THREADS", "1")
+        for name in THREADS:
+            env.setdefault(name, "1")
         env[WORKER_VARIABLE] = "1"
         env[NODE_VARIABLE] = self.control_url
         places = (str(self.store.memory), str(self.store.disk))

@@ -1,6 +1,6 @@
 """One process per node imports the engine once, and forks the workers from it.
 
-    agent --Fork(worker), Kill(worker)--> fork server --Ended(worker)--> agent
+    agent --Fork(worker), Kill(worker)--> fork server --Exited(worker)--> agent
                                                | fork
                                             workers
 
@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +38,7 @@ from oq_runtime.node.channel import read
 
 #: of one message
 MAX_BYTES = 4096
-#: seconds for a killed worker to be gone: more only where the kernel waits for a device
+#: seconds for killed workers to be gone: more only where the kernel waits for a device
 END_SECS = 1.0
 
 
@@ -51,7 +52,7 @@ class Kill(msgspec.Struct, frozen=True, tag="kill"):
     worker: int
 
 
-class Ended(msgspec.Struct, frozen=True, tag="ended"):
+class Exited(msgspec.Struct, frozen=True, tag="exited"):
     """
     :param code: exit code, negative for a signal
     :param peak_bytes: the most memory that the worker has had
@@ -65,7 +66,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
 
 encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Fork | Kill).decode
-decode_ended = msgspec.msgpack.Decoder(Ended).decode
+decode_exited = msgspec.msgpack.Decoder(Exited).decode
 
 
 class ForkServer:
@@ -122,27 +123,36 @@ class ForkServer:
                 file.close()
             self.orders.popleft()
 
-    def hear(self) -> Ended | None:
+    def hear(self) -> Exited | None:
         """Return the next end of a worker, None when there is none to be read.
 
         Raises EOFError when the process has ended.
         """
         data = read(self.channel, MAX_BYTES)
-        return None if data is None else decode_ended(data)
+        return None if data is None else decode_exited(data)
 
     def close(self, workers: Iterable[int] = ()) -> int:
-        """End the process and its workers, of which these are the pids; return its exit code."""
-        ends = [end for pid in workers if (end := processes.pidfd(pid)) is not None]
+        """End the process and its workers, of which these are the pids; return its exit code.
+
+        Takes END_SECS at most, whatever becomes of the workers.
+        """
+        ends = {end for pid in workers if (end := processes.pidfd(pid)) is not None}
         self.channel.close()
         for _, files in self.orders:
             for file in files:
                 file.close()
         self.process.kill()
         code = self.process.wait()
+        poll = select.poll()
         for end in ends:
-            poll = select.poll()
             poll.register(end, select.POLLIN)
-            poll.poll(END_SECS * 1000)
+        deadline_s = time.monotonic() + END_SECS  # for all together: the watchdog waits as well
+        while ends and (left_s := deadline_s - time.monotonic()) > 0:
+            for end, _ in poll.poll(left_s * 1000):
+                poll.unregister(end)
+                ends.remove(end)
+                os.close(end)
+        for end in ends:
             os.close(end)
         return code
 
@@ -190,7 +200,7 @@ class Children:
             pid = os.fork()
         except OSError as exc:
             os.write(log, f"no process for a worker: {exc.strerror}\n".encode())
-            self.channel.send(encode(Ended(number, 0, 1)))
+            self.channel.send(encode(Exited(number, 0, 1)))
             return
         if not pid:
             self._become(log, channel)
@@ -228,7 +238,7 @@ class Children:
         pid, status, used = os.wait4(self.pids.pop(number), 0)
         code = os.waitstatus_to_exitcode(status)
         # ru_maxrss is in KiB, see getrusage(2)
-        self.channel.send(encode(Ended(number, pid, code, used.ru_maxrss * 1024)))
+        self.channel.send(encode(Exited(number, pid, code, used.ru_maxrss * 1024)))
 
 
 def preload() -> None:
