@@ -7,6 +7,9 @@ import hashlib
 import importlib
 import os
 import pickle
+import re
+import signal
+import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,7 +23,7 @@ import zmq
 
 from oq_runtime.core.limits import Limits
 from oq_runtime.files import private
-from oq_runtime.node.agent import Agent
+from oq_runtime.node.agent import DATA_HWM, Agent
 from oq_runtime.wire import payload, protocol, security, transport
 from tests.leftovers import wait_for
 
@@ -58,7 +61,15 @@ class Stage:
     :param remote: whether the broker is on another host, so that results travel
     """
 
-    def __init__(self, directory: Path, *, remote: bool = False, slots: int = 1) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        remote: bool = False,
+        slots: int = 1,
+        limits: Limits = LIMITS,
+        owner: int | None = None,
+    ) -> None:
         self.directory = private.own(directory)
         self.memory, self.disk = (private.own(directory / name) for name in ("memory", "disk"))
         self.context: zmq.Context[Any] = zmq.Context()
@@ -70,9 +81,9 @@ class Stage:
             disk=self.disk,
             control_url="tcp://127.0.0.1:*" if remote else f"ipc://{directory}/control",
             slots=slots,
-            owner=os.getpid(),
+            owner=owner or os.getpid(),
             own_facts=FACTS,
-            limits=LIMITS,
+            limits=limits,
             keys=self.keys,
         )
         self.url = self.agent.control.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -183,6 +194,11 @@ class Stage:
         body = Path(placed.path).read_bytes()
         Path(placed.path).unlink()
         return body
+
+    @property
+    def workers(self) -> list[int]:
+        """The pids of the workers that are ready."""
+        return [process.pid for process in [*self.agent.processes.values()] if process.pid]
 
     def ping(self) -> None:
         """Wait until the agent has read all that was sent on the control socket so far."""
@@ -306,3 +322,189 @@ def test_a_fetch_that_is_never_answered_fails_its_attempts(away: Stage) -> None:
     assert "was asked for twice and did not come" in died.reason and not died.no_room
     away.give(2, "square", 2)
     assert away.ended(2) == [{"sum": 4}]
+
+
+def test_late_and_foreign_chunks_are_ignored(away: Stage) -> None:
+    found, body = blob()
+    away.answer(b"unknown", b"x" * 100)
+    away.give(1, "grow", 1, found, 10)
+    away.expect(protocol.Fetch)
+    whole = protocol.BlobChunk(digest=found.digest, offset=0)
+    assert away.data.link.send(whole, body + b"more than was announced")
+    assert away.data.link.send(protocol.BlobChunk(digest=found.digest, offset=77), b"from nowhere")
+    away.answer(found.digest, body)
+    assert away.ended(1)[0]["in"] == sum(BIG[::4099])
+
+
+def test_a_blob_that_was_damaged_ends_the_lease(away: Stage) -> None:
+    found, body = blob()
+    away.give(1, "grow", 1, found, 10)
+    away.expect(protocol.Fetch)
+    away.answer(found.digest, bytes(len(body)))
+    assert "damaged" in away.expect(protocol.NoLease).reason
+    away.lease()
+    away.give(1, "square", 2)
+    assert away.ended(1) == [{"sum": 4}]
+
+
+def test_a_blob_for_which_there_is_no_room(away: Stage) -> None:
+    found, _ = blob()
+    away.disk.rmdir()  # neither here
+    away.memory.rename(away.directory / "elsewhere")  # nor there
+    away.give(1, "grow", 1, found, 10)
+    died = away.expect(protocol.Died)
+    assert died.no_room and str(away.disk) in died.reason
+
+
+def test_a_size_is_only_a_word_until_bytes_come(away: Stage) -> None:
+    huge = protocol.Blob(b"h" * 32, 1 << 49, b"c" * 16)
+    before = os.statvfs(away.disk).f_bavail
+    away.give(1, "grow", 1, huge, 10)
+    away.expect(protocol.Fetch)
+    block = os.statvfs(away.disk).f_frsize
+    assert (before - os.statvfs(away.disk).f_bavail) * block < 1 << 30
+
+
+# ---- what makes no sense
+
+
+def test_messages_out_of_place_are_refused_and_the_job_goes_on(here: Stage) -> None:
+    here.give(1, "square", 3)
+    here.give(1, "square", 4)  # given twice
+    here.send(protocol.Grant(task=1, attempt=1))  # it has nothing to send yet
+    here.send(protocol.Grant(task=9, attempt=9))
+    here.send(protocol.Abort(task=9, attempt=9))
+    here.send(protocol.Welcome(pid=1))
+    assert here.ended(1) == [{"sum": 9}]
+    here.give(2, "square", 4)
+    assert here.ended(2) == [{"sum": 16}]
+
+
+def test_a_flood_of_chunks_waits_at_its_sender(away: Stage) -> None:
+    data = away.agent.jobs[JOB].data
+    assert data and data.socket.getsockopt(zmq.RCVHWM) == DATA_HWM
+    flood = bytes(protocol.CHUNK_BYTES)
+    for n in range(200):
+        assert away.data.link.send(protocol.BlobChunk(digest=b"f", offset=0), flood)
+        if n % 20 == 0:
+            away.send(protocol.Beat(wanted=1))
+    away.give(1, "square", 5)
+    assert away.ended(1) == [{"sum": 25}], "other messages are read meanwhile"
+
+
+# ---- workers that end, or do not
+
+
+def test_the_death_of_a_worker_is_told_in_a_sentence(
+    here: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    here.give(3, "poison", 3)
+    died = here.expect(protocol.Died)
+    assert re.fullmatch(r"worker process \d+ was killed by SIGKILL", died.reason)
+    assert f"task #103 (poison) of {JOB} of anna, attempt 1: {died.reason}" in caplog.messages
+    here.send(protocol.Release())
+    assert wait_for(lambda: f"lease of {JOB} of anna ended: released" in caplog.messages)
+    here.lease()
+    assert f"lease of {JOB} of anna granted: 1 slot" in caplog.messages
+
+
+def test_a_stopped_worker_is_killed_and_its_slot_used_again(here: Stage) -> None:
+    here.give(1, "square", 3)
+    here.ended(1)
+    [pid] = here.workers
+    os.kill(pid, signal.SIGSTOP)
+    here.give(2, "square", 4)
+    here.send(protocol.Abort(task=2, attempt=1))
+    here.give(3, "square", 5)
+    assert here.ended(3) == [{"sum": 25}]
+    assert here.workers != [pid] and not Path(f"/proc/{pid}").exists()
+
+
+def test_workers_have_one_thread(here: Stage) -> None:
+    here.give(1, "square", 3)
+    here.ended(1)
+    assert os.listdir(f"/proc/{here.workers[0]}/task") == [str(here.workers[0])]
+
+
+@contextmanager
+def no_more_processes(pid: int) -> Iterator[Path]:
+    """Put a process into a cgroup that may have no other."""
+    v1 = Path("/sys/fs/cgroup/pids")
+    path = (v1 if v1.exists() else Path("/sys/fs/cgroup")) / f"oq-test-{os.getpid()}"
+    try:
+        path.mkdir()
+        (path / "pids.max").write_text("1")
+    except OSError as exc:
+        pytest.skip(f"{path}: {exc.strerror}")
+    try:
+        (path / "cgroup.procs").write_text(str(pid))
+        yield path / "pids.max"
+    finally:
+        (path / "pids.max").write_text("max")
+        for inside in (path / "cgroup.procs").read_text().split():
+            (path.parent / "cgroup.procs").write_text(inside)
+        path.rmdir()
+
+
+def test_a_refused_process_is_an_error_that_names_the_limit(here: Stage) -> None:
+    here.give(1, "square", 3)
+    here.ended(1)
+    assert here.agent.forkserver
+    with no_more_processes(here.agent.forkserver.process.pid) as limit:
+        os.kill(here.workers[0], signal.SIGKILL)
+        assert wait_for(lambda: not here.workers)
+        here.give(2, "square", 4)
+        reason = here.expect(protocol.Died).reason
+        assert f"1 of {limit.parent} (pids.max)" in reason and "no process for a worker" in reason
+        limit.write_text("max")
+        here.give(3, "square", 5)
+        assert here.ended(3) == [{"sum": 25}]
+
+
+def test_results_that_are_gone_fail_their_attempt_alone(away: Stage) -> None:
+    away.give(1, "grow", 1, b"x", 1_000_000)
+    ended = away.expect(protocol.Ended)
+    [file] = away.memory.glob("*-1-1")
+    file.unlink()
+    away.send(protocol.Grant(task=1, attempt=ended.attempt))
+    assert "results are not there any more" in away.expect(protocol.Died).reason
+    away.give(2, "square", 2)
+    assert away.ended(2) == [{"sum": 4}]
+
+
+# ---- the end
+
+
+def test_a_private_agent_ends_with_its_owner_whatever_the_beat(tmp_path: Path, light: None) -> None:
+    owner = subprocess.Popen(["sleep", "60"])
+    slow = Limits(beat_s=20.0, suspect_s=30.0, lost_s=60.0)
+    with stage(tmp_path, limits=slow, owner=owner.pid) as found:
+        owner.kill()
+        owner.wait()
+        found.thread.join(3)
+        assert not found.thread.is_alive()
+
+
+def test_a_drained_agent_sends_its_results_and_ends(here: Stage) -> None:
+    here.give(1, "grow", 1, b"x", 1_000_000)
+    ended = here.expect(protocol.Ended)
+    here.agent.drain()
+    assert here.expect(protocol.Beat, lambda beat: beat.closed).free_bytes == 0
+    assert here.thread.is_alive(), "its results are still here"
+    here.send(protocol.Grant(task=1, attempt=ended.attempt))
+    here.expect(protocol.Placed)
+    here.thread.join(5)
+    assert not here.thread.is_alive()
+
+
+def test_commands_of_an_administrator(here: Stage) -> None:
+    def command(action: Any) -> protocol.AgentStatus:
+        transport.send(here.control.socket, protocol.Command(action=action))
+        return here.expect(protocol.AgentStatus)
+
+    assert command("status").jobs == [f"{JOB} of anna"]
+    assert command("stop").state == "stopped"
+    assert command("start").state == "up"
+    assert command("kill").jobs == []
+    assert "killed by an administrator" in here.expect(protocol.NoLease).reason

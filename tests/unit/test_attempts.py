@@ -323,6 +323,7 @@ RANDOM: st.SearchStrategy[Any] = st.one_of(
     st.builds(slots.Released, JOBS),
     st.builds(slots.WorkerReady, WORKERS),
     st.builds(slots.WorkerGone, WORKERS, st.just("signal 9"), st.booleans()),
+    st.builds(slots.WorkerRefused, WORKERS, st.just("no process")),
     st.just(slots.Tick()),
     *[st.builds(Given, JOBS, SMALL, SMALL, BLOBS, st.booleans(), st.sampled_from([0, 35]))] * 3,
     *[st.builds(BlobCame, JOBS, st.sampled_from([A, B, C]))] * 2,

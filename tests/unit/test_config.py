@@ -20,7 +20,7 @@ from oq_runtime.settings import KEYS
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "available_cores", lambda: 4)
+    monkeypatch.setattr(config, "available_cores", lambda: (4, "all CPUs"))
     for name in ("OQ_NUM_CORES", "OQ_DISTRIBUTE", "OQ_CONFIG_FILE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -36,7 +36,8 @@ def test_cores(text: str | int, cores: int) -> None:
 def test_wrong_cores_name_the_setting_and_the_range(text: str | int) -> None:
     with pytest.raises(ConfigError) as caught:
         check_cores(text)
-    assert str(caught.value) == f"cores={text}: give a number from 1 to 4, or -1 for all cores"
+    expected = f"cores={text}: give a number from 1 to 4 (all CPUs), or -1 for all of them"
+    assert str(caught.value) == expected
 
 
 def test_defaults() -> None:

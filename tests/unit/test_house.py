@@ -12,7 +12,7 @@ ROOT = Path(oq_runtime.__file__).parent
 #: floors from the ground up, each a set of wings; a wing is a package or a module of the top level
 FLOORS = (
     {"errors", "text"},
-    {"core", "wire", "processes", "logs"},
+    {"core", "wire", "processes", "cgroups", "logs"},
     {"files", "settings"},
     {"config", "facts"},
     {"session", "node"},

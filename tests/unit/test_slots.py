@@ -12,6 +12,7 @@ from oq_runtime.core.slots import (
     Died,
     DrainAsked,
     Effect,
+    Fewer,
     GrantLease,
     Heard,
     Kill,
@@ -30,6 +31,7 @@ from oq_runtime.core.slots import (
     WorkerFree,
     WorkerGone,
     WorkerReady,
+    WorkerRefused,
     WorkerState,
 )
 
@@ -383,6 +385,31 @@ def test_a_worker_whose_end_is_known_gets_no_other_task() -> None:
     assert node.handle(WorkerFree(1, 0, True), 1.0) == [Kill(1)]
     assert node.handle(WorkerGone(1, "killed by SIGKILL"), 1.0) == [Spawn(2, "j")]
     assert node.handle(WorkerReady(2), 2.0) == [RunOn(2, "j", 1, 1)]
+
+
+# ---- workers for which there is no process
+
+
+def test_a_node_goes_on_with_the_workers_that_it_may_have() -> None:
+    node = leased(3, ready=False)
+    node.handle(WorkerReady(1), 0.0)
+    for task in range(4):
+        node.handle(TaskGiven("j", task, 1), 0.0)
+    assert node.handle(WorkerRefused(3, "no"), 0.0) == [Fewer(2, "no"), GrantLease("j", 2)]
+    assert node.handle(WorkerRefused(2, "no"), 0.0) == [Fewer(1, "no"), GrantLease("j", 1)]
+    assert node.handle(WorkerFree(1), 0.0) == [RunOn(1, "j", 1, 1)], "nobody is to blame"
+    assert node.handle(GONE_1, 0.0)[-1] == Spawn(4, "j")
+    node.handle(Released("j"), 0.0)
+    node.handle(WorkerGone(4, ""), 0.0)
+    assert node.handle(LeaseAsked("k"), 0.0)[0] == GrantLease("k", 3), "another job, another try"
+
+
+def test_without_any_worker_the_waiting_tasks_fail_one_by_one() -> None:
+    node = leased(1, ready=False)
+    assert node.handle(WorkerRefused(1, "no"), 0.0) == [], "no task, no respawn"
+    assert node.handle(TaskGiven("j", 1, 1), 0.0) == [Spawn(2, "j")]
+    assert node.handle(WorkerRefused(2, "no"), 0.0) == [Died("j", 1, 1, "no")]
+    assert node.handle(WorkerRefused(9, "of nobody"), 0.0) == []
 
 
 # ---- workers that were killed and do not end

@@ -10,6 +10,7 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import ipaddress
+import math
 import os
 import socket
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oq_runtime import logs
+from oq_runtime import cgroups, logs
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError
 from oq_runtime.settings import SECTION, Settings
@@ -184,9 +185,19 @@ def is_loopback(host: str) -> bool:
     return any(ipaddress.ip_address(row[4][0]).is_loopback for row in found)
 
 
-def available_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def available_cores() -> tuple[int, str]:
+    """Return how many tasks at a time this process has processors for, at least 1, and why.
+
+    That is the CPU affinity, or the least quota of the cgroups around this process. Of a quota that
+    is no whole number the rest counts as one: it would be idle otherwise. Threads of one core (SMT)
+    count as the kernel counts them, as processors.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    if (found := cgroups.cpu_quota()) and found[0] < allowed:
+        quota, directory = found
+        return max(1, math.ceil(quota)), f"a CPU quota of {quota:.3g} in {directory}"
+    machine = os.cpu_count() or allowed
+    return allowed, f"{allowed} of {machine} CPUs by affinity" if allowed < machine else "all CPUs"
 
 
 def check_cores(text: str | int) -> int:
@@ -194,7 +205,7 @@ def check_cores(text: str | int) -> int:
 
     Raises ConfigError for anything but -1 or 1 up to the cores of this machine.
     """
-    most = available_cores()
+    most, why = available_cores()
     try:
         cores = int(text)
     except ValueError:
@@ -202,7 +213,9 @@ def check_cores(text: str | int) -> int:
     if cores == -1:
         return most
     if not 1 <= cores <= most:
-        raise ConfigError(f"cores={text}: give a number from 1 to {most}, or -1 for all cores")
+        raise ConfigError(
+            f"cores={text}: give a number from 1 to {most} ({why}), or -1 for all of them"
+        )
     return cores
 
 

@@ -151,13 +151,21 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerRefused:
+    """No process could be made for the worker."""
+
+    worker: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
 
 Event = (
     LeaseAsked | Heard | MemoryUsed | DrainAsked | Released | TaskGiven | TaskTaken | WorkerReady
-    | WorkerFree | WorkerGone | Tick
+    | WorkerFree | WorkerGone | WorkerRefused | Tick
 )  # fmt: skip
 
 
@@ -209,12 +217,20 @@ class Stuck:
 
 
 @dataclass(frozen=True, slots=True)
+class Fewer:
+    """The node goes on with so many slots, since it may have no more processes."""
+
+    slots: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseEnded:
     job: str
     reason: str
 
 
-Effect = GrantLease | Spawn | RunOn | Kill | Died | Stuck | LeaseEnded
+Effect = GrantLease | Spawn | RunOn | Kill | Died | Stuck | Fewer | LeaseEnded
 
 
 class Slots:
@@ -225,7 +241,7 @@ class Slots:
     """
 
     def __init__(self, slots: int, limits: Limits = DEFAULTS) -> None:
-        self.slots = slots
+        self.slots = self.configured = slots  # fewer while this node cannot have more workers
         self.limits = limits
         self.leases: dict[str, Lease] = {}
         self.workers: dict[int, Worker] = {}
@@ -287,6 +303,8 @@ class Slots:
         match event:
             case LeaseAsked(job):
                 self._end(job, "asked for again", now, effects)
+                if not self.leases:
+                    self.slots = self.configured  # another job, another try
                 # as if it had been here before: else it would hold what is left for hours
                 served_s = min((lease.served_s for lease in self.leases.values()), default=0.0)
                 self.leases[job] = Lease(job, -1, now, served_s=served_s)
@@ -321,6 +339,8 @@ class Slots:
                         self._kill(found, now, effects)
             case WorkerGone():
                 vacant = self._gone(event, effects)
+            case WorkerRefused(worker, reason):
+                self._refused(worker, reason, effects)
             case Tick():
                 self._tick(now, effects)
         self._fill(now, effects)
@@ -484,11 +504,27 @@ class Slots:
         if worker.state is WorkerState.BUSY:
             effects.append(Died(lease.job, worker.task, worker.attempt, reason, gone.oom))
         elif worker.state is WorkerState.STARTING and lease.pending:
-            # workers that cannot start must not be spawned for ever: charge a waiting task
-            given = lease.pending.popleft()
-            text = f"worker could not start: {reason}"
-            effects.append(Died(lease.job, given.task, given.attempt, text, gone.oom))
+            self._charge(lease, f"worker could not start: {reason}", effects, oom=gone.oom)
         return worker.state is not WorkerState.STARTING
+
+    def _charge(
+        self, lease: Lease, reason: str, effects: list[Effect], *, oom: bool = False
+    ) -> None:
+        """Blame a waiting task: workers that cannot start must not be spawned for ever."""
+        given = lease.pending.popleft()
+        effects.append(Died(lease.job, given.task, given.attempt, reason, oom))
+
+    def _refused(self, worker: int, reason: str, effects: list[Effect]) -> None:
+        """Do with the workers that there are; without any, the task that waits has to fail."""
+        found = self.workers.pop(worker, None)
+        if found is None or found.state is WorkerState.ENDING:
+            return
+        if self.workers:
+            self.slots = len(self.workers)
+            effects.append(Fewer(self.slots, reason))
+            self._share(effects)
+        elif self.leases[found.job].pending:
+            self._charge(self.leases[found.job], reason, effects)
 
     def _take_back(
         self, job: str, task: int, attempt: int, now: float, effects: list[Effect]

@@ -41,7 +41,7 @@ from oq_runtime.files.store import AHEAD_BYTES, Reception
 from oq_runtime.logs import about
 from oq_runtime.node import systemd
 from oq_runtime.node.channel import Channel
-from oq_runtime.node.forkserver import Exited, ForkServer
+from oq_runtime.node.forkserver import Exited, ForkServer, refusal
 from oq_runtime.node.memory import Resident, oom_kills, usage
 from oq_runtime.wire import protocol, security, transport
 
@@ -99,8 +99,6 @@ class Process:
         code = exited.code
         lines = [why] if why else _tail(self.log)
         self.log.unlink(missing_ok=True)
-        if not exited.pid:  # there was none
-            return lines[-1] if lines else "no process for a worker"
         text = f"was killed by {signal.Signals(-code).name}"
         if oom:
             text = "was killed by the kernel for lack of memory"
@@ -605,6 +603,10 @@ class Agent:
         self._stop_listening(process.channel)
         process.channel.close()
         del self.processes[exited.worker]
+        if exited.refused:
+            process.log.unlink(missing_ok=True)
+            self._handle(slots.WorkerRefused(exited.worker, exited.refused))
+            return
         oom = exited.code == -signal.SIGKILL and oom_kills() > self.oom_kills_before
         self.oom_kills_before += oom  # each kill explains one death
         reason = process.last_words(exited, why, oom=oom)
@@ -641,6 +643,8 @@ class Agent:
                     "slot stays taken. The kernel waits for a device or a file server: see "
                     f"/proc/{pid}/stack"
                 )
+            case slots.Fewer(left, reason):
+                log.warning(f"goes on with {left} of its slots: {reason}", extra=about("processes"))
             case slots.LeaseEnded(job, reason):
                 self._handle(attempts.JobEnded(job))
                 if ended := self.jobs.pop(job, None):
@@ -779,10 +783,14 @@ class Agent:
         self.poller.modify(job.data.socket, zmq.POLLIN)
 
     def _spawn(self, worker: int) -> None:
-        if self.forkserver is None:
-            self.forkserver = self._start_forkserver()
         log_path = self.directory / f"worker-{worker}.log"
-        ours, theirs = socket.socketpair()
+        try:
+            if self.forkserver is None:
+                self.forkserver = self._start_forkserver()
+            ours, theirs = socket.socketpair()
+        except OSError as exc:
+            self._handle(slots.WorkerRefused(worker, refusal(exc)))
+            return
         ours.setblocking(False)
         self.processes[worker] = Process(log_path, Channel(ours))
         self.channels[ours.fileno()] = worker

@@ -70,7 +70,9 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
     address = address or own_address(cluster)
     if address not in cluster.hosts:
         raise ConfigError(f"{address} is not in [zworkers] host_cores: {', '.join(cluster.hosts)}")
-    wanted = cluster.hosts[address]
+    wanted, why = cluster.hosts[address], "as host_cores says"
+    if wanted < 0:
+        wanted, why = config.available_cores()
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
     os.umask(0o077)
     # named alike each time, so that what a killed predecessor has left is found
@@ -83,7 +85,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
             memory=memory,
             disk=disk,
             control_url=cluster.control_url(address),
-            slots=config.available_cores() if wanted < 0 else wanted,
+            slots=wanted,
             owner=None,
             own_facts=facts.own(cluster.dbserver, cluster.shared_dir),
             limits=settings.limits,
@@ -100,7 +102,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
         systemd.notify("READY=1")
-        log.info(f"ready on {agent.control_url} with {agent.slots.slots} slots")
+        log.info(f"ready on {agent.control_url} with {wanted} slots: {why}")
         agent.run()
         log.info("ended")
     finally:

@@ -32,7 +32,7 @@ from typing import IO, NoReturn
 
 import msgspec
 
-from oq_runtime import config, processes
+from oq_runtime import cgroups, config, processes
 from oq_runtime.node import worker
 from oq_runtime.node.channel import read
 
@@ -56,17 +56,27 @@ class Exited(msgspec.Struct, frozen=True, tag="exited"):
     """
     :param code: exit code, negative for a signal
     :param peak_bytes: the most memory that the worker has had
+    :param refused: why there never was a process
     """
 
     worker: int
     pid: int
     code: int
     peak_bytes: int = 0
+    refused: str = ""
 
 
 encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Fork | Kill).decode
 decode_exited = msgspec.msgpack.Decoder(Exited).decode
+
+
+def refusal(exc: OSError) -> str:
+    """Say which limit stands in the way of another process."""
+    return (
+        f"no process for a worker: {exc.strerror}; the limits are {cgroups.process_limit()}: "
+        "raise them, or use fewer cores"
+    )
 
 
 class ForkServer:
@@ -199,8 +209,7 @@ class Children:
         try:
             pid = os.fork()
         except OSError as exc:
-            os.write(log, f"no process for a worker: {exc.strerror}\n".encode())
-            self.channel.send(encode(Exited(number, 0, 1)))
+            self.channel.send(encode(Exited(number, 0, 1, refused=refusal(exc))))
             return
         if not pid:
             self._become(log, channel)

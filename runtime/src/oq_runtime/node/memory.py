@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-PROC = Path("/proc")
+from oq_runtime import cgroups
+from oq_runtime.cgroups import PROC, V1, V2
+
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 #: of workers; the agent and the engine have 0 or less
 OOM_SCORE = 500
@@ -43,8 +44,8 @@ class Names:
 
 
 NAMES = {
-    "cgroup2": Names("memory.current", "memory.max", "memory.events", "inactive_file"),
-    "cgroup": Names(
+    V2: Names("memory.current", "memory.max", "memory.events", "inactive_file"),
+    V1: Names(
         "memory.usage_in_bytes", "memory.limit_in_bytes", "memory.oom_control",
         "total_inactive_file",
     ),
@@ -55,7 +56,8 @@ def usage(proc: Path = PROC) -> Usage:
     """Return the use of the machine's memory, or of the cgroup that has less to give."""
     machine = psutil.virtual_memory()
     found = [Usage(machine.total - machine.available, machine.total)]
-    for names, directory in _cgroups(proc):
+    for kind, directory in cgroups.own("memory", proc):
+        names = NAMES[kind]
         with contextlib.suppress(OSError):  # the root has no limit
             limit = (directory / names.limit).read_text().strip()
             if limit != "max":
@@ -70,8 +72,8 @@ def oom_kills(proc: Path = PROC) -> int:
 
     Without a memory cgroup: how many on this machine.
     """
-    for names, directory in _cgroups(proc):
-        if (count := _counter(directory / names.events, "oom_kill")) is not None:
+    for kind, directory in cgroups.own("memory", proc):
+        if (count := _counter(directory / NAMES[kind].events, "oom_kill")) is not None:
             return count
     return _counter(proc / "vmstat", "oom_kill") or 0
 
@@ -115,30 +117,6 @@ def volunteer() -> None:
     """Make the kernel kill this process rather than others when memory is short, see proc(5)."""
     with contextlib.suppress(OSError):  # already higher
         (PROC / "self/oom_score_adj").write_text(str(OOM_SCORE))
-
-
-def _cgroups(proc: Path) -> Iterator[tuple[Names, Path]]:
-    """Yield the memory cgroups of this process, from the innermost out."""
-    paths = {}
-    for line in (proc / "self/cgroup").read_text().splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            paths["cgroup2"] = path
-        elif "memory" in controllers.split(","):
-            paths["cgroup"] = path
-    for line in (proc / "self/mountinfo").read_text().splitlines():
-        mount, _, device = line.partition(" - ")  # see proc_pid_mountinfo(5)
-        root, top = mount.split()[3:5]
-        kind, options = device.partition(" ")[0], device.rpartition(" ")[2]
-        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
-            continue
-        # in a container the mount may begin at the container's own cgroup
-        path = paths[kind].removeprefix(root if root != "/" else "")
-        inner = Path(top, path.lstrip("/"))
-        for directory in (inner, *inner.parents) if inner.is_dir() else (Path(top),):
-            yield NAMES[kind], directory
-            if directory == Path(top):
-                break
 
 
 def _counter(path: Path, name: str) -> int | None:

@@ -1,0 +1,84 @@
+"""The cgroups of this process, of both versions, and what they say of processors and processes.
+
+A limit of any of them holds, however far out: the least counts. Where a container mounts no more
+than its own, the walk ends there. The files are those of Documentation/admin-guide/cgroup-v2.rst
+and cgroup-v1 of Linux. Not covered: memory (``node.memory``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC = Path("/proc")
+#: the two versions, as the kinds of file systems that they are
+V1, V2 = "cgroup", "cgroup2"
+
+
+def own(controller: str, proc: Path = PROC) -> Iterator[tuple[str, Path]]:
+    """Yield the cgroups of this process that have a controller, from the innermost out.
+
+    :return: the version, V1 or V2, and the directory
+    """
+    paths = {}
+    for line in _lines(proc / "self/cgroup"):
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            paths[V2] = path
+        elif controller in controllers.split(","):
+            paths[V1] = path
+    for line in _lines(proc / "self/mountinfo"):
+        mount, _, device = line.partition(" - ")  # see proc_pid_mountinfo(5)
+        root, top = mount.split()[3:5]
+        kind, options = device.partition(" ")[0], device.rpartition(" ")[2]
+        if kind not in paths or (kind == V1 and controller not in options.split(",")):
+            continue
+        # in a container the mount may begin at the container's own cgroup
+        path = paths[kind].removeprefix(root if root != "/" else "")
+        inner = Path(top, path.lstrip("/"))
+        for directory in (inner, *inner.parents) if inner.is_dir() else (Path(top),):
+            yield kind, directory
+            if directory == Path(top):
+                break
+
+
+def cpu_quota(proc: Path = PROC) -> tuple[float, Path] | None:
+    """Return how many processors' time there is, and which cgroup says so; None: all of it."""
+    found = []
+    for kind, directory in own("cpu", proc):
+        if kind == V2:
+            words = _words(directory / "cpu.max")
+        else:
+            words = [
+                *_words(directory / "cpu.cfs_quota_us"),
+                *_words(directory / "cpu.cfs_period_us"),
+            ]
+        with contextlib.suppress(ValueError):  # none, "max", or a file with nothing in it
+            quota, period = map(int, words)
+            if quota > 0 and period > 0:
+                found.append((quota / period, directory))
+    return min(found, default=None)
+
+
+def process_limit(proc: Path = PROC) -> str:
+    """Say what bounds the number of processes and threads, for a person who may raise it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    limits = [] if soft == resource.RLIM_INFINITY else [f"{soft} of this user (ulimit -u)"]
+    for _, directory in own("pids", proc):
+        if (words := _words(directory / "pids.max")) and words != ["max"]:
+            limits.append(f"{words[0]} of {directory} (pids.max)")
+    return " and ".join(limits) or "those of the machine"
+
+
+def _words(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):  # no such limit here
+        return path.read_text().split()
+    return []
+
+
+def _lines(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):  # a kernel without cgroups
+        return path.read_text().splitlines()
+    return []
