@@ -457,7 +457,8 @@ def test_log_has_a_line_per_event(cluster: Cluster, tmp_path: Path) -> None:
     granted, died, ended = (line.partition(" INFO ")[2] for line in lines)
     name = granted.split()[2]
     assert granted == f"lease of {name} of root granted: 5 slots"
-    task = rf"task \d of {name}, attempt 1: worker process {victim.pid} killed by SIGKILL"
+    end = rf"worker process {victim.pid} was killed by SIGKILL"
+    task = rf"task #\d+ \(until\) of {name} of root, attempt 1: {end}"
     assert re.fullmatch(task, died), died
     assert ended == f"lease of {name} of root ended: released"
 

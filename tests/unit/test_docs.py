@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from oq_runtime.core.scheduler import FINAL, TRANSITIONS, State
+from oq_runtime.core import attempts, scheduler
 from oq_runtime.settings import KEYS, Key
 from oq_runtime.wire import protocol
 
@@ -19,17 +21,24 @@ BLOCK = re.compile(r"```mermaid\n.*?```", re.DOTALL)
 TABLE = re.compile(r"^\| key \| default \|.*?\n(?=\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
-def diagram() -> str:
-    """The table as a state diagram in the language of mermaid."""
-    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.QUEUED.name}: submitted"]
-    for state, transitions in TRANSITIONS.items():
+def diagram(begins: str, table: Mapping[Any, Mapping[str, Any]], final: Collection[Any]) -> str:
+    """A table as a state diagram in the language of mermaid; the first state is where it begins."""
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {next(iter(table)).name}: {begins}"]
+    for state, transitions in table.items():
         lines += [f"    {state.name} --> {to.name}: {name}" for name, to in transitions.items()]
-    lines += [f"    {state.name} --> [*]" for state in State if state in FINAL]
+    lines += [f"    {state.name} --> [*]" for state in table if state in final]
     return "\n".join([*lines, "```"])
 
 
-def test_diagram_is_that_of_the_table() -> None:
-    assert BLOCK.findall(PAGE.read_text()) == [diagram()]
+def diagrams() -> list[str]:
+    return [
+        diagram("submitted", scheduler.TRANSITIONS, scheduler.FINAL),
+        diagram("given", attempts.TRANSITIONS, attempts.FINAL),
+    ]
+
+
+def test_diagrams_are_those_of_the_tables() -> None:
+    assert BLOCK.findall(PAGE.read_text()) == diagrams()
 
 
 def test_every_message_is_described() -> None:
@@ -60,5 +69,6 @@ def test_settings_are_those_that_are_read() -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(BLOCK.sub(lambda _: diagram(), PAGE.read_text()))
+    made = iter(diagrams())
+    PAGE.write_text(BLOCK.sub(lambda _: next(made), PAGE.read_text()))
     SETTINGS.write_text(TABLE.sub(lambda _: settings(), SETTINGS.read_text()))
