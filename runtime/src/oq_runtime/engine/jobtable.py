@@ -291,9 +291,11 @@ ANSWERS: Names = {("datetime", cls.__name__): cls for cls in (datetime, timedelt
     ("openquake.commonlib.dbapi", "Row"): Record,
 }
 STATUS_OF = "SELECT status FROM job WHERE id=?"
+IS_UNFINISHED = f"status IN ({', '.join(repr(str(status)) for status in UNFINISHED)})"
+# one that an abort has marked may still say that it is running
 END = (
-    "UPDATE job SET status=?, is_running=0, stop_time=datetime('now') "
-    f"WHERE id=? AND status IN ({', '.join(repr(str(status)) for status in UNFINISHED)})"
+    f"UPDATE job SET status=CASE WHEN {IS_UNFINISHED} THEN ? ELSE status END, is_running=0, "
+    f"stop_time=datetime('now') WHERE id=? AND ({IS_UNFINISHED} OR is_running=1)"
 )
 
 
