@@ -23,7 +23,7 @@ def diagram() -> str:
     """The table as a state diagram in the language of mermaid."""
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.QUEUED.name}: submitted"]
     for state, transitions in TRANSITIONS.items():
-        lines += [f"    {state.name} --> {to.name}: {name}" for name, to in transitions.items()]
+        lines += [f"    {state.name} --> {to.name}: {move}" for move, to in transitions.items()]
     lines += [f"    {state.name} --> [*]" for state in State if state in FINAL]
     return "\n".join([*lines, "```"])
 

@@ -56,10 +56,11 @@ MEMORY_REMEDY = (
 
 @dataclass(slots=True)
 class Submission:
-    """A task as an engine process, the client, has sent it; ``task`` is its number of it."""
+    """A task as an engine process, the client, has sent it; ``kind`` is its phase's number."""
 
     client: bytes
     sent: protocol.Submit
+    kind: int
 
 
 class Broker:
@@ -118,7 +119,9 @@ class Broker:
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
         self.staging = Staging(Store(memory, directory, memory_bytes=window_bytes))
         self.local = all(url.startswith("ipc:") for url in data_urls)
-        self.phases: dict[str, protocol.Phase] = {}
+        self.titles: dict[bytes, str] = {}  # of the job that each client runs now
+        self.kinds: dict[tuple[str, str], int] = {}  # (job, function) -> its place in the next
+        self.phases: list[protocol.Phase] = []
         self.next_beat_s = 0.0
         self._watch(owner, self.stop)
         if agent_pid is not None:
@@ -208,7 +211,7 @@ class Broker:
                 peer.call(self.job, hello, now)
         if now >= self.next_beat_s:
             self._beat(now)
-        elif bool(self.core.live) != bool(self.told_wanted):
+        elif bool(self.core.tasks) != bool(self.told_wanted):
             self._tell_wanted()
 
     def _poll_all(self) -> zmq.Poller:
@@ -277,12 +280,9 @@ class Broker:
             if peer.data is not None:
                 peer.data.send(protocol.Beat())
         self._handle(core.Tick())
-        for peer in self.peers.values():
-            if peer.state == "leased" and peer.name not in self.core.nodes:
-                self._hang_up(peer, "calling", self.core.lost[-1])
 
     def _tell_wanted(self) -> None:
-        self.told_wanted = len(self.core.live)
+        self.told_wanted = len(self.core.tasks)
         for peer in self.peers.values():
             if peer.state == "leased":
                 self._send(peer, protocol.Beat(wanted=self.told_wanted, title=self.title))
@@ -328,22 +328,30 @@ class Broker:
                 number = self.unsubmitted
                 self.unsubmitted += 1
                 group = self.groups.setdefault((peer, map_), number)
-                self.submissions[number] = Submission(peer, message)
                 for blob in blobs:
                     self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
                 self.numbers[peer, task] = number
-                phase = self.phases.setdefault(func, protocol.Phase(name=func))
-                phase.total += 1
-                self._handle(core.Submitted(number, group, func, message.weight))
+                kind = self._kind(peer, func)
+                self.phases[kind].total += 1
+                self.submissions[number] = Submission(peer, message, kind)
+                self._handle(core.Submitted(number, group, kind, message.weight))
             case protocol.Consumed(tasks=tasks):
                 for task in tasks:
                     self._handle(core.Consumed(self.numbers.pop((peer, task), -1)))
             case protocol.Cancel(map=map_):
                 self._cancel(peer, map_)
             case protocol.Title(text=text):
-                self.title = text
+                self.title = self.titles[peer] = text
             case protocol.StatusQuery():
                 transport.send_to(self.engine, peer, self._status())
+
+    def _kind(self, peer: bytes, func: str) -> int:
+        """Return the number of the phase that a function is in the job that a client runs now."""
+        job = self.titles.get(peer, "")
+        kind = self.kinds.setdefault((job, func), len(self.phases))
+        if kind == len(self.phases):
+            self.phases.append(protocol.Phase(name=func, job=job))
+        return kind
 
     def _welcome(self, peer: bytes) -> None:
         slots = sum(node.slots for node in self.core.nodes.values())
@@ -396,18 +404,18 @@ class Broker:
             case protocol.Leased(slots=slots):
                 self._handle(core.NodeResized(name, slots))
             case protocol.Started(task=task, attempt=attempt):
-                self._handle(core.Started(name, task, attempt))
+                self._handle(core.AttemptStarted(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
                 if not self.local and message.path:
                     message = msgspec.structs.replace(message, path="")
                 self.staging.announce(name, message)
-                self._handle(core.Ended(name, task, attempt, message.nbytes))
+                self._handle(core.AttemptEnded(name, task, attempt, message.nbytes))
             case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
                 if self.staging.place((name, task, attempt), Path(path)):
                     self._handle(core.Uploaded(name, task, attempt, True))
             case protocol.Died(task=task, attempt=attempt, oom=oom, no_room=no_room):
                 reason = f"{message.reason}, host {peer.host}"
-                self._handle(core.Died(name, task, attempt, reason, oom, no_room))
+                self._handle(core.AttemptDied(name, task, attempt, reason, oom, no_room))
 
     def _from_data(self, sender: bytes, rest: list[memoryview], message: Any) -> None:
         assert self.data is not None
@@ -432,7 +440,8 @@ class Broker:
                 try:
                     intact = self.staging.receive((peer.name, task, attempt), offset, rest[0])
                 except NoRoom as exc:
-                    self._handle(core.Unusable(task, "NoRoom", str(exc)))
+                    log.warning(str(exc), extra=about("room"))
+                    self._handle(core.NotStored(peer.name, task, attempt, str(exc)))
                     return
                 if intact is not None:
                     self._handle(core.Uploaded(peer.name, task, attempt, intact))
@@ -473,7 +482,7 @@ class Broker:
             "or its user logged out with RemoveIPC=yes in logind.conf?"
         )
         for number in needing:
-            self._handle(core.Unusable(number, "ArgumentLost", reason))
+            self._handle(core.Unrunnable(number, reason))
 
     # ---- effects out
 
@@ -499,12 +508,12 @@ class Broker:
             case core.AbortAttempt(node, task, attempt):
                 self.staging.drop((node, task, attempt))
                 self._send(self.peers[node], protocol.Abort(task=task, attempt=attempt))
-            case core.DropStaged(node, task, attempt):
-                self.staging.drop((node, task, attempt))
             case core.Commit(node, task, attempt):
                 self._deliver(node, task, attempt)
-            case core.GiveUp(task, error, history, attempts):
-                self._fail(task, error, history, attempts)
+            case core.GiveUp(task, error, attempts, history):
+                self._fail(task, error, attempts, history)
+            case core.NodeLost(node, reason):
+                self._lose(self.peers[node], reason)
             case core.Forget(task):
                 submission = self._forget(task)
                 del self.numbers[submission.client, submission.sent.task]
@@ -521,7 +530,7 @@ class Broker:
         ended, path = self.staging.deliver((node, task, attempt))
         submission = self._forget(task)
         sent = submission.sent
-        phase = self.phases[sent.func]
+        phase = self.phases[submission.kind]
         phase.done += 1
         phase.received_bytes += ended.nbytes
         delivered = protocol.Delivered(
@@ -529,7 +538,7 @@ class Broker:
         )
         transport.send_to(self.engine, submission.client, delivered)
 
-    def _fail(self, task: int, error: str, history: tuple[str, ...], attempts: int) -> None:
+    def _fail(self, task: int, error: str, attempts: int, history: tuple[str, ...]) -> None:
         submission = self._forget(task)
         sent = submission.sent
         # all in the last line, which is the one that oq-run shows
@@ -555,13 +564,14 @@ class Broker:
         return submission
 
     def _status(self) -> protocol.Status:
-        for name, phase in self.phases.items():
-            phase.running, phase.retries = self.core.busy[name], self.core.retries[name]
+        for kind, phase in enumerate(self.phases):
+            known = self.core.kinds[kind]
+            phase.running, phase.retries = known.busy, known.retries
         nodes = []
         for peer in self.peers.values():
             found = self.core.nodes.get(peer.name)
             slots, busy = (found.slots, found.busy) if found else (0, 0)
-            if found and not self.core.live:
+            if found and not self.core.tasks:
                 slots = peer.slots  # its share is small because it wants nothing now
             nodes.append(
                 protocol.Node(
@@ -569,9 +579,7 @@ class Broker:
                 )
             )
         note = "" if self.data else f"all of {', '.join(self.data_urls)} are in use by other jobs"
-        return protocol.Status(
-            job=self.job, phases=list(self.phases.values()), nodes=nodes, note=note
-        )
+        return protocol.Status(job=self.job, phases=self.phases, nodes=nodes, note=note)
 
 
 def main() -> None:
