@@ -339,7 +339,8 @@ class Agent:
             transport.send_to(self.control, peer, self._status())
             return
         if isinstance(message, protocol.Ping):
-            transport.send_to(self.control, peer, message, *frames[2:])
+            payload = frames[2:] if message.want is None else [bytes(message.want)]
+            transport.send_to(self.control, peer, message, *payload)
             return
         if isinstance(message, protocol.Hello):
             self._greet(peer, message)
@@ -403,6 +404,10 @@ class Agent:
                     self._give_back(name, "its workers were killed by an administrator")
 
     def _status(self) -> protocol.AgentStatus:
+        state = protocol.AgentState.UP
+        if self.core.draining:
+            busy = self.core.busy
+            state = protocol.AgentState.DRAINING if busy else protocol.AgentState.STOPPED
         return protocol.AgentStatus(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -411,7 +416,7 @@ class Agent:
             jobs=[self.jobs[name].about(name) for name in sorted(self.core.leases)],
             memory=self.core.memory_percent / 100,
             engine=self.own_facts.engine,
-            state=("draining" if self.core.busy else "stopped") if self.core.draining else "up",
+            state=state,
             ready=self.core.ready,
             beat_age_s=self.core.beat_age_s(time.monotonic()),
         )
