@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,8 @@ class Attacks:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # in the background of a script it is ignored, and would be by all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[ATTACKS] = Attacks()
 
 
