@@ -239,7 +239,7 @@ def test_an_argument_that_was_deleted_gives_its_task_up(
     Path(argument.path).unlink() if how == "deleted" else Path(argument.path).write_bytes(b"")
     away.data.send(protocol.Fetch(digest=argument.digest))
     failed = away.engine.expect(protocol.Failed)
-    assert failed.error == "ArgumentLost" and "f #101" in failed.text
+    assert failed.error == "ArgumentLost" and "task #101 (f)" in failed.text
     away.node.expect(protocol.Abort)
     away.submit(2)  # it goes on with the others
     away.end(away.node.expect(protocol.Task), b"body")
