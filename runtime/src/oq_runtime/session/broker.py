@@ -534,7 +534,8 @@ class Broker:
         sent = submission.sent
         # all in the last line, which is the one that oq-run shows
         verdict = (
-            f"task #{sent.number} ({sent.func}) was given up after {attempts} attempts; {history[-1]}"
+            f"task #{sent.number} ({sent.func}) was given up after {attempts} attempts; "
+            f"{history[-1]}"
         )
         if error == "OutOfMemory":
             verdict += MEMORY_REMEDY
