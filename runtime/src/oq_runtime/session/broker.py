@@ -589,14 +589,14 @@ def main() -> None:
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
     own, keys = facts.own(), None
-    if args.agent_pid is None:
-        cluster = config.Config.from_sections(config.read()).cluster
-        assert cluster is not None, "the launcher has read the same configuration"
-        agents = {host: cluster.control_url(host) for host in cluster.hosts}
-        data_urls = [f"tcp://{cluster.receiver_host}:{port}" for port in cluster.receiver_ports]
-        own = facts.own(cluster.dbserver, cluster.shared_dir)
-        keys = security.Keys.derive(security.read_secret(cluster.authkey))
     try:
+        if args.agent_pid is None:
+            cluster = config.Config.from_sections(config.read()).cluster
+            assert cluster is not None, "the launcher has read the same configuration"
+            agents = {host: cluster.control_url(host) for host in cluster.hosts}
+            data_urls = [f"tcp://{cluster.receiver_host}:{port}" for port in cluster.receiver_ports]
+            own = facts.own(cluster.dbserver, cluster.shared_dir)
+            keys = security.Keys.derive(security.read_secret(cluster.authkey))
         broker = Broker(
             directory=args.directory,
             memory=memory,
