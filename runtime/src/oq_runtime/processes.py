@@ -57,6 +57,20 @@ def boot_s() -> float:
         return 0.0
 
 
+def ending(code: int) -> str:
+    """Say how a process ended.
+
+    :param code: exit code, negative for a signal, as ``subprocess`` gives it
+    """
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # the real-time ones between SIGRTMIN and SIGRTMAX have no names
+        name = f"signal {-code}"
+    return f"was killed by {name}"
+
+
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent thread ends (prctl(2))."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

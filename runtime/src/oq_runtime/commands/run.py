@@ -26,7 +26,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from oq_runtime import config
+from oq_runtime import config, processes
 from oq_runtime.commands import checks
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.progress import Display, StatusReader
@@ -346,7 +346,7 @@ class Run:
             self.error = "the job was aborted from elsewhere"
             code = EXIT_INTERRUPTED
         elif code < 0:
-            self.error = f"the engine process was killed by {signal.Signals(-code).name}"
+            self.error = f"the engine process {processes.ending(code)}"
             if -code == signal.SIGKILL and memory.oom_kills() > self.oom_kills:
                 self.error += (
                     ": the kernel was out of memory; run the job where there is more, or with "
@@ -354,7 +354,7 @@ class Run:
                 )
             code = EXIT_FAILED
         if code and not self.error:
-            self.error = f"the engine process ended with exit code {code}"
+            self.error = f"the engine process {processes.ending(code)}"
         if code and self.jobs:
             self._end_rows(code)
         return code

@@ -99,11 +99,7 @@ class Process:
         code = exited.code
         lines = [why] if why else _tail(self.log)
         self.log.unlink(missing_ok=True)
-        text = f"was killed by {signal.Signals(-code).name}"
-        if oom:
-            text = "was killed by the kernel for lack of memory"
-        elif code >= 0:
-            text = f"ended with exit code {code}"
+        text = "was killed by the kernel for lack of memory" if oom else processes.ending(code)
         if code > 0 and lines:
             text += f" ({lines[-1]})"
         elif fatal := [line for line in lines if line.startswith("Fatal Python error")]:
