@@ -20,7 +20,7 @@ import zmq
 from oq_runtime import config, facts, logs
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError, OqRuntimeError
-from oq_runtime.files import private
+from oq_runtime.files import crashes, private
 from oq_runtime.node import systemd
 from oq_runtime.node.agent import DIRECTORIES, Agent
 from oq_runtime.wire import security
@@ -140,18 +140,19 @@ def main() -> None:
     logs.start(args.log_level)
     memory = private.memory_of(args.directory)
     try:
-        agent = Agent(
-            directory=args.directory,
-            memory=memory,
-            disk=args.directory,
-            control_url=args.control_url,
-            slots=args.slots,
-            owner=args.owner,
-            own_facts=facts.own(),
-            limits=args.limits,
-        )
-        signal.signal(signal.SIGTERM, lambda *_: agent.stop())
-        agent.run()
+        with crashes.kept(args.directory, "agent"):
+            agent = Agent(
+                directory=args.directory,
+                memory=memory,
+                disk=args.directory,
+                control_url=args.control_url,
+                slots=args.slots,
+                owner=args.owner,
+                own_facts=facts.own(),
+                limits=args.limits,
+            )
+            signal.signal(signal.SIGTERM, lambda *_: agent.stop())
+            agent.run()
     finally:
         private.remove(args.directory, memory)
 

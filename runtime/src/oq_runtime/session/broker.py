@@ -38,7 +38,7 @@ from oq_runtime.errors import (
     TransitionError,
     VersionError,
 )
-from oq_runtime.files import private
+from oq_runtime.files import crashes, private
 from oq_runtime.files.store import Store
 from oq_runtime.logs import about
 from oq_runtime.session.peer import Connection, Peer
@@ -90,6 +90,7 @@ class Broker:
         own_facts: protocol.Facts,
         keys: security.Keys | None = None,
     ) -> None:
+        self.directory = directory
         self.job = directory.name
         self.keys = keys
         self.own_facts = own_facts
@@ -189,8 +190,9 @@ class Broker:
 
     def _agent_ended(self) -> None:
         self.core.no_nodes_limit_s = 0.0  # a private agent does not come back
+        crash = crashes.find(self.directory, "agent")
         for peer in self.peers.values():
-            self._lose(peer, "its agent process ended")
+            self._lose(peer, f"its agent process ended{f': {crash}' if crash else ''}")
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -586,18 +588,31 @@ def main() -> None:
     args = parser.parse_args()
     logs.start(args.log_level)
     memory = private.memory_of(args.directory)
+    try:
+        with crashes.kept(args.directory, "broker"):
+            broker = _made(args, memory)
+            if broker is None:
+                sys.exit(1)
+            signal.signal(signal.SIGTERM, lambda *_: broker.stop())
+            broker.run()
+    finally:
+        private.remove(args.directory, memory)
+
+
+def _made(args: argparse.Namespace, memory: Path) -> Broker | None:
+    """Return the broker of these arguments; None, and the reason is told, when it cannot be."""
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
     own, keys = facts.own(), None
-    if args.agent_pid is None:
-        cluster = config.Config.from_sections(config.read()).cluster
-        assert cluster is not None, "the launcher has read the same configuration"
-        agents = {host: cluster.control_url(host) for host in cluster.hosts}
-        data_urls = [f"tcp://{cluster.receiver_host}:{port}" for port in cluster.receiver_ports]
-        own = facts.own(cluster.dbserver, cluster.shared_dir)
-        keys = security.Keys.derive(security.read_secret(cluster.authkey))
     try:
-        broker = Broker(
+        if args.agent_pid is None:
+            cluster = config.Config.from_sections(config.read()).cluster
+            assert cluster is not None, "the launcher has read the same configuration"
+            agents = {host: cluster.control_url(host) for host in cluster.hosts}
+            data_urls = [f"tcp://{cluster.receiver_host}:{port}" for port in cluster.receiver_ports]
+            own = facts.own(cluster.dbserver, cluster.shared_dir)
+            keys = security.Keys.derive(security.read_secret(cluster.authkey))
+        return Broker(
             directory=args.directory,
             memory=memory,
             agents=agents,
@@ -609,13 +624,9 @@ def main() -> None:
             own_facts=own,
             keys=keys,
         )
-        signal.signal(signal.SIGTERM, lambda *_: broker.stop())
-        broker.run()
     except OqRuntimeError as exc:
         print(exc, file=sys.stderr)
-        sys.exit(1)
-    finally:
-        private.remove(args.directory, memory)
+        return None
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import zmq
 
 from oq_runtime import errors, processes
 from oq_runtime.config import SESSION_VARIABLE, Config
-from oq_runtime.files import private, spares
+from oq_runtime.files import crashes, private, spares
 from oq_runtime.session import launch
 from oq_runtime.session.blobs import Blobs
 from oq_runtime.wire import payload, protocol, transport
@@ -33,7 +33,6 @@ from oq_runtime.wire.payload import Buffer
 READY_SECS, OTHERS_SECS = 60.0, 3.0
 #: ended tasks of which the broker is told in one message
 CONSUMED_TASKS = 32
-BROKER_LOST = "the broker process of this job has ended; run the job again"
 
 #: id of an argument -> the argument itself, so that the id stays its own, and its blob
 Unchanged = dict[int, tuple[object, protocol.Blob]]
@@ -51,6 +50,7 @@ class Session:
         self.pid = os.getpid()
         self.name = directory.name
         self.directory = directory
+        self.told: set[str] = set()  # processes whose end is in the log
         self.context: zmq.Context[Any] = zmq.Context()
         self.socket = transport.dealer(self.context, f"ipc://{directory}/engine")
         self.poller = zmq.Poller()
@@ -98,7 +98,7 @@ class Session:
             if not ready:
                 continue
             if (frames := transport.receive(self.socket)) is None:
-                raise errors.BrokerLost(BROKER_LOST)
+                raise self._broker_lost()
             message = protocol.decode(frames[0])
             if isinstance(message, protocol.Welcome) and self.broker is None:
                 self.broker = processes.pidfd(message.pid)
@@ -204,7 +204,20 @@ class Session:
         while not transport.send_frames(self.socket, data):
             ready = dict(self.sending.poll())
             if self.broker in ready and self.socket not in ready:
-                raise errors.BrokerLost(BROKER_LOST)
+                raise self._broker_lost()
+
+    def _broker_lost(self) -> errors.BrokerLost:
+        """Return the error for a broker that is gone; what its log says goes to that of the job."""
+        crash = crashes.find(self.directory, "broker")
+        self._tell("broker", crash)
+        what = f"has crashed: {crash}" if crash else "has ended"
+        return errors.BrokerLost(f"the broker process of this job {what}; run the job again")
+
+    def _tell(self, name: str, crash: crashes.Crash | None) -> None:
+        """Put the end of a crashed process's log into that of the job, once."""
+        if crash and name not in self.told:
+            self.told.add(name)
+            logging.error("the %s of this job has ended; its log says:\n%s", name, crash.text)
 
     # ---- results in
 
@@ -218,6 +231,8 @@ class Session:
             message = inbox.popleft()
             if isinstance(message, protocol.Failed):
                 self._ended(message)
+                if message.error == errors.NoWorkers.__name__:
+                    self._tell("agent", crashes.find(self.directory, "agent"))
                 yield message.task, (), getattr(errors, message.error)(message.text)
                 continue
             if message.path:
@@ -256,7 +271,7 @@ class Session:
             else:
                 rest.append(message)
         if self.socket not in ready and self.broker in ready:
-            raise errors.BrokerLost(BROKER_LOST)
+            raise self._broker_lost()
         return rest
 
     def call_it(self, title: str) -> None:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -23,8 +24,10 @@ from pathlib import Path
 
 from oq_runtime.config import Config
 from oq_runtime.errors import ConfigError, OqRuntimeError
-from oq_runtime.files import private
+from oq_runtime.files import crashes, private
 from oq_runtime.wire import security
+
+log = logging.getLogger(__name__)
 
 #: seconds for the broker to be there
 START_SECS = 20.0
@@ -56,7 +59,9 @@ def start(config: Config, owner: int) -> Path:
     try:
         return Path(json.loads(out)["directory"])
     except ValueError:
-        lines = err.decode(errors="replace").strip().splitlines() or ["no message"]
+        text = err.decode(errors="replace").strip() or "no message"
+        if len(lines := text.splitlines()) > 1:
+            log.error(text)
         raise OqRuntimeError(f"the session could not be started: {lines[-1]}") from None
 
 
@@ -109,6 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     sweep(temporary)
+    crashes.prune(temporary)
     try:
         directory = private.make(temporary, PREFIX)
     except ConfigError as exc:
@@ -145,6 +151,8 @@ def main() -> None:
             if broker.poll() is not None or time.monotonic() > deadline_s:
                 for process in (broker, *started):
                     process.terminate()
+                if crash := crashes.find(directory, "broker"):
+                    sys.exit(f"the broker crashed: {crash}")
                 lines = log.read().strip().splitlines() or ["the broker did not start"]
                 sys.exit(lines[-1])
             time.sleep(0.01)
