@@ -69,6 +69,30 @@ def test_example_inventory_is_good(site: Site) -> None:
     assert "UNREACHABLE" in output, output
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("-e", "openquake_uid=881"),
+        ("-e", "openquake_ctrl_port=11909"),
+        ("-e", '{"openquake_cores": 0}'),
+        ("-e", "openquake_worker_group=openquake_workers"),
+    ],
+)
+def test_settings_as_text(site: Site, args: tuple[str, ...]) -> None:
+    text = GOOD.replace("[workers]", "[openquake_workers]") if "_group" in args[1] else GOOD
+    code, output = site.run(text, *args)
+    assert code != 0
+    assert "UNREACHABLE" in output, output
+
+
+def test_hosts_that_are_not_of_the_cluster_do_not_matter(site: Site) -> None:
+    bastion = "[bastions]\nb1 ansible_host=192.0.2.9 openquake_shared_dir=odd openquake_uid=0\n"
+    _, output = site.run(bastion + GOOD)
+    assert "UNREACHABLE" in output, output
+    site.touched.unlink()
+    assert "openquake_uid=0" in refused(site, f"{bastion}{GOOD}openquake_uid=0\n")
+
+
 def test_no_inventory(site: Site) -> None:
     assert refused(site, "").startswith("There is no inventory; copy inventory.example.ini")
 
@@ -96,14 +120,26 @@ SETTINGS = {
     "openquake_shared_dir=oq_shared": "openquake_shared_dir=oq_shared is not an absolute path",
     "openquake_shared_dir=/srv/../home": "/srv/../home is not an absolute path",
     "openquake_shared_dir=/": "openquake_shared_dir=/ is not an absolute path",
-    "openquake_shared_dir=/opt": "openquake_prefix=/opt/openquake in openquake_shared_dir=/opt",
+    "openquake_shared_dir=/home/": "without / at its end; give one such as /home",
+    "openquake_shared_dir=/usr": "openquake_shared_dir=/usr is a directory of the system",
+    "openquake_shared_dir=/srv": "openquake_shared_dir=/srv is a directory of the system",
+    "openquake_home=/etc/oq": "openquake_home=/etc/oq is a directory of the system",
+    "openquake_shared_dir=/opt/openquake/x": "openquake_shared_dir=/opt/openquake/x in "
+    "openquake_prefix=/opt/openquake",
+    "openquake_shareddir=/data": "openquake_shareddir is no setting, did you mean "
+    "openquake_shared_dir?",
+    "openquake_firewall_provider=iptables": "value of openquake_firewall_provider must be one of: "
+    "auto, nftables, none, got: iptables",
+    "openquake_nfs_server_threads=many": "openquake_nfs_server_threads",
+    "openquake_users=alice": "openquake_users=alice: give a list",
+    "openquake_webui_sources=192.0.2.0/24": "openquake_webui_sources=192.0.2.0/24: give a list",
     "openquake_authkey=changeme": "openquake_authkey is weak",
     'openquake_authkey="sixteen letters!"': "openquake_authkey is weak",
     "openquake_ctrl_port=1915": "openquake_receiver_ports=1912-1920, openquake_webui_port=8800 and "
     "NFS (2049) overlap",
     "openquake_dbserver_port=2049": "overlap; give each its own",
     "openquake_dbserver_port=80": "Port 80 cannot be used; give ports from 1024 to 65535",
-    "openquake_dbserver_port=dbserver": "openquake_dbserver_port",
+    "openquake_dbserver_port=dbserver": "argument 'openquake_dbserver_port' is of type str",
     "openquake_receiver_ports=1920-1912": "openquake_receiver_ports=1920-1912 is not a range",
     "openquake_receiver_ports=1912": "openquake_receiver_ports=1912 is not a range",
     "openquake_uid=0": "openquake_uid=0 or openquake_gid=880 is out of range",
@@ -127,8 +163,9 @@ HOSTS = {
     "openquake_address=worker2.example": "worker2.example is no IPv4 address in a cluster",
     "openquake_address=127.0.0.1": "127.0.0.1 is no IPv4 address in a cluster",
     "openquake_address=192.0.2.2": "Two hosts of the inventory have the same address",
-    "openquake_cores=0": "openquake_cores=0 is not understood",
-    "openquake_cores=all": "openquake_cores=all is not understood",
+    "openquake_cores=-2": "openquake_cores=-2 is not understood",
+    "openquake_swap_off=maybe": "openquake_swap_off",
+    "openquake_cores=all": "argument 'openquake_cores' is of type str",
     "openquake_shared_dir=/data": "openquake_shared_dir must be the same for all hosts",
 }
 

@@ -13,6 +13,7 @@ from tests.provisioning.roles import ROLES, ROOT, options, read
 
 def test_list_is_complete() -> None:
     assert set(ROLES) == {path.name for path in (ROOT / "roles").iterdir()}
+    assert read("openquake", "vars/main.yml")["__openquake_roles"] == ROLES
 
 
 @pytest.mark.parametrize("role", ROLES)
