@@ -134,10 +134,11 @@ class Crowd:
                 continue
             assert link.accepts(message), message
             match message:
-                case protocol.Lease(data_url=url):
+                case protocol.Lease(ticket=ticket, data_url=url):
                     data = transport.dealer(self.context, url, secure=self._client)
                     agent.data = transport.Link(data, link.job, link.epoch)
-                    agent.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
+                    opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
+                    agent.data.send(opening, bytes(protocol.PROBE_BYTES))
                     link.send(protocol.Leased(slots=1))
                 case protocol.Task(task=task, attempt=attempt):
                     if agent.first_s is None:

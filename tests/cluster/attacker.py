@@ -40,7 +40,7 @@ SAMPLES = [
     protocol.Hello(job="x", pid=1, role="broker"),
     protocol.Welcome(pid=1, host="h", slots=3),
     protocol.Refused(reason="r"),
-    protocol.Lease(job="x", node="n", data_url="tcp://192.0.2.9:1912"),
+    protocol.Lease(job="x", ticket=b"t" * 16, data_url="tcp://192.0.2.9:1912"),
     protocol.Leased(slots=3),
     protocol.NoLease(job="x"),
     protocol.Task(job="x", task=1, attempt=1, func="f", call=b"c"),
@@ -170,7 +170,7 @@ def half(host: str, port: int, count: int) -> int:
                 link = transport.Link(sock, f"oq-run-half-{number}", 1)
                 link.send(protocol.Hello(pid=1, role="broker", facts=own))
                 answers += bool(sock.poll(5000))
-                link.send(protocol.Lease(node="n", data_url="tcp://192.0.2.99:1912"))
+                link.send(protocol.Lease(ticket=b"t", data_url="tcp://192.0.2.99:1912"))
                 answers += bool(sock.poll(5000))
                 task = protocol.Task(
                     job=link.job, epoch=1, seq=2, task=1, attempt=1, func="f", call=b""

@@ -108,7 +108,7 @@ class Stage:
         self.send(protocol.Hello(pid=1, role="broker", facts=FACTS, user="anna"))
         self.expect(protocol.Welcome, beat=False)
         url = self.data.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.send(protocol.Lease(node="n", data_url=url))
+        self.send(protocol.Lease(ticket=b"t", data_url=url))
         self.expect(protocol.Leased, beat=False)
         self.expect(protocol.Hello)
         self.data.link = transport.Link(self.data.socket, JOB, epoch, self.data.link.peer)

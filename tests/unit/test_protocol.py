@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -39,6 +40,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(typing.get_args(hint)[0]), max_size=3)
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(typing.get_args(hint))
+    if issubclass(hint, Enum):
+        return st.sampled_from(hint)
     return structs(hint)
 
 

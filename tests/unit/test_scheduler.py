@@ -36,6 +36,7 @@ from oq_runtime.core.scheduler import (
     GrantUpload,
     NodeGone,
     NodeJoined,
+    NodeLost,
     NodeResized,
     NodeSeen,
     Scheduler,
@@ -849,6 +850,16 @@ def test_relative_free_capacity_decides() -> None:
     assert core.tasks[8].state is State.QUEUED
 
 
+def test_each_node_lost_in_one_tick_has_its_own_reason() -> None:
+    core = Scheduler()
+    for node, joined_s in (("alpha", 0.0), ("beta", 3.0), ("gamma", 20.0)):
+        core.handle(NodeJoined(node, 1), joined_s)
+    assert core.handle(Tick(), 40.0) == [
+        NodeLost("alpha", "silent for 40 s"),
+        NodeLost("beta", "silent for 37 s"),
+    ]
+
+
 def test_all_nodes_lost_gives_up_after_the_limit_naming_the_hosts() -> None:
     core = Scheduler(Limits(no_nodes_limit_s=60.0))
     core.handle(NodeJoined("alpha", 1), 0.0)
@@ -856,7 +867,7 @@ def test_all_nodes_lost_gives_up_after_the_limit_naming_the_hosts() -> None:
     for task in (1, 2, 3):
         core.handle(Submitted(task, 0, "f"), 0.0)
     core.handle(NodeGone("alpha", "connection reset"), 5.0)
-    assert core.handle(Tick(), 31.0) == []  # beta is lost here
+    assert core.handle(Tick(), 31.0) == [NodeLost("beta", "silent for 31 s")]
     assert core.handle(Tick(), 90.9) == []
     given_up = [e for e in core.handle(Tick(), 91.0) if isinstance(e, GiveUp)]
     assert [e.task for e in given_up] == [1, 2, 3]

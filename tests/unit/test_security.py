@@ -15,7 +15,8 @@ import zmq
 
 from oq_runtime.errors import ConfigError, SecurityError
 from oq_runtime.wire import security
-from oq_runtime.wire.security import Gate, HandshakeMonitor, Keys, read_secret
+from oq_runtime.wire.monitor import Change, Event, Monitor
+from oq_runtime.wire.security import Gate, Keys, read_secret
 from tests.leftovers import wait_for
 
 SECRET = "correct-horse-battery"
@@ -37,30 +38,33 @@ def gate(context: zmq.Context[Any]) -> Iterator[Gate]:
     gate.stop()
 
 
-def wait_kinds(monitor: HandshakeMonitor) -> list[str]:
-    """The kinds of the first events; none when nothing happens in time."""
+def outcome(monitor: Monitor) -> Change | None:
+    """What became of the first connection; None when nothing happens in time."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
-        if found := monitor.events():
-            return [kind for kind, _ in found]
+        for event in monitor.events():
+            if event.change is not Change.OPENED:
+                return event.change
         monitor.socket.poll(100)
-    return []
+    return None
 
 
-def meet(context: zmq.Context[Any], client_keys: Keys | None) -> tuple[list[str], list[str], bool]:
-    """Connect a client to a server of KEYS: events of the server, of the client, and an echo."""
+def meet(
+    context: zmq.Context[Any], client_keys: Keys | None
+) -> tuple[Change | None, Change | None, bool]:
+    """Connect a client to a server of KEYS: what each sees of it, and whether a message comes."""
     server, client = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
     server.linger = client.linger = 0
     security.secure_server(server, KEYS)
     if client_keys:
         security.secure_client(client, client_keys)
-    monitors = HandshakeMonitor(server), HandshakeMonitor(client)
+    monitors = Monitor(server), Monitor(client)
     try:
         client.connect(f"tcp://127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}")
         client.send(b"hello")
-        kinds = wait_kinds(monitors[0]), wait_kinds(monitors[1])
-        arrived = bool(server.poll(500 if kinds[0][:1] != ["accepted"] else LIMIT_S * 1000))
-        return *kinds, arrived
+        found = outcome(monitors[0]), outcome(monitors[1])
+        arrived = bool(server.poll(500 if found[0] is not Change.ADMITTED else LIMIT_S * 1000))
+        return *found, arrived
     finally:
         for monitor in monitors:
             monitor.close()
@@ -76,7 +80,7 @@ def stranger() -> Keys:
 
 @pytest.mark.usefixtures("gate")
 def test_the_right_key_gets_in(context: zmq.Context[Any]) -> None:
-    assert meet(context, KEYS) == (["accepted"], ["accepted"], True)
+    assert meet(context, KEYS) == (Change.ADMITTED, Change.ADMITTED, True)
 
 
 @pytest.mark.usefixtures("gate")
@@ -89,12 +93,12 @@ def test_nobody_else_gets_in_and_both_sides_know(
     context: zmq.Context[Any], keys: Keys | None
 ) -> None:
     server, client, arrived = meet(context, keys)
-    assert (server[:1], client[:1], arrived) == (["refused"], ["refused"], False)
+    assert (server, client, arrived) == (Change.REFUSED, Change.REFUSED, False)
 
 
 def test_without_a_gate_nobody_gets_in(context: zmq.Context[Any]) -> None:
     server, _, arrived = meet(context, KEYS)
-    assert "accepted" not in server and not arrived
+    assert server is not Change.ADMITTED and not arrived
 
 
 class OpenGate(Gate):
@@ -199,13 +203,15 @@ def test_file_that_cannot_be_used(tmp_path: Path, content: bytes | None) -> None
 def test_a_peer_that_hangs_up_has_no_wrong_key(context: zmq.Context[Any]) -> None:
     server = context.socket(zmq.ROUTER)
     security.secure_server(server, KEYS)
-    monitor = HandshakeMonitor(server)
+    monitor = Monitor(server)
     try:
         port = server.bind_to_random_port("tcp://127.0.0.1")
         socket.create_connection(("127.0.0.1", port)).close()
-        assert wait_for(lambda: monitor.socket.poll(0), LIMIT_S)
-        [(kind, reason)] = [event for event in monitor.events() if event[0] != "disconnected"]
+        found: list[Event] = []
+        assert wait_for(lambda: (found.extend(monitor.events()), len(found) == 3)[1], LIMIT_S)
     finally:
         monitor.close()
         server.close(linger=0)
-    assert kind == "refused" and "ended during the handshake" in reason
+    assert [event.change for event in found] == [Change.OPENED, Change.REFUSED, Change.CLOSED]
+    assert "ended during the handshake" in found[1].reason
+    assert found[0].descriptor == found[2].descriptor > 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import zmq
 
@@ -13,9 +13,13 @@ from oq_runtime.cluster import remote
 from oq_runtime.config import Cluster
 from oq_runtime.errors import NoWorkers, ProtocolError
 from oq_runtime.wire import protocol, security, transport
+from oq_runtime.wire.calls import Calls
+from oq_runtime.wire.monitor import Change
 
 #: seconds for a host to answer
 ANSWER_SECS = 2.0
+#: seconds between two calls of a host that does not listen
+AGAIN_SECS = 0.1
 #: pings for the round trip; bytes for the bandwidth, in pieces of which so many are under way
 PINGS, LOAD_BYTES, PIECE_BYTES, PIECES = 5, 16 << 20, 1 << 20, 4
 Action = Literal["status", "start", "stop", "kill"]
@@ -32,30 +36,69 @@ class Speed:
     bytes_per_s: float
 
 
-class Line:
-    """A connection to the agent of one host."""
+class Lines:
+    """Calls to the agents of some hosts; one that does not listen is called again.
 
-    def __init__(self, context: zmq.Context[Any], url: str, keys: security.Keys) -> None:
-        monitors: list[security.HandshakeMonitor] = []
+    :param urls: control URL of each host
+    :param opening: what is said at the beginning of each call
+    """
 
-        def secure(socket: zmq.Socket[Any]) -> None:
-            security.secure_client(socket, keys)
-            monitors.append(security.HandshakeMonitor(socket))
+    def __init__(
+        self, urls: Mapping[str, str], keys: security.Keys, opening: protocol.Message
+    ) -> None:
+        self.urls, self.opening = urls, opening
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.calls = Calls(self.context, keys)
+        self.poller = zmq.Poller()
+        for source in (self.calls.socket, self.calls.monitor.socket):
+            self.poller.register(source, zmq.POLLIN)
+        self.hosts = {url: host for host, url in urls.items()}
+        self.names: dict[str, bytes] = {}  # of the calls
+        self.closed: set[str] = set()
+        self.refused: set[str] = set()
+        self.again_s = 0.0
+        self._call(urls)
 
-        self.socket = transport.dealer(context, url, secure=secure)
-        self.monitor = monitors[0]
+    def __enter__(self) -> Self:
+        return self
 
-    def answer(self) -> Any:
-        """Return a message, or why there will be none in words; None as long as nothing comes."""
-        for kind, reason in self.monitor.events():
-            if kind == "refused":
-                return reason
-        if frames := transport.receive(self.socket):
+    def __exit__(self, *_: object) -> None:
+        self.calls.close()
+        self.context.destroy(linger=0)
+
+    def send(self, host: str, message: protocol.Message, *frames: Any) -> None:
+        transport.send_to(self.calls.socket, self.names[host], message, *frames)
+
+    def hear(self) -> list[tuple[str, Any]]:
+        """Wait for AGAIN_SECS; return per host a message, or in words why none will come."""
+        self.poller.poll(round(AGAIN_SECS * 1000))
+        if time.monotonic() >= self.again_s:
+            self._call(self.closed - self.refused)
+        found: list[tuple[str, Any]] = []
+        for event in self.calls.events():
+            host = self.hosts[event.url]
+            if event.change is Change.REFUSED:
+                self.refused.add(host)
+                found.append((host, event.reason))
+            elif event.change is Change.CLOSED:
+                self.closed.add(host)
+        hosts = {name: host for host, name in self.names.items()}
+        while frames := transport.receive(self.calls.socket):
             try:
-                return protocol.decode(frames[0])
+                message = protocol.decode(frames[1])
             except ProtocolError as exc:
-                return str(exc)
-        return None
+                message = str(exc)
+            if sender := hosts.get(frames[0]):
+                found.append((sender, message))
+        return found
+
+    def _call(self, hosts: Iterable[str]) -> None:
+        for host in hosts:
+            self.calls.hang_up(self.urls[host])
+            self.names[host] = self.calls.call(self.urls[host])
+            self.send(host, self.opening)
+        self.closed = set()
+        self.again_s = time.monotonic() + AGAIN_SECS
 
 
 class Pool:
@@ -71,28 +114,17 @@ class Pool:
 
     def ask(self, action: Action, hosts: Iterable[str] | None = None) -> dict[str, Answer]:
         """Return per host (all by default) its answer, or in words why there is none."""
-        context: zmq.Context[Any] = zmq.Context()
         answers: dict[str, Answer] = {}
-        poller = zmq.Poller()
-        lines = {}
-        try:
-            for host in self.cluster.hosts if hosts is None else hosts:
-                line = lines[host] = self._line(context, host)
-                poller.register(line.socket, zmq.POLLIN)
-                poller.register(line.monitor.socket, zmq.POLLIN)
-                transport.send(line.socket, protocol.Command(action=action))
+        with self._lines(self.cluster.hosts if hosts is None else hosts, action) as lines:
             deadline_s = time.monotonic() + ANSWER_SECS
-            while len(answers) < len(lines) and (left_s := deadline_s - time.monotonic()) > 0:
-                poller.poll(round(left_s * 1000))
-                for host, line in lines.items():
-                    match line.answer():
-                        case protocol.AgentStatus() | str() as answer:
-                            answers[host] = answer
+            while len(answers) < len(lines.urls) and time.monotonic() < deadline_s:
+                for host, heard in lines.hear():
+                    match heard:
+                        case protocol.AgentStatus() | str():
+                            answers[host] = heard
                         case protocol.Refused(reason=reason):
                             answers[host] = reason
-        finally:
-            _close(context, lines.values())
-        return {host: answers.get(host, SILENT) for host in lines}
+        return {host: answers.get(host, SILENT) for host in lines.urls}
 
     def start(self) -> dict[str, Answer]:
         """Let all hosts take tasks, after starting over ssh the agents that do not answer."""
@@ -136,23 +168,20 @@ class Pool:
 
     def measure(self, host: str) -> Speed | None:
         """Measure the way to a host, for about a second; None when it does not answer."""
-        context: zmq.Context[Any] = zmq.Context()
-        line = self._line(context, host)
-        try:
-            trips = [_ping(line, 1, b"") for _ in range(PINGS)]
+        with self._lines([host], "status") as lines:
+            trips = [_ping(lines, host, 1, b"") for _ in range(PINGS)]
             if not all(trips):
                 return None
             sent, began_s = 0, time.monotonic()
             while sent < LOAD_BYTES and time.monotonic() - began_s < ANSWER_SECS / 2:
-                if not _ping(line, PIECES, bytes(PIECE_BYTES)):
+                if not _ping(lines, host, PIECES, bytes(PIECE_BYTES)):
                     return None
                 sent += PIECES * PIECE_BYTES
             return Speed(min(trips), sent / (time.monotonic() - began_s))
-        finally:
-            _close(context, [line])
 
-    def _line(self, context: zmq.Context[Any], host: str) -> Line:
-        return Line(context, self.cluster.control_url(host), self.keys)
+    def _lines(self, hosts: Iterable[str], action: Action) -> Lines:
+        urls = {host: self.cluster.control_url(host) for host in hosts}
+        return Lines(urls, self.keys, protocol.Command(action=action))
 
 
 def triples(answers: dict[str, Answer]) -> list[tuple[str, int, int]]:
@@ -175,18 +204,12 @@ def _killed(host: str) -> protocol.AgentStatus:
     )
 
 
-def _ping(line: Line, times: int, payload: bytes) -> float:
+def _ping(lines: Lines, host: str, times: int, payload: bytes) -> float:
     """Return the seconds until so many pings have come back, 0 when they do not in time."""
     began_s = time.monotonic()
     for _ in range(times):
-        transport.send(line.socket, protocol.Ping(), payload)
+        lines.send(host, protocol.Ping(), payload)
     left = times
-    while left and line.socket.poll(round(ANSWER_SECS * 1000)):
-        left -= isinstance(line.answer(), protocol.Ping)
+    while left and time.monotonic() - began_s < ANSWER_SECS:
+        left -= sum(isinstance(heard, protocol.Ping) for _, heard in lines.hear())
     return 0.0 if left else time.monotonic() - began_s
-
-
-def _close(context: zmq.Context[Any], lines: Iterable[Line]) -> None:
-    for line in lines:
-        line.monitor.close()
-    context.destroy(linger=0)

@@ -268,7 +268,15 @@ class Forget:
     task: int
 
 
-Effect = Assign | GrantUpload | AbortAttempt | Commit | DropStaged | GiveUp | Forget
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """It has been silent for too long."""
+
+    node: str
+    reason: str
+
+
+Effect = Assign | GrantUpload | AbortAttempt | Commit | DropStaged | GiveUp | Forget | NodeLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -671,7 +679,9 @@ class Scheduler:
         # only on a tick, which comes after all waiting beats were read
         for node in list(self.nodes.values()):
             if now - node.seen_s > self.limits.lost_s:
-                self._lose(node.name, f"silent for {now - node.seen_s:.0f} s", effects)
+                reason = f"silent for {now - node.seen_s:.0f} s"
+                self._lose(node.name, reason, effects)
+                effects.append(NodeLost(node.name, reason))
 
     def _give_up_without_nodes(self, now: float, effects: list[Effect]) -> None:
         if not self.live or self.nodes:

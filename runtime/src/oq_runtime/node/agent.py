@@ -44,6 +44,7 @@ from oq_runtime.node.channel import Channel
 from oq_runtime.node.forkserver import Exited, ForkServer, refusal
 from oq_runtime.node.memory import Resident, oom_kills, usage
 from oq_runtime.wire import protocol, security, transport
+from oq_runtime.wire.monitor import Change, Monitor
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class Agent:
         self.attempts = Attempts(limits)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
-        self.monitor: security.HandshakeMonitor | None = None
+        self.monitor: Monitor | None = None
         self.control = transport.router(self.context, control_url, secure=self._secure_control)
         self.owner = None
         self.running = True
@@ -228,7 +229,7 @@ class Agent:
     def _secure_control(self, socket: zmq.Socket[Any]) -> None:
         if self.keys is not None:
             security.secure_server(socket, self.keys)
-            self.monitor = security.HandshakeMonitor(socket)
+            self.monitor = Monitor(socket)
 
     def stop(self) -> None:
         self.running = False
@@ -296,11 +297,11 @@ class Agent:
                 return
             self._from_data(name, job, views)
 
-    def _watch_handshakes(self, monitor: security.HandshakeMonitor) -> None:
-        for kind, reason in monitor.events():
-            if kind == "refused":
-                log.warning(f"refused a connection: {reason}", extra=about("connection"))
-            elif kind == "disconnected":
+    def _watch_handshakes(self, monitor: Monitor) -> None:
+        for event in monitor.events():
+            if event.change is Change.REFUSED:
+                log.warning(f"refused a connection: {event.reason}", extra=about("connection"))
+            elif event.change is Change.CLOSED:
                 self.next_beat_s = 0.0  # a broker that died is found by sending to it
 
     def _look(self, now: float) -> None:
@@ -377,7 +378,7 @@ class Agent:
         wanted = message.wanted if isinstance(message, protocol.Beat) else None
         self._handle(slots.Heard(name, wanted))
         match message:
-            case protocol.Lease(data_url=url) if job.data is None:
+            case protocol.Lease(ticket=ticket, data_url=url) if job.data is None:
                 keys = self.keys
                 secure = functools.partial(security.secure_client, keys=keys) if keys else None
                 job.local = keys is None
@@ -392,7 +393,8 @@ class Agent:
                     return
                 job.data = transport.Link(data, name, message.epoch)
                 self.poller.register(data, zmq.POLLIN)
-                job.data.send(protocol.Hello(pid=os.getpid(), role=message.node))
+                opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
+                job.data.send(opening, bytes(protocol.PROBE_BYTES))
                 self._handle(slots.LeaseAsked(name))
                 if lease := self.slots.leases.get(name):
                     slots_ = "1 slot" if lease.slots == 1 else f"{lease.slots} slots"

@@ -13,6 +13,7 @@ import argparse
 import functools
 import getpass
 import logging
+import math
 import os
 import signal
 import sys
@@ -30,25 +31,21 @@ from oq_runtime import config, facts, logs, processes
 from oq_runtime.core import scheduler as core
 from oq_runtime.core.events import Events
 from oq_runtime.core.limits import DEFAULTS, Limits
-from oq_runtime.errors import (
-    ConfigError,
-    NoRoom,
-    OqRuntimeError,
-    ProtocolError,
-    TransitionError,
-    VersionError,
-)
+from oq_runtime.errors import NoRoom, OqRuntimeError, ProtocolError, TransitionError
 from oq_runtime.files import crashes, private
 from oq_runtime.files.store import Store
 from oq_runtime.logs import about
-from oq_runtime.session.peer import Connection, Peer
+from oq_runtime.session.peer import Event
+from oq_runtime.session.peers import Line, Peers
 from oq_runtime.session.staging import Staging
 from oq_runtime.wire import payload, protocol, security, transport
 
 log = logging.getLogger(__name__)
 
-#: messages that are read from one peer before the others have their turn
+#: messages that are read from the engine before the agents have their turn
 AT_ONCE = 500
+#: for the last messages to the agents
+LINGER_MS = 500
 MEMORY_REMEDY = (
     "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
 )
@@ -92,18 +89,11 @@ class Broker:
     ) -> None:
         self.directory = directory
         self.job = directory.name
-        self.keys = keys
-        self.own_facts = own_facts
-        self.user, self.title = getpass.getuser(), ""
+        self.title = ""
         self.core = core.Scheduler(limits, window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
-        self.data_urls = data_urls
-        self.data: zmq.Socket[Any] | None = None
-        self.peers = {
-            name: Peer(name, self._connector(url), limits.beat_s) for name, url in agents.items()
-        }
-        self.data_peers: dict[bytes, Peer] = {}
+        self._handle = Events(self.core.handle, self._apply, time.monotonic)
         self.watched: dict[int, Callable[[], None]] = {}
         self.sources: dict[Any, Callable[[], None]] = {}
         self.poller: zmq.Poller | None = None  # of these; None when they have changed
@@ -112,8 +102,7 @@ class Broker:
         self.numbers: dict[tuple[bytes, int], int] = {}  # (client, its task) -> ours
         self.groups: dict[tuple[bytes, int], int] = {}  # (client, its map) -> ours
         self.unsubmitted = 0
-        self.told_wanted = 0
-        self._handle = Events(self.core.handle, self._apply, time.monotonic)
+        self.told_wanted = False  # whether the nodes have been told that there are tasks
         # digest -> file -> tasks that need it; each client has files of its own
         self.blobs: dict[bytes, Counter[str]] = {}
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
@@ -121,61 +110,34 @@ class Broker:
         self.local = all(url.startswith("ipc:") for url in data_urls)
         self.phases: dict[str, protocol.Phase] = {}
         self.next_beat_s = 0.0
+        self.peers = Peers(
+            self.context,
+            job=self.job,
+            agents=agents,
+            data_urls=data_urls,
+            limits=limits,
+            own_facts=own_facts,
+            user=getpass.getuser(),
+            keys=keys,
+            tell=self._handle,
+            read_control=self._from_node,
+            read_data=self._from_data,
+        )
         self._watch(owner, self.stop)
         if agent_pid is not None:
             self._watch(agent_pid, self._agent_ended)
-        self._bind_data()
         # the last: whoever finds this socket knows that all the rest could be set up
         self.engine = transport.router(self.context, f"ipc://{directory}/engine")
-
-    def _connector(self, url: str) -> Callable[[], Connection]:
-        hwm = transport.UNREAD  # many short tasks may be on their way to a node with many slots
-
-        def connect() -> Connection:
-            if self.keys is None:
-                return transport.dealer(self.context, url, send_hwm=hwm, immediate=True), None
-            monitors: list[security.HandshakeMonitor] = []
-
-            def secure(socket: zmq.Socket[Any]) -> None:
-                assert self.keys is not None
-                security.secure_client(socket, self.keys)
-                monitors.append(security.HandshakeMonitor(socket))
-
-            made = transport.dealer(self.context, url, send_hwm=hwm, immediate=True, secure=secure)
-            return made, monitors[0]
-
-        return connect
-
-    def _bind_data(self) -> None:
-        """Take the first free data URL; with none free the session waits for one."""
-        for url in self.data_urls:
-            try:
-                keys = self.keys
-                secure = functools.partial(security.secure_server, keys=keys) if keys else None
-                self.data = transport.router(self.context, url, secure=secure)
-            except zmq.ZMQError as exc:
-                if exc.errno != zmq.EADDRINUSE:
-                    raise ConfigError(
-                        f"{url}: {exc.strerror}; set [dbserver] receiver_host to an address of "
-                        "this host"
-                    ) from exc
-            else:
-                self.data_url = url
-                self.poller = None
-                return
 
     def run(self) -> None:
         try:
             while self.running:
                 self._step()
         finally:
-            for peer in self.peers.values():
-                if peer.state == "leased":
-                    peer.link.send(protocol.Release())
-                peer.close(linger_ms=500)
+            self.peers.close(LINGER_MS)
             if self.gate is not None:
                 self.gate.stop()
-            self.context.destroy(linger=500)
+            self.context.destroy(linger=LINGER_MS)
 
     def stop(self) -> None:
         self.running = False
@@ -191,40 +153,43 @@ class Broker:
     def _agent_ended(self) -> None:
         self.core.no_nodes_limit_s = 0.0  # a private agent does not come back
         crash = crashes.find(self.directory, "agent")
-        for peer in self.peers.values():
-            self._lose(peer, f"its agent process ended{f': {crash}' if crash else ''}")
+        reason = f"its agent process ended{f': {crash}' if crash else ''}"
+        for line in self.peers.lines.values():
+            self.peers.lose(line, reason, Event.ENDED)
 
     def _step(self) -> None:
         now = time.monotonic()
-        due_s = min([self.next_beat_s, *(p.next_call_s for p in self._callable())])
+        due_s = min(self.next_beat_s, self.peers.due_s)
         if self.poller is None:
             self.poller = self._poll_all()
-        for source, _ in self.poller.poll(max(0, round((due_s - now) * 1000))):
+        for source, _ in self.poller.poll(max(0, math.ceil((due_s - now) * 1000))):
             self.sources[source]()
         now = time.monotonic()
-        for peer in self._callable():
-            if now >= peer.next_call_s:
-                hello = protocol.Hello(
-                    pid=os.getpid(), role="broker", facts=self.own_facts, user=self.user
-                )
-                peer.call(self.job, hello, now)
+        self.peers.step(now, self._news())
         if now >= self.next_beat_s:
             self._beat(now)
-        elif bool(self.core.live) != bool(self.told_wanted):
-            self._tell_wanted()
+        if bool(self.core.live) != self.told_wanted:
+            self.told_wanted = not self.told_wanted
+            self.peers.send_all(self._news())
+
+    def _news(self) -> protocol.Beat:
+        """Return what the nodes are to know of the job."""
+        return protocol.Beat(wanted=len(self.core.live), title=self.title)
+
+    def _beat(self, now: float) -> None:
+        self.next_beat_s = now + self.core.limits.beat_s
+        if self.peers.data is None:
+            self.peers.bind()
+            self.poller = None
+        logs.recount()
+        self._handle(core.Tick())
 
     def _poll_all(self) -> zmq.Poller:
         """Return a poller of all sources, and note what is to be done with each that is ready."""
         self.sources = {
             descriptor: functools.partial(self._ended, descriptor) for descriptor in self.watched
         }
-        for peer in self.peers.values():
-            if peer.monitor:
-                watch = functools.partial(self._watch_handshake, peer)
-                self.sources[peer.monitor.socket] = watch
-            self.sources[peer.socket] = functools.partial(self._read_agent, peer)
-        if self.data:
-            self.sources[self.data] = self._read_data
+        self.sources |= self.peers.sources()
         self.sources[self.engine] = self._read_engine
         poller = zmq.Poller()
         for source in self.sources:
@@ -236,88 +201,18 @@ class Broker:
         self.poller = None
         self.watched.pop(descriptor)()
 
-    def _read_agent(self, peer: Peer) -> None:
-        for _ in range(AT_ONCE):
-            if not (frames := transport.receive(peer.socket)):
-                return
-            self._dispatch(frames[0], functools.partial(self._from_agent, peer), peer)
-
-    def _read_data(self) -> None:
-        assert self.data is not None
-        for _ in range(AT_ONCE):
-            if not (views := transport.receive(self.data, copy=False)):
-                return
-            sender, header, *rest = views
-            self._dispatch(header, functools.partial(self._from_data, bytes(sender), rest))
-
     def _read_engine(self) -> None:
         for _ in range(AT_ONCE):
             if not (frames := transport.receive(self.engine)):
                 return
             self._dispatch(frames[1], functools.partial(self._from_engine, frames[0]))
 
-    def _watch_handshake(self, peer: Peer) -> None:
-        for kind, reason in peer.monitor.events() if peer.monitor else ():
-            if kind == "refused":
-                self._lose(peer, reason, "refused")
-                return
-            if kind == "disconnected" and peer.state == "leased":
-                self._lose(peer, "its connection was closed")
-                return
-
-    def _callable(self) -> list[Peer]:
-        """The agents to be called: only when there is a place for their results."""
-        return [p for p in self.peers.values() if p.state != "leased"] if self.data else []
-
-    def _beat(self, now: float) -> None:
-        self.next_beat_s = now + self.core.limits.beat_s
-        if self.data is None:
-            self._bind_data()
-        self._tell_wanted()
-        logs.recount()
-        for peer in self.peers.values():
-            if peer.data is not None:
-                peer.data.send(protocol.Beat())
-        self._handle(core.Tick())
-        for peer in self.peers.values():
-            if peer.state == "leased" and peer.name not in self.core.nodes:
-                self._hang_up(peer, "calling", self.core.lost[-1])
-
-    def _tell_wanted(self) -> None:
-        self.told_wanted = len(self.core.live)
-        for peer in self.peers.values():
-            if peer.state == "leased":
-                self._send(peer, protocol.Beat(wanted=self.told_wanted, title=self.title))
-
-    def _send(self, peer: Peer, message: protocol.Message) -> None:
-        """Send to an agent; one that cannot take it is lost, for it would never know of it."""
-        if peer.state == "leased" and not peer.link.send(message):
-            self._lose(peer, "its connection broke")
-
-    def _lose(self, peer: Peer, reason: str, state: str = "calling") -> None:
-        if peer.state == "leased" or state != peer.state:
-            log.info(f"{peer.host}: {reason}")
-        self._hang_up(peer, state, reason)
-        self._handle(core.NodeGone(peer.name, reason))
-
-    def _hang_up(self, peer: Peer, state: str, reason: str) -> None:
-        peer.hang_up(state, reason)
-        self.poller = None  # its sockets are others now
-
-    def _dispatch(
-        self,
-        header: bytes | memoryview,
-        take: Callable[[Any], None],
-        agent: Peer | None = None,
-    ) -> None:
+    def _dispatch(self, header: bytes, take: Callable[[Any], None]) -> None:
         """Have a message taken; one that cannot be decoded, or does not fit here, is refused."""
         try:
             take(protocol.decode(header))
         except (ProtocolError, TransitionError) as exc:
-            if agent is not None and isinstance(exc, VersionError):
-                self._lose(agent, f"refused: {exc}", "refused")
-            else:
-                log.warning(f"refused a message: {exc}", extra=about("message"))
+            log.warning(f"refused a message: {exc}", extra=about("message"))
 
     # ---- messages in
 
@@ -363,35 +258,8 @@ class Broker:
         for key in [key for key in self.numbers if key[0] == peer]:
             del self.numbers[key]
 
-    def _from_agent(self, peer: Peer, message: Any) -> None:
-        if message.epoch != peer.link.epoch or message.job != self.job:
-            return  # of an epoch that is over
-        if isinstance(message, protocol.NoLease):
-            self._lose(peer, message.reason or "its agent was started anew")
-            return
-        if not peer.link.accepts(message):
-            self._lose(peer, "messages were lost on the way")
-            return
-        if peer.state == "leased":
-            self._from_node(peer, message)
-            return
-        match message:
-            case protocol.Welcome(host=host, slots=slots):
-                peer.host, peer.slots = host or peer.name, slots
-                if different := facts.difference(self.own_facts, message.facts):
-                    self._lose(peer, f"refused: {different}", "refused")
-                elif slots == 0:
-                    self._lose(peer, "it has no slots", "refused")
-                else:
-                    peer.link.send(protocol.Lease(node=peer.name, data_url=self.data_url))
-            case protocol.Refused(reason=reason):
-                self._lose(peer, f"it refused this job: {reason}", "refused")
-            case protocol.Leased(slots=slots):
-                peer.state, peer.reason = "leased", ""
-                self._handle(core.NodeJoined(peer.name, slots))
-
-    def _from_node(self, peer: Peer, message: Any) -> None:
-        name = peer.name
+    def _from_node(self, line: Line, message: Any) -> None:
+        name = line.name
         match message:
             case protocol.Beat(closed=closed, free_bytes=free_bytes):
                 self._handle(core.NodeSeen(name, closed, free_bytes))
@@ -408,38 +276,25 @@ class Broker:
                 if self.staging.place((name, task, attempt), Path(path)):
                     self._handle(core.Uploaded(name, task, attempt, True))
             case protocol.Died(task=task, attempt=attempt, oom=oom, no_room=no_room):
-                reason = f"{message.reason}, host {peer.host}"
+                reason = f"{message.reason}, host {line.host}"
                 self._handle(core.Died(name, task, attempt, reason, oom, no_room))
 
-    def _from_data(self, sender: bytes, rest: list[memoryview], message: Any) -> None:
-        assert self.data is not None
-        if isinstance(message, protocol.Hello):
-            greeted = self.peers.get(message.role)
-            if greeted and (message.job, message.epoch) == (self.job, greeted.link.epoch):
-                self.data_peers = {s: p for s, p in self.data_peers.items() if p is not greeted}
-                self.data_peers[sender] = greeted
-                greeted.data = transport.Link(self.data, self.job, message.epoch, sender)
-        peer = self.data_peers.get(sender)
-        if peer is None or peer.data is None or message.epoch != peer.data.epoch:
-            return  # of an epoch that is over
-        if not peer.data.accepts(message):
-            self._lose(peer, "results were lost on the way")
-            return
+    def _from_data(self, line: Line, message: Any, rest: list[memoryview]) -> None:
         match message:
             case protocol.Fetch(digest=digest):
-                self._send_blob(peer, peer.data, digest)
+                self._send_blob(line, digest)
             case protocol.Chunk() if not rest:
-                self._lose(peer, "a chunk of results came without its bytes")
+                self.peers.lose(line, "a chunk of results came without its bytes")
             case protocol.Chunk(task=task, attempt=attempt, offset=offset):
                 try:
-                    intact = self.staging.receive((peer.name, task, attempt), offset, rest[0])
+                    intact = self.staging.receive((line.name, task, attempt), offset, rest[0])
                 except NoRoom as exc:
                     self._handle(core.Unusable(task, "NoRoom", str(exc)))
                     return
                 if intact is not None:
-                    self._handle(core.Uploaded(peer.name, task, attempt, intact))
+                    self._handle(core.Uploaded(line.name, task, attempt, intact))
 
-    def _send_blob(self, peer: Peer, link: transport.Link, digest: bytes) -> None:
+    def _send_blob(self, line: Line, digest: bytes) -> None:
         if digest not in self.blobs:
             return  # of a task that is not wanted any more
         try:
@@ -448,8 +303,9 @@ class Broker:
             self._lose_blob(digest, exc)
             return
         for offset, chunk in protocol.chunks(blob):
-            if not link.send(protocol.BlobChunk(digest=digest, offset=offset), chunk):
-                self._lose(peer, "its data connection broke")
+            given = protocol.BlobChunk(digest=digest, offset=offset)
+            if line.data is None or not line.data.send(given, chunk):
+                self.peers.lose(line, "its data connection broke")
                 return
 
     def _open_blob(self, digest: bytes) -> memoryview:
@@ -495,29 +351,33 @@ class Broker:
                     blobs=blobs,
                     alone=alone,
                 )
-                self._send(self.peers[node], given)
+                self.peers.send(self.peers.lines[node], given)
             case core.GrantUpload(node, task, attempt):
-                self._grant(self.peers[node], task, attempt)
+                self._grant(self.peers.lines[node], task, attempt)
             case core.AbortAttempt(node, task, attempt):
                 self.staging.drop((node, task, attempt))
-                self._send(self.peers[node], protocol.Abort(task=task, attempt=attempt))
+                abort = protocol.Abort(task=task, attempt=attempt)
+                self.peers.send(self.peers.lines[node], abort)
             case core.DropStaged(node, task, attempt):
                 self.staging.drop((node, task, attempt))
             case core.Commit(node, task, attempt):
                 self._deliver(node, task, attempt)
+            case core.NodeLost(node, reason):
+                self.peers.lose(self.peers.lines[node], reason)
             case core.GiveUp(task, error, history, attempts):
                 self._fail(task, error, history, attempts)
             case core.Forget(task):
                 submission = self._forget(task)
                 del self.numbers[submission.client, submission.sent.task]
 
-    def _grant(self, peer: Peer, task: int, attempt: int) -> None:
+
+    def _grant(self, line: Line, task: int, attempt: int) -> None:
         """Get the body of an attempt, for which there is room in the window."""
-        intact = self.staging.grant((peer.name, task, attempt))
+        intact = self.staging.grant((line.name, task, attempt))
         if intact is None:
-            self._send(peer, protocol.Grant(task=task, attempt=attempt))
+            self.peers.send(line, protocol.Grant(task=task, attempt=attempt))
         else:
-            self._handle(core.Uploaded(peer.name, task, attempt, intact))
+            self._handle(core.Uploaded(line.name, task, attempt, intact))
 
     def _deliver(self, node: str, task: int, attempt: int) -> None:
         ended, path = self.staging.deliver((node, task, attempt))
@@ -561,17 +421,22 @@ class Broker:
         for name, phase in self.phases.items():
             phase.running, phase.retries = self.core.busy[name], self.core.retries[name]
         nodes = []
-        for peer in self.peers.values():
-            found = self.core.nodes.get(peer.name)
+        for line in self.peers.lines.values():
+            found = self.core.nodes.get(line.name)
             slots, busy = (found.slots, found.busy) if found else (0, 0)
             if found and not self.core.live:
-                slots = peer.slots  # its share is small because it wants nothing now
-            nodes.append(
-                protocol.Node(
-                    host=peer.host, slots=slots, busy=busy, state=peer.state, reason=peer.reason
-                )
+                slots = line.slots  # its share is small because it wants nothing now
+            node = protocol.Node(
+                host=line.host or line.name,
+                slots=slots,
+                busy=busy,
+                state=line.peer.told,
+                reason=line.peer.reason,
             )
-        note = "" if self.data else f"all of {', '.join(self.data_urls)} are in use by other jobs"
+            nodes.append(node)
+        note = ""
+        if self.peers.data is None:
+            note = f"all of {', '.join(self.peers.data_urls)} are in use by other jobs"
         return protocol.Status(
             job=self.job, phases=list(self.phases.values()), nodes=nodes, note=note
         )

@@ -1,61 +1,121 @@
-"""An agent as the broker knows it: its sockets, and what has become of the calls to it."""
+"""An agent as the broker knows it: what has become of the calls to it, and when to call again.
+
+Pure: no socket, clock or chance. All that a call can come to is in TRANSITIONS; a pair that it does
+not know raises TransitionError and changes nothing. Not covered: the connections (``peers``).
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any
+import math
+from enum import Enum
 
-import zmq
+from oq_runtime.core.limits import Limits
+from oq_runtime.errors import TransitionError
+from oq_runtime.wire.protocol import NodeState
 
-from oq_runtime.wire import protocol, security, transport
+#: seconds between two calls of an agent that does not answer, at first, and how they grow
+CALL_SECS, GROWTH = 0.05, 1.5
 
-#: seconds between two calls of an agent that does not answer, at first; then up to a beat
-CALL_SECS = 0.05
-#: a control socket, and on TCP what watches its handshakes
-Connection = tuple["zmq.Socket[Any]", security.HandshakeMonitor | None]
+
+class State(Enum):
+    RESTING = "between two calls"
+    SHUN = "between two calls, after a refusal"
+    CALLED = "called"
+    ASKED = "asked for a lease"
+    LEASED = "has granted a lease"
+    GONE = "gone for good"
+
+
+class Event(Enum):
+    DUE = "the time is up"
+    WELCOMED = "it has said who it is"
+    LEASED = "it has granted a lease, and its way for results is open"
+    LOST = "the connection, or what was to come over it, is lost"
+    REFUSED = "it does not take this job, or must not"
+    ENDED = "its process has ended, and there will be no other"
+
+
+TRANSITIONS: dict[State, dict[Event, State]] = {
+    State.RESTING: {
+        Event.DUE: State.CALLED,
+        Event.ENDED: State.GONE,
+    },
+    State.SHUN: {
+        Event.DUE: State.CALLED,
+        Event.ENDED: State.GONE,
+    },
+    State.CALLED: {
+        Event.WELCOMED: State.ASKED,
+        Event.DUE: State.RESTING,
+        Event.LOST: State.RESTING,
+        Event.REFUSED: State.SHUN,
+        Event.ENDED: State.GONE,
+    },
+    State.ASKED: {
+        Event.LEASED: State.LEASED,
+        Event.DUE: State.SHUN,
+        Event.LOST: State.RESTING,
+        Event.REFUSED: State.SHUN,
+        Event.ENDED: State.GONE,
+    },
+    State.LEASED: {
+        Event.LOST: State.RESTING,
+        Event.REFUSED: State.SHUN,
+        Event.ENDED: State.GONE,
+    },
+    State.GONE: {},
+}
+#: what others are told, in states that do not leave it as it was
+TOLD = {
+    State.RESTING: NodeState.CALLING,
+    State.SHUN: NodeState.REFUSED,
+    State.LEASED: NodeState.LEASED,
+    State.GONE: NodeState.REFUSED,
+}
 
 
 class Peer:
-    """An agent as the broker knows it, over the calls that it took to reach it.
+    """The calls to one agent.
 
-    ``state``: ``calling`` until it has granted a lease, ``leased``, or ``refused``. At most
-    ``most_s`` seconds are between two calls.
+    :param limits: of silence: ``beat_s`` is the longest rest after calls that were not answered,
+        ``suspect_s`` that after refusals, and how long an answer may take
     """
 
-    def __init__(self, name: str, connect: Callable[[], Connection], most_s: float) -> None:
-        self.name = name
-        self.most_s = most_s
-        self.connect = connect
-        self.socket, self.monitor = connect()
-        self.state = "calling"
+    def __init__(self, limits: Limits, now: float) -> None:
+        self.limits = limits
+        self.state = State.RESTING
+        self.told = NodeState.CALLING
         self.reason = "no answer yet"
-        self.host = name
-        self.slots = 0  # all of the node's
-        self.link = transport.Link(self.socket, "", 0)
-        self.data: transport.Link | None = None
-        self.next_call_s = 0.0
-        self.pause_s = CALL_SECS
+        self.due_s = now  # of the next DUE
+        self.rest_s = 0.0  # the last one
 
-    def call(self, job: str, hello: protocol.Hello, now: float) -> None:
-        """Open a new epoch; what comes of earlier ones is ignored from now on."""
-        self.link = transport.Link(self.socket, job, self.link.epoch + 1)
-        self.data = None
-        sent = self.link.send(hello)
-        self.pause_s = self.most_s if sent else min(self.pause_s * 1.5, self.most_s)
-        self.next_call_s = now + self.pause_s
+    @property
+    def open(self) -> bool:
+        """Whether there is a connection, or one is being made."""
+        return self.state in (State.CALLED, State.ASKED, State.LEASED)
 
-    def hang_up(self, state: str, reason: str) -> None:
-        """End the epoch and drop the connection with whatever it may still hold."""
-        self.state, self.reason = state, reason
-        self.close()
-        self.socket, self.monitor = self.connect()
-        self.link = transport.Link(self.socket, self.link.job, self.link.epoch + 1)
-        self.data = None
-        self.pause_s = CALL_SECS if state == "calling" else self.most_s
-        self.next_call_s = time.monotonic() + self.pause_s
+    def take(self, event: Event, now: float, reason: str = "") -> None:
+        """Change the state at time ``now`` (s, monotonic).
 
-    def close(self, linger_ms: int = 0) -> None:
-        if self.monitor is not None:
-            self.monitor.close()
-        self.socket.close(linger=linger_ms)
+        :param reason: in words, for people: why there is no lease
+        :raises TransitionError: for an event that the state does not allow
+        """
+        if (state := TRANSITIONS[self.state].get(event)) is None:
+            raise TransitionError(f"{event.name} of an agent that is {self.state.value}")
+        self.state = state
+        self.told = TOLD.get(state, self.told)
+        if reason or state is State.LEASED:
+            self.reason = reason
+        match state:
+            case State.RESTING:
+                self._rest(CALL_SECS, self.limits.beat_s, now)
+            case State.SHUN:
+                self._rest(self.limits.beat_s, self.limits.suspect_s, now)
+            case State.CALLED | State.ASKED:
+                self.due_s = now + self.limits.suspect_s
+            case State.LEASED | State.GONE:
+                self.rest_s, self.due_s = 0.0, math.inf
+
+    def _rest(self, first_s: float, most_s: float, now: float) -> None:
+        self.rest_s = min(max(first_s, self.rest_s * GROWTH), most_s)
+        self.due_s = now + self.rest_s

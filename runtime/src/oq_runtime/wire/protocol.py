@@ -1,9 +1,10 @@
 """The wire: message kinds, their fields, and how they become frames. Nothing else knows it.
 
-A message is a header frame; chunks and pings have a payload frame behind it. The header is msgpack
-of one of the structs below, tagged by ``kind``, with the protocol version in ``v``. Calls, bodies
-and payload frames are opaque bytes (pickles that only the engine and the workers open); they are
-forwarded, never decoded. What is small is in the header: each frame is encrypted by itself.
+A message is a header frame; chunks, pings and what opens a lease have a payload frame behind it.
+The header is msgpack of one of the structs below, tagged by ``kind``, with the protocol version in
+``v``. Calls, bodies and payload frames are opaque bytes (pickles that only the engine and the
+workers open); they are forwarded, never decoded. What is small is in the header: each frame is
+encrypted by itself.
 
     engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status--            broker
@@ -23,15 +24,19 @@ epoch is over, and what it had under way is void.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from oq_runtime.errors import ProtocolError, VersionError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 #: bytes of a body, or of the arguments in a call, that travel in a header
 INLINE_BYTES = 64 * 1024
+#: bytes of the payload that shows that long messages come through, not only short ones: more than a
+#: packet of Ethernet holds, jumbo frames (9,000) included
+PROBE_BYTES = 16 * 1024
 #: bytes of one chunk on the data socket; a ZMTP heartbeat cuts much larger messages on slow links
 CHUNK_BYTES = 1024 * 1024
 #: bytes of the largest header that is decoded, and of the largest call: what is around it is small
@@ -69,12 +74,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """``user``: who runs the job, for people; nothing is decided by it."""
+    """``user``: who runs the job, for people; nothing is decided by it.
+
+    ``ticket``: on the data socket, that of the lease.
+    """
 
     pid: int
     role: str
     facts: Facts = Facts()
     user: str = ""
+    ticket: bytes = b""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -161,11 +170,21 @@ class Phase(msgspec.Struct, kw_only=True):
     received_bytes: int = 0
 
 
+class NodeState(StrEnum):
+    """Of a node as its broker sees it."""
+
+    CALLING = "calling"
+    LEASED = "leased"
+    REFUSED = "refused"
+
+
 class Node(msgspec.Struct, kw_only=True):
+    """``reason``: why it has no lease."""
+
     host: str
     slots: int
     busy: int
-    state: str
+    state: NodeState
     reason: str = ""
 
 
@@ -178,9 +197,13 @@ class Status(Message, frozen=True, tag="status"):
 
 
 class Lease(Message, frozen=True, tag="lease"):
-    """Ask for a share of the slots; results go to ``data_url``, as those of node ``node``."""
+    """Ask for a share of the slots; results go to ``data_url``.
 
-    node: str
+    ``ticket``: what only this agent is told, so that nobody else can open its data connection. A
+    payload of PROBE_BYTES comes behind it, and behind the Hello on the data socket.
+    """
+
+    ticket: bytes
     data_url: str
 
 

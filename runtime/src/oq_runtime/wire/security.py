@@ -18,9 +18,9 @@ from typing import Any
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
-from zmq.utils.monitor import recv_monitor_message
 
 from oq_runtime.errors import ConfigError, SecurityError
+from oq_runtime.wire.monitor import Change, Monitor
 
 #: characters of the shortest secret that is accepted
 MIN_CHARACTERS = 16
@@ -37,7 +37,6 @@ REMEDY = (
     "python3 -c 'import secrets; print(secrets.token_urlsafe(32))', or to file:/path of a file "
     "with one"
 )
-WRONG_KEY = "wrong authkey, or no encryption, on one of the two sides"
 
 
 def read_secret(authkey: str) -> bytes:
@@ -149,67 +148,26 @@ def self_test(context: zmq.Context[Any], keys: Keys) -> None:
     """
     public, secret = zmq.curve_keypair()
     stranger = Keys(keys.server_public, b"", public, secret)
-    for who, expected in ((keys, "accepted"), (stranger, "refused")):
+    for who, expected in ((keys, Change.ADMITTED), (stranger, Change.REFUSED)):
         server: zmq.Socket[Any] = context.socket(zmq.ROUTER)
         client: zmq.Socket[Any] = context.socket(zmq.DEALER)
         server.linger = client.linger = 0
         secure_server(server, keys)
         secure_client(client, who)
-        monitor = HandshakeMonitor(client)
+        monitor = Monitor(client)
         try:
             port = server.bind_to_random_port("tcp://127.0.0.1")
             client.connect(f"tcp://127.0.0.1:{port}")
-            kinds: list[str] = []
-            while not kinds and monitor.socket.poll(TRY_MS):
-                kinds = [kind for kind, _ in monitor.events()]
+            found: list[Change] = []
+            while not found and monitor.socket.poll(TRY_MS):
+                found = [e.change for e in monitor.events() if e.change is not Change.OPENED]
         finally:
             monitor.close()
             client.close()
             server.close()
-        if kinds[:1] != [expected]:
+        if found[:1] != [expected]:
+            who_was = "a known" if who is keys else "a random"
+            outcome = found[0].value if found else "not answered"
             raise SecurityError(
-                f"the self-test of the encryption failed: a "
-                f"{'known' if who is keys else 'random'} key was {(kinds or ['not answered'])[0]}"
+                f"the self-test of the encryption failed: {who_was} key was {outcome}"
             )
-
-
-class HandshakeMonitor:
-    """Tells what becomes of the connections of a socket; to be made before bind or connect."""
-
-    def __init__(self, socket: zmq.Socket[Any]) -> None:
-        self.watched = socket
-        self.server = bool(socket.getsockopt(zmq.CURVE_SERVER))
-        self.socket = socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED
-            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-            | zmq.EVENT_DISCONNECTED
-        )
-        # with a limit, unread events would block libzmq's I/O thread, and so all sockets
-        self.socket.setsockopt(zmq.RCVHWM, 0)
-
-    def events(self) -> list[tuple[str, str]]:
-        """Return what has happened, never waiting: ``(kind, endpoint or reason)``.
-
-        Kinds are ``accepted``, ``refused`` and ``disconnected``.
-        """
-        found = []
-        while int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # a poller would be made anew
-            event = recv_monitor_message(self.socket)
-            endpoint = event["endpoint"].decode(errors="replace")
-            match event["event"]:
-                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    found.append(("accepted", endpoint))
-                case zmq.EVENT_DISCONNECTED:
-                    found.append(("disconnected", endpoint))
-                # a client sees no more of a server that refuses its key
-                case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self.server:
-                    found.append(("refused", f"it ended during the handshake ({endpoint})"))
-                case _:
-                    found.append(("refused", f"{WRONG_KEY} ({endpoint})"))
-        return found
-
-    def close(self) -> None:
-        self.watched.disable_monitor()
-        self.socket.close(linger=0)

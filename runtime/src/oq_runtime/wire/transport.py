@@ -24,7 +24,7 @@ UNREAD = 50_000
 LINGER_MS = 0
 #: bytes up to which frames are copied when they are sent
 COPY_BYTES = 64 * 1024
-#: bytes of the largest message on a TCP socket: a chunk and its header
+#: bytes of the largest frame: a header or a chunk
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 #: time between attempts to connect, at first and at most
 RECONNECT_MS, RECONNECT_MAX_MS = 50, 2000
@@ -41,7 +41,7 @@ def router(context: zmq.Context[Any], url: str, *, secure: Secure | None = None)
 
     Raises zmq.ZMQError when the address is in use or not of this machine.
     """
-    socket = _socket(context, zmq.ROUTER, url, secure)
+    socket = _socket(context, zmq.ROUTER, secure)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # on TCP a peer that does not read must not fill the memory; others are of the same session
     socket.setsockopt(zmq.SNDHWM, UNREAD if url.startswith("tcp:") else 0)
@@ -54,6 +54,21 @@ def router(context: zmq.Context[Any], url: str, *, secure: Secure | None = None)
     return socket
 
 
+def caller(context: zmq.Context[Any], *, secure: Secure | None = None) -> zmq.Socket[Any]:
+    """Return a ROUTER that is to be connected to many URLs, and raises as one that is bound.
+
+    A connection that ends, or cannot be made, is not made again by itself: what was queued for it
+    is gone with it, and when to try again is for the owner to say.
+    """
+    socket = _socket(context, zmq.ROUTER, secure)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    # many short tasks may be on their way to a node with many slots
+    socket.setsockopt(zmq.SNDHWM, UNREAD)
+    socket.setsockopt(zmq.RCVHWM, HWM)
+    socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    return socket
+
+
 def dealer(
     context: zmq.Context[Any],
     url: str,
@@ -61,36 +76,31 @@ def dealer(
     send_hwm: int = HWM,
     receive_hwm: int = 0,
     secure: Secure | None = None,
-    immediate: bool = False,
 ) -> zmq.Socket[Any]:
     """Return a DEALER connected to ``url``.
 
     :param send_hwm: messages that wait to be sent
     :param receive_hwm: messages that wait to be read before the peer has to wait; 0: any number
-    :param immediate: it takes messages only while it is connected
     """
-    socket = _socket(context, zmq.DEALER, url, secure)
+    socket = _socket(context, zmq.DEALER, secure)
     socket.setsockopt(zmq.SNDHWM, send_hwm)
     socket.setsockopt(zmq.RCVHWM, receive_hwm)
-    socket.setsockopt(zmq.IMMEDIATE, int(immediate))
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     socket.connect(url)
     return socket
 
 
-def _socket(
-    context: zmq.Context[Any], kind: int, url: str, secure: Secure | None
-) -> zmq.Socket[Any]:
+def _socket(context: zmq.Context[Any], kind: int, secure: Secure | None) -> zmq.Socket[Any]:
     socket: zmq.Socket[Any] = context.socket(kind)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
-    if url.startswith("tcp:"):
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
-        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
-        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
-        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    # what follows is for TCP, and without effect on ipc
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)
     if secure is not None:
         secure(socket)
     return socket

@@ -1,0 +1,342 @@
+"""The agents of a broker: the calls to them, their leases, and the connections for their results.
+
+    calls --control--> agents       one socket for all, see ``calls``
+    data  <==========  agents       one socket for all
+
+Whether and when to call is ``peer``'s decision. A node is there when it has granted a lease, and
+has opened its data connection with the ticket of that lease; both ways a message longer than any
+packet has come through by then. Not covered: what the messages of a lease mean (``broker``).
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import logging
+import math
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from oq_runtime import facts
+from oq_runtime.core import scheduler as core
+from oq_runtime.core.limits import Limits
+from oq_runtime.errors import ConfigError, ProtocolError, TransitionError, VersionError
+from oq_runtime.logs import about
+from oq_runtime.session.peer import Event, Peer, State
+from oq_runtime.wire import protocol, security, transport
+from oq_runtime.wire.calls import Calls
+from oq_runtime.wire.monitor import Change
+
+log = logging.getLogger(__name__)
+
+#: messages that are read from the agents before others have their turn, and calls that are made
+AT_ONCE = 500
+#: nodes that get their beats together: those of 2,000 would hold up the rest for some 50 ms
+BEAT_NODES = 100
+TICKET_BYTES = 16
+PROBE = bytes(protocol.PROBE_BYTES)
+
+
+@dataclass(slots=True)
+class Line:
+    """An agent and the connections to it.
+
+    :param name: in ``host_cores``; ``host`` is what it calls itself
+    :param slots: all of the node's; ``share`` is what it has granted to this job
+    """
+
+    name: str
+    url: str
+    peer: Peer
+    link: transport.Link
+    host: str = ""
+    slots: int = 0
+    share: int | None = None
+    ticket: bytes = b""
+    data: transport.Link | None = None
+
+
+class Peers:
+    """The agents of one broker; to be polled by their ``sources``.
+
+    :param job: name of the session, in every header
+    :param agents: name of each agent and its control URL
+    :param data_urls: where to receive results: the first that is free
+    :param limits: of silence
+    :param own_facts: what the agents must have in common with this host
+    :param user: who runs the job, for people
+    :param keys: of the cluster, where the agents are reached over TCP
+    :param tell: has the scheduler take an event
+    :param read_control: takes a message of a node that has a lease
+    :param read_data: takes one of its data connection, with the payload frames
+    :raises ConfigError: when the host of ``data_urls`` is not this one
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        *,
+        job: str,
+        agents: Mapping[str, str],
+        data_urls: list[str],
+        limits: Limits,
+        own_facts: protocol.Facts,
+        user: str,
+        keys: security.Keys | None,
+        tell: Callable[[core.Event], None],
+        read_control: Callable[[Line, Any], None],
+        read_data: Callable[[Line, Any, list[memoryview]], None],
+    ) -> None:
+        self.context, self.job, self.keys = context, job, keys
+        self.limits = limits
+        self.hello = protocol.Hello(pid=os.getpid(), role="broker", facts=own_facts, user=user)
+        self.tell, self.read_control, self.read_data = tell, read_control, read_data
+        self.calls = Calls(context, keys)
+        self.data_urls, self.data_url = data_urls, ""
+        self.data: zmq.Socket[Any] | None = None
+        now = time.monotonic()
+        self.lines = {
+            name: Line(name, url, Peer(limits, now), transport.Link(self.calls.socket, job, 0))
+            for name, url in agents.items()
+        }
+        self.by_url = {line.url: line for line in self.lines.values()}
+        self.callers: dict[bytes, Line] = {}  # by the name of the call, as long as it lasts
+        self.tickets: dict[bytes, Line] = {}  # of leases whose data connection is still to come
+        self.senders: dict[bytes, Line] = {}  # by what comes in front of their data
+        # (s, name), the first to come; void when it is not the peer's due time any more
+        self.due = [(now, name) for name in self.lines]
+        self.beating = deque(self.lines.values())
+        self.slices = math.ceil(len(self.lines) / BEAT_NODES)
+        self.next_beat_s = now
+        self.bind()
+
+    def bind(self) -> None:
+        """Take the first free data URL; with none free no agent is called."""
+        for url in self.data_urls:
+            keys = self.keys
+            secure = functools.partial(security.secure_server, keys=keys) if keys else None
+            try:
+                self.data = transport.router(self.context, url, secure=secure)
+            except zmq.ZMQError as exc:
+                if exc.errno != zmq.EADDRINUSE:
+                    raise ConfigError(
+                        f"{url}: {exc.strerror}; set [dbserver] receiver_host to an address of "
+                        "this host"
+                    ) from exc
+            else:
+                self.data_url = url
+                return
+
+    def sources(self) -> dict[Any, Callable[[], None]]:
+        """Return what is to be polled, and what is to be called when it is readable."""
+        found: dict[Any, Callable[[], None]] = {
+            self.calls.monitor.socket: self._watch,
+            self.calls.socket: self._read_control,
+        }
+        if self.data is not None:
+            found[self.data] = self._read_data
+        return found
+
+    @property
+    def due_s(self) -> float:
+        """When ``step`` has something to do (s, monotonic)."""
+        if self.data is None:
+            return math.inf
+        return min(self.next_beat_s, self.due[0][0]) if self.due else self.next_beat_s
+
+    def step(self, now: float, beat: protocol.Beat) -> None:
+        """Make the calls that are due, and send the beats that are."""
+        if self.data is None:
+            return
+        if self.due and self.due[0][0] <= now:
+            self._watch()  # what is left of earlier calls must not be taken for the next ones'
+        for _ in range(AT_ONCE):
+            if not self.due or self.due[0][0] > now:
+                break
+            due_s, name = heapq.heappop(self.due)
+            line = self.lines[name]
+            if line.peer.due_s == due_s:
+                self._time_is_up(line, now)
+        if now >= self.next_beat_s:
+            self.next_beat_s = now + self.limits.beat_s / self.slices
+            for _ in range(math.ceil(len(self.beating) / self.slices)):
+                line = self.beating[0]
+                self.beating.rotate(-1)
+                self.send(line, beat)
+                if line.data is not None and not line.data.send(protocol.Beat()):
+                    self.lose(line, "its data connection broke")
+
+    def send(self, line: Line, message: protocol.Message) -> None:
+        """Send to a node that has a lease; one that cannot take it is lost: it would never know."""
+        if line.peer.state is State.LEASED and not line.link.send(message):
+            self.lose(line, "its connection broke")
+
+    def send_all(self, message: protocol.Message) -> None:
+        """Send to all nodes that have a lease."""
+        for line in self.lines.values():
+            self.send(line, message)
+
+    def lose(self, line: Line, reason: str, event: Event = Event.LOST) -> None:
+        """End the epoch of an agent, and drop the connection with whatever it may still hold."""
+        if event is Event.LOST and not line.peer.open:
+            return
+        state, told = line.peer.state, line.peer.told
+        self._change(line, event, time.monotonic(), reason)
+        if state is State.LEASED or told is not line.peer.told:
+            log.info(f"{line.host or line.name}: {reason}")
+        self.callers.pop(line.link.peer or b"", None)
+        self.tickets.pop(line.ticket, None)
+        if line.data is not None:
+            self.senders.pop(line.data.peer or b"", None)
+        line.data = line.share = None
+        self.calls.hang_up(line.url)
+        if state is State.LEASED:
+            self.tell(core.NodeGone(line.name, reason))
+
+    def close(self, linger_ms: int) -> None:
+        """Release the nodes, and close the sockets; those of the context have to be waited for."""
+        self.send_all(protocol.Release())
+        self.calls.close(linger_ms)
+
+    # ---- calls
+
+    def _change(self, line: Line, event: Event, now: float, reason: str = "") -> None:
+        line.peer.take(event, now, reason)
+        if line.peer.due_s < math.inf:
+            heapq.heappush(self.due, (line.peer.due_s, line.name))
+
+    def _time_is_up(self, line: Line, now: float) -> None:
+        """Call an agent, or give up one that takes too long to answer."""
+        match line.peer.state:
+            case State.CALLED:
+                self.lose(line, f"no answer in {self.limits.suspect_s:g} s", Event.DUE)
+            case State.ASKED if line.share is None:
+                size = f"{protocol.PROBE_BYTES >> 10} KiB"
+                reason = f"messages of {size} do not come through to it, only short ones; check the"
+                self.lose(line, f"{reason} MTU of all that is on the way", Event.DUE)
+            case State.ASKED:
+                reason = f"its results do not come through to {self.data_url}; open that port in"
+                reason += " the firewall here, and check the MTU of all that is on the way"
+                self.lose(line, reason, Event.DUE)
+            case _:
+                self._change(line, Event.DUE, now)
+                self._call(line)
+
+    def _call(self, line: Line) -> None:
+        """Open a new epoch; what comes of earlier ones is ignored from now on."""
+        try:
+            name = self.calls.call(line.url)
+        except zmq.ZMQError as exc:
+            self.lose(line, f"{line.url}: {exc.strerror}", Event.REFUSED)
+            return
+        line.link = transport.Link(self.calls.socket, self.job, line.link.epoch + 1, name)
+        self.callers[name] = line
+        line.link.send(self.hello)
+
+    def _watch(self) -> None:
+        """See what has become of the calls."""
+        for event in self.calls.events():
+            line = self.by_url[event.url]
+            if not line.peer.open:
+                continue
+            if event.change is Change.REFUSED:
+                self.lose(line, event.reason, Event.REFUSED)
+            elif event.change is Change.CLOSED:
+                called = line.peer.state is State.CALLED
+                self.lose(
+                    line, f"no connection to {line.url}" if called else "its connection was closed"
+                )
+
+    # ---- messages in
+
+    def _read_control(self) -> None:
+        for _ in range(AT_ONCE):
+            if not (frames := transport.receive(self.calls.socket)):
+                return
+            if line := self.callers.get(frames[0]):
+                self._dispatch(line, frames[1], functools.partial(self._from_agent, line))
+
+    def _read_data(self) -> None:
+        assert self.data is not None
+        for _ in range(AT_ONCE):
+            if not (views := transport.receive(self.data, copy=False)):
+                return
+            sender, header, *rest = views
+            take = functools.partial(self._from_data, bytes(sender), rest)
+            self._dispatch(None, header, take)
+
+    def _dispatch(
+        self, line: Line | None, header: bytes | memoryview, take: Callable[[Any], None]
+    ) -> None:
+        """Have a message taken; one that cannot be decoded, or does not fit here, is refused."""
+        try:
+            take(protocol.decode(header))
+        except (ProtocolError, TransitionError) as exc:
+            if line is not None and isinstance(exc, VersionError):
+                self.lose(line, f"refused: {exc}", Event.REFUSED)
+            else:
+                log.warning(f"refused a message: {exc}", extra=about("message"))
+
+    def _from_agent(self, line: Line, message: Any) -> None:
+        if message.epoch != line.link.epoch or message.job != self.job:
+            return  # of an epoch that is over
+        if isinstance(message, protocol.NoLease):
+            self.lose(line, message.reason or "its agent was started anew")
+        elif not line.link.accepts(message):
+            self.lose(line, "messages were lost on the way")
+        elif line.peer.state is State.LEASED:
+            self.read_control(line, message)
+        else:
+            self._answered(line, message)
+
+    def _answered(self, line: Line, message: Any) -> None:
+        """Take the next step to a lease."""
+        match message:
+            case protocol.Welcome(host=host, slots=slots) if line.peer.state is State.CALLED:
+                line.host, line.slots = host, slots
+                if different := facts.difference(self.hello.facts, message.facts):
+                    self.lose(line, f"refused: {different}", Event.REFUSED)
+                elif slots == 0:
+                    self.lose(line, "it has no slots", Event.REFUSED)
+                else:
+                    self._ask(line)
+            case protocol.Refused(reason=reason):
+                self.lose(line, f"it refused this job: {reason}", Event.REFUSED)
+            case protocol.Leased(slots=slots) if line.peer.state is State.ASKED:
+                line.share = slots
+                self._join(line)
+
+    def _ask(self, line: Line) -> None:
+        self._change(line, Event.WELCOMED, time.monotonic())
+        line.ticket = secrets.token_bytes(TICKET_BYTES)
+        self.tickets[line.ticket] = line
+        line.link.send(protocol.Lease(ticket=line.ticket, data_url=self.data_url), PROBE)
+
+    def _join(self, line: Line) -> None:
+        """Tell of the node once it has granted a lease and its data connection is open."""
+        if line.share is not None and line.data is not None:
+            self._change(line, Event.LEASED, time.monotonic())
+            self.tell(core.NodeJoined(line.name, line.share))
+
+    def _from_data(self, sender: bytes, rest: list[memoryview], message: Any) -> None:
+        assert self.data is not None
+        if isinstance(message, protocol.Hello) and message.ticket in self.tickets:
+            opened = self.tickets.pop(message.ticket)
+            opened.data = transport.Link(self.data, self.job, opened.link.epoch, sender)
+            self.senders[sender] = opened
+        line = self.senders.get(sender)
+        if line is None or line.data is None or message.epoch != line.data.epoch:
+            return  # of an epoch that is over
+        if not line.data.accepts(message):
+            self.lose(line, "results were lost on the way")
+        elif line.peer.state is State.ASKED:
+            self._join(line)
+        else:
+            self.read_data(line, message, rest)
