@@ -370,7 +370,6 @@ class Broker:
                 submission = self._forget(task)
                 del self.numbers[submission.client, submission.sent.task]
 
-
     def _grant(self, line: Line, task: int, attempt: int) -> None:
         """Get the body of an attempt, for which there is room in the window."""
         intact = self.staging.grant((line.name, task, attempt))

@@ -26,6 +26,10 @@ class State(Enum):
     GONE = "gone for good"
 
 
+#: no connection, until the next call; an answer is waited for
+RESTS, ANSWERS = (State.RESTING, State.SHUN), (State.CALLED, State.ASKED)
+
+
 class Event(Enum):
     DUE = "the time is up"
     WELCOMED = "it has said who it is"
@@ -92,7 +96,7 @@ class Peer:
     @property
     def open(self) -> bool:
         """Whether there is a connection, or one is being made."""
-        return self.state in (State.CALLED, State.ASKED, State.LEASED)
+        return self.state in (*ANSWERS, State.LEASED)
 
     def take(self, event: Event, now: float, reason: str = "") -> None:
         """Change the state at time ``now`` (s, monotonic).

@@ -29,15 +29,18 @@ from oq_runtime.core import scheduler as core
 from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ConfigError, ProtocolError, TransitionError, VersionError
 from oq_runtime.logs import about
-from oq_runtime.session.peer import Event, Peer, State
+from oq_runtime.session.peer import ANSWERS, RESTS, Event, Peer, State
 from oq_runtime.wire import protocol, security, transport
 from oq_runtime.wire.calls import Calls
 from oq_runtime.wire.monitor import Change
 
 log = logging.getLogger(__name__)
 
-#: messages that are read from the agents before others have their turn, and calls that are made
+#: messages that are read from the agents before others have their turn
 AT_ONCE = 500
+#: calls that wait for an answer at a time: each handshake takes the two hosts a millisecond, and
+#: with 2,000 at once the last would be given up before it has had its turn
+CALLS = 100
 #: nodes that get their beats together: those of 2,000 would hold up the rest for some 50 ms
 BEAT_NODES = 100
 TICKET_BYTES = 16
@@ -112,6 +115,8 @@ class Peers:
         self.senders: dict[bytes, Line] = {}  # by what comes in front of their data
         # (s, name), the first to come; void when it is not the peer's due time any more
         self.due = [(now, name) for name in self.lines]
+        self.ready: deque[Line] = deque()  # to be called as soon as fewer than CALLS are open
+        self.calling: set[str] = set()  # names of those that were called and have no lease yet
         self.beating = deque(self.lines.values())
         self.slices = math.ceil(len(self.lines) / BEAT_NODES)
         self.next_beat_s = now
@@ -157,13 +162,16 @@ class Peers:
             return
         if self.due and self.due[0][0] <= now:
             self._watch()  # what is left of earlier calls must not be taken for the next ones'
-        for _ in range(AT_ONCE):
-            if not self.due or self.due[0][0] > now:
-                break
+        while self.due and self.due[0][0] <= now:
             due_s, name = heapq.heappop(self.due)
             line = self.lines[name]
             if line.peer.due_s == due_s:
-                self._time_is_up(line, now)
+                self._time_is_up(line)
+        while self.ready and len(self.calling) < CALLS:
+            line = self.ready.popleft()
+            if line.peer.state in RESTS:
+                self._change(line, Event.DUE, now)
+                self._call(line)
         if now >= self.next_beat_s:
             self.next_beat_s = now + self.limits.beat_s / self.slices
             for _ in range(math.ceil(len(self.beating) / self.slices)):
@@ -211,9 +219,13 @@ class Peers:
         line.peer.take(event, now, reason)
         if line.peer.due_s < math.inf:
             heapq.heappush(self.due, (line.peer.due_s, line.name))
+        if line.peer.state in ANSWERS:
+            self.calling.add(line.name)
+        else:
+            self.calling.discard(line.name)
 
-    def _time_is_up(self, line: Line, now: float) -> None:
-        """Call an agent, or give up one that takes too long to answer."""
+    def _time_is_up(self, line: Line) -> None:
+        """Have an agent called, or give up one that takes too long to answer."""
         match line.peer.state:
             case State.CALLED:
                 self.lose(line, f"no answer in {self.limits.suspect_s:g} s", Event.DUE)
@@ -226,8 +238,7 @@ class Peers:
                 reason += " the firewall here, and check the MTU of all that is on the way"
                 self.lose(line, reason, Event.DUE)
             case _:
-                self._change(line, Event.DUE, now)
-                self._call(line)
+                self.ready.append(line)
 
     def _call(self, line: Line) -> None:
         """Open a new epoch; what comes of earlier ones is ignored from now on."""
