@@ -85,8 +85,8 @@ class Stage:
             limits=LIMITS,
             own_facts=protocol.Facts(engine="x"),
         )
-        assert self.broker.data is not None
-        self.data_url = self.broker.data.getsockopt_string(zmq.LAST_ENDPOINT)
+        assert self.broker.peers.data is not None
+        self.data_url = self.broker.peers.data.getsockopt_string(zmq.LAST_ENDPOINT)
         self.thread = threading.Thread(target=self.broker.run)
         self.thread.start()
         self.engine = Peer(transport.dealer(self.context, f"ipc://{directory}/engine"))
@@ -104,7 +104,8 @@ class Stage:
         self.node.send(protocol.Welcome(pid=1, host="n", slots=slots, facts=hello.facts))
         lease = self.node.expect(protocol.Lease)
         self.data.link = transport.Link(self.data.socket, hello.job, hello.epoch)
-        self.data.send(protocol.Hello(pid=1, role=lease.node))
+        opening = protocol.Hello(pid=1, role="agent", ticket=lease.ticket)
+        self.data.send(opening, bytes(protocol.PROBE_BYTES))
         self.node.send(protocol.Leased(slots=slots))
 
     def submit(self, task: int, map_: int = 1, blobs: list[protocol.Blob] | None = None) -> None:
