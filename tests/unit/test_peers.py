@@ -255,7 +255,7 @@ def test_an_agent_that_goes_away_is_called_again() -> None:
         old = b.agents.pop("a")
         old.control.close(linger=0)
         b.until(lambda: len(b.told) == 2)
-        assert b.told[1] == core.NodeGone("a", "its connection was closed")
+        assert b.told[1] == core.NodeGone("a", "the connection to its agent was closed")
         b.agents["a"] = Agent(b.context, old.url, KEYS)
         b.until(lambda: b.agents["a"].last(protocol.Hello))
         assert b.agents["a"].heard[0].epoch > 1

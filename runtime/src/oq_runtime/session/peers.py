@@ -260,10 +260,9 @@ class Peers:
             if event.change is Change.REFUSED:
                 self.lose(line, event.reason, Event.REFUSED)
             elif event.change is Change.CLOSED:
+                closed = "the connection to its agent was closed"
                 called = line.peer.state is State.CALLED
-                self.lose(
-                    line, f"no connection to {line.url}" if called else "its connection was closed"
-                )
+                self.lose(line, f"no connection to {line.url}" if called else closed)
 
     # ---- messages in
 
