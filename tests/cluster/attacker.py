@@ -8,6 +8,7 @@
     idle        COUNT connections that say nothing; ends with its stdin
     huge        a frame of 1 GiB: one announced by a stranger, one sent by a member
     half        a job of its own whose task has no call
+    boast       a job of its own with a user and a title that forge a table; ends with its stdin
 
 Prints one JSON object when it has done so: how much of it could be sent.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import select
 import socket
 import struct
 import sys
@@ -28,6 +30,7 @@ import zmq
 
 from oq_runtime import config, facts
 from oq_runtime.wire import protocol, security, transport
+from tests.cluster.liar import WORDS
 
 #: RFC 23/ZMTP: signature, version 3.1, mechanism CURVE, as a client
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
@@ -183,11 +186,24 @@ def half(host: str, port: int, count: int) -> int:
     return answers
 
 
+def boast(host: str, port: int, count: int) -> int:
+    cluster = config.Config.from_sections(config.read()).cluster
+    assert cluster is not None
+    own = facts.own(cluster.dbserver, cluster.shared_dir)
+    with zmq.Context() as context, member(context, host, port) as sock:
+        link = transport.Link(sock, "oq-run-boast", 1)
+        link.send(protocol.Hello(pid=1, role="broker", facts=own, user=WORDS))
+        link.send(protocol.Lease(node="n", data_url="tcp://192.0.2.99:1912"))
+        while not select.select([sys.stdin], [], [], 0.5)[0]:
+            link.send(protocol.Beat(title=WORDS))
+    return count
+
+
 def main() -> None:
     how, host, port, count = sys.argv[1:5]
     ways: dict[str, Callable[[str, int, int], int]] = {
         "strangers": strangers, "members": members, "deaf": deaf, "idle": idle, "huge": huge,
-        "half": half,
+        "half": half, "boast": boast,
     }  # fmt: skip
     print(json.dumps({"sent": ways[how](host, int(port), int(count))}))
 

@@ -45,8 +45,8 @@ START_LIMIT_S = 300.0
 STOP_LIMIT_S = 10.0
 #: the services run as this user; an engine installed by root starts a DbServer for nobody else
 USER = "openquake"
-#: the modules of the task functions, for drivers and workers
-TASKS = Path(__file__).parents[1] / "local"
+#: the modules of the task functions, for drivers and workers; and this package
+TASKS, ROOT = Path(__file__).parents[1] / "local", Path(__file__).parents[2]
 TAIL_LINES = 20
 AGENT = ("-m", "oq_runtime.node.daemon")
 
@@ -195,7 +195,7 @@ class Cluster:
             "OQ_DATADIR": str(self.datadir),
             "TMPDIR": str(self.tmpdir(host)),
             "PYTHONHASHSEED": "0",
-            "PYTHONPATH": str(TASKS),
+            "PYTHONPATH": f"{TASKS}:{ROOT}",
             "CI": "true",
             "COLUMNS": "200",
             **more,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
+import itertools
 import types
 import typing
-from enum import Enum
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oq_runtime.errors import ProtocolError
+from oq_runtime.text import MOST_CHARACTERS, clean
 from oq_runtime.wire import protocol
 
 KINDS: tuple[type[protocol.Message], ...] = typing.get_args(protocol.AnyMessage)
@@ -24,30 +27,39 @@ SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     types.NoneType: st.none(),
 }
+#: words as they are received
+CLEAN = SIMPLE[str].map(clean)
 
 
-def values(hint: Any) -> st.SearchStrategy[Any]:
+def values(hint: Any, words: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
+    if hint is protocol.Words:
+        return words
     if hint in SIMPLE:
         return SIMPLE[hint]
     if typing.get_origin(hint) is typing.Annotated:
         base, meta = hint.__origin__, hint.__metadata__[0]
         if base is str:
             return st.from_regex(meta.pattern).filter(lambda text: len(text) <= meta.max_length)
+        if base is float:
+            return st.floats(meta.ge, meta.le)
+        if typing.get_origin(base) is list:
+            return values(base, words)
         return st.integers(meta.ge, 2**63 - 1 if meta.le is None else meta.le)
-    if isinstance(hint, types.UnionType):
-        return st.one_of([values(one) for one in typing.get_args(hint)])
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return st.one_of([values(one, words) for one in typing.get_args(hint)])
     if typing.get_origin(hint) is list:
-        return st.lists(values(typing.get_args(hint)[0]), max_size=3)
+        return st.lists(values(typing.get_args(hint)[0], words), max_size=3)
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(typing.get_args(hint))
-    if issubclass(hint, Enum):
+    if issubclass(hint, enum.Enum):
         return st.sampled_from(hint)
-    return structs(hint)
+    return structs(hint, words)
 
 
-def structs(kind: Any) -> st.SearchStrategy[Any]:
+def structs(kind: Any, words: st.SearchStrategy[str] = CLEAN) -> st.SearchStrategy[Any]:
+    """Messages of a kind, or structs in them, with such words for people."""
     fields = {
-        name: values(hint)
+        name: values(hint, words)
         for name, hint in typing.get_type_hints(kind, include_extras=True).items()
     }
     if issubclass(kind, protocol.Message):
@@ -74,6 +86,31 @@ def test_round_trip(kind: type[protocol.Message]) -> None:
         for received in (frame, memoryview(frame)):
             decoded = protocol.decode(received)
             assert type(decoded) is kind and decoded == message
+
+    check()
+
+
+#: escapes, marks that turn the direction of writing, new lines, and more of it than a line holds
+HOSTILE = ("\x1b[2J\x1b]0;owned\x07", "up\u202e0/46", "a\nforged 0/64", "\x9b31m", "x" * 10_000)
+
+
+def words(received: Any) -> Iterator[protocol.Words]:
+    """Yield all words for people that are in a message."""
+    if isinstance(received, protocol.Words):
+        yield received
+    elif isinstance(received, msgspec.Struct):
+        yield from words([getattr(received, name) for name in received.__struct_fields__])
+    elif isinstance(received, list):
+        yield from itertools.chain.from_iterable(map(words, received))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_words_for_people_are_clean_and_bounded(kind: type[protocol.Message]) -> None:
+    @settings(max_examples=25)
+    @given(structs(kind, st.sampled_from(HOSTILE)))
+    def check(message: protocol.Message) -> None:
+        for shown in words(protocol.decode(protocol.encode(message))):
+            assert shown.isprintable() and len(shown) <= MOST_CHARACTERS
 
     check()
 

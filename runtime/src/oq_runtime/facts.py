@@ -6,8 +6,11 @@ import importlib.metadata
 import os
 import sys
 
+from oq_runtime.text import clean
 from oq_runtime.wire.protocol import Facts
 
+#: characters of a value that are shown
+MOST_CHARACTERS = 200
 #: what the fields of Facts are called in a message
 NAMES = {
     "engine": "OpenQuake engine",
@@ -40,8 +43,8 @@ def own(dbserver: str = "", shared_dir: str = "") -> Facts:
 def difference(master: Facts, node: Facts) -> str:
     """Return what differs, with both values, or an empty string."""
     return "; ".join(
-        f"{title} is {getattr(node, field) or 'not set'} on the node and "
-        f"{getattr(master, field) or 'not set'} on the master"
+        f"{title} is {clean(getattr(node, field), MOST_CHARACTERS) or 'not set'} on the node and "
+        f"{clean(getattr(master, field), MOST_CHARACTERS) or 'not set'} on the master"
         for field, title in NAMES.items()
         if getattr(node, field) != getattr(master, field)
     )

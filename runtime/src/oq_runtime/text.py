@@ -12,11 +12,12 @@ MOST_CHARACTERS = 500
 
 def clean(words: str, most: int = MOST_CHARACTERS) -> str:
     """Return the words on one line, at most so many characters, what cannot be printed escaped."""
-    if len(words) > most:
-        words = words[: most - 1] + "…"
-    if words.isprintable():
-        return words
-    return "".join(c if c.isprintable() else _escaped(c) for c in words)
+    shown = words[:most]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else _escaped(c) for c in shown)
+    if len(words) > most or len(shown) > most:
+        shown = shown[: most - 1] + "…"
+    return shown
 
 
 def clean_lines(words: str, most: int = MOST_CHARACTERS) -> str:

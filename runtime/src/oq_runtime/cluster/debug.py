@@ -1,8 +1,10 @@
 """``oq-workers debug``: try the whole way of a task, from the engine's Starmap to every slot.
 
-One task per slot says where and with what it runs and looks for a file that was just written on the
-master; one more kills its worker and must come back. Every problem is told with a remedy. The tasks
-below run on the nodes; ``examine`` runs on the master, in a process with the engine.
+The way to each node is tried with small and with large messages. Then one task per slot says where
+and with what it runs and looks for a file that was just written on the master; one more kills its
+worker and must come back. Every problem is told with a remedy, and nothing is waited for without a
+limit. The tasks below run on the nodes; ``examine`` runs on the master, in a process with the
+engine.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oq_runtime.cluster.pool import Pool
+from oq_runtime.cluster.pool import Killed, Pool, Unreachable
 from oq_runtime.config import ATTEMPT_VARIABLE, NODE_VARIABLE
 from oq_runtime.errors import OqRuntimeError
-from oq_runtime.wire.protocol import AgentStatus
+from oq_runtime.text import clean
+from oq_runtime.wire.protocol import AgentState, AgentStatus
 
 #: seconds for a file of the master to be seen on a node
 VISIBLE_SECS = 3.0
@@ -31,6 +34,14 @@ VISIBLE_SECS = 3.0
 HOLD_SECS = 0.5
 #: seconds for the workers to import the engine
 READY_SECS = 60.0
+#: seconds for the tasks of a function to end
+TASKS_SECS = 60.0
+#: of a text that the engine or a node gives as a reason
+MOST_CHARACTERS = 2000
+REMEDY = (
+    "jobs will hang or leave it out; all hosts and what is between them need the same MTU: "
+    "try ping -M do -s 1472 {host}, and a lower MTU (ip link set dev eth0 mtu 1400)"
+)
 
 
 # ---- tasks
@@ -76,8 +87,9 @@ def die_once(victim: bool, monitor: Any) -> dict[str, Any]:
 class Host:
     """What was found out about a host; None is what was not.
 
-    ``workers`` are the pids that have answered; ``file_seen_s`` is the seconds until the slowest of
-    them saw the file, infinity if one did not.
+    :param workers: pids of those that have answered
+    :param file_seen_s: seconds until the slowest of them saw the file, infinity if one did not
+    :param reason: why it did not
     """
 
     slots: int = 0
@@ -104,8 +116,13 @@ class Host:
 
 @dataclass(slots=True)
 class Report:
-    """``results``: numbers of the tasks that have answered; ``survived``: attempt and host that
-    came through after a worker's death, None if none did."""
+    """What was found out about a cluster.
+
+    :param hosts: by address
+    :param results: numbers of the tasks that have answered
+    :param survived: attempt and host that came through after a worker's death, None if none did
+    :param problems: in words, each with a remedy
+    """
 
     hosts: dict[str, Host]
     results: list[int] = field(default_factory=list)
@@ -124,24 +141,56 @@ class Report:
 def examine(pool: Pool) -> Report:
     """Try every host of the cluster; takes some seconds, most of which the workers need to start.
 
-    Leaves the session of this process open, as the engine does.
+    To be called in the main thread, for the sake of its limits. Leaves the session of this process
+    open, as the engine does.
     """
     answers = pool.ask("status")
     report = Report({host: Host() for host in answers})
     for host, answer in answers.items():
-        if isinstance(answer, str) or answer.state != "up":
-            what = answer if isinstance(answer, str) else f"it is {answer.state}"
-            report.problems.append(f"{host}: {what}; try oq-workers start")
-            continue
-        report.hosts[host].slots = answer.slots
-        if speed := pool.measure(host):
-            report.hosts[host].round_trip_ms = round(speed.round_trip_s * 1e3, 2)
-            report.hosts[host].mb_per_s = round(speed.bytes_per_s / 1e6, 1)
+        match answer:
+            case AgentStatus(state=AgentState.UP):
+                _measure(pool, report, host, answer.slots)
+            case AgentStatus(state=state):
+                report.problems.append(f"{host}: it is {state}; try oq-workers start")
+            case Unreachable(reason):
+                report.problems.append(f"{host}: {reason}; try oq-workers start")
+            case Killed():
+                raise AssertionError("nobody was killed")
     try:
         _run_tasks(pool, report)
     except OqRuntimeError as exc:
-        report.problems.append(str(exc).strip().splitlines()[-1])
+        report.problems.append(clean(str(exc).strip(), MOST_CHARACTERS))
     return report
+
+
+def _measure(pool: Pool, report: Report, host: str, slots: int) -> None:
+    found, way = report.hosts[host], pool.measure(host)
+    found.slots = slots
+    if way.round_trip_s is not None:
+        found.round_trip_ms = round(way.round_trip_s * 1e3, 2)
+    if way.bytes_per_s is not None:
+        found.mb_per_s = round(way.bytes_per_s / 1e6, 1)
+    if way.lost:
+        report.problems.append(f"{host}: {way.lost}; {REMEDY.format(host=host)}")
+
+
+@contextmanager
+def _limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise OqRuntimeError when what is done in the block does not end in time.
+
+    The engine's own loops have no limit, so a signal ends them.
+    """
+
+    def over(*_: object) -> None:
+        raise OqRuntimeError(f"{what} did not end in {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _run_tasks(pool: Pool, report: Report) -> None:
@@ -149,7 +198,8 @@ def _run_tasks(pool: Pool, report: Report) -> None:
 
     from oq_runtime.session.client import Session
 
-    session = Session.current()
+    with _limit(READY_SECS, "the start of a session"):
+        session = Session.current()
     for node in session.nodes():
         if node.state == "refused" and node.host in report.hosts:
             report.hosts[node.host].slots = 0
@@ -157,19 +207,21 @@ def _run_tasks(pool: Pool, report: Report) -> None:
     _await_workers(pool, session.name, report)
     slots = sum(node.slots for node in session.nodes())
 
-    def results(function: Any, args: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    def rows(function: Any, args: Sequence[tuple[Any, ...]]) -> Any:
         # without a length: the engine runs a single task in its own process
-        starmap = parallel.Starmap(function, iter(args), distribute="zmq", progress=logging.debug)
-        found: list[dict[str, Any]] = starmap.reduce(lambda acc, row: [*acc, row], [])
-        return found
+        return parallel.Starmap(function, iter(args), distribute="zmq", progress=logging.debug)
 
     with _file(pool.cluster.shared_dir) as (path, token):
-        for row in results(echo, [(path, token)] * slots):
-            _note(report, _host(pool, row["node"]), row)
-    for host, found in report.hosts.items():
-        _judge(report, host, found, path)
-    [row] = results(die_once, [(True,)])
-    report.survived = row["attempt"], _host(pool, row["node"])
+        try:
+            with _limit(TASKS_SECS, f"{slots} tasks"):
+                for row in rows(echo, [(path, token)] * slots):
+                    _note(report, _host(pool, row["node"]), row)
+        finally:
+            for host, found in report.hosts.items():
+                _judge(report, host, found, path)
+    with _limit(TASKS_SECS, "a task whose worker dies on purpose"):
+        for row in rows(die_once, [(True,)]):
+            report.survived = row["attempt"], _host(pool, row["node"])
 
 
 def _await_workers(pool: Pool, job: str, report: Report) -> None:

@@ -15,25 +15,48 @@ from oq_runtime.errors import NoWorkers, ProtocolError
 from oq_runtime.wire import protocol, security, transport
 from oq_runtime.wire.calls import Calls
 from oq_runtime.wire.monitor import Change
+from oq_runtime.wire.protocol import PROBE_BYTES
 
 #: seconds for a host to answer
 ANSWER_SECS = 2.0
 #: seconds between two calls of a host that does not listen
 AGAIN_SECS = 0.1
-#: pings for the round trip; bytes for the bandwidth, in pieces of which so many are under way
-PINGS, LOAD_BYTES, PIECE_BYTES, PIECES = 5, 16 << 20, 1 << 20, 4
+#: small messages for the round trip
+PINGS = 5
+#: seconds for the bandwidth; bytes of a message then, and how many are under way
+LOAD_SECS, PIECE_BYTES, PIECES = 1.0, 256 * 1024, 16
 Action = Literal["status", "start", "stop", "kill"]
-#: what a host says of itself, or in words why it says nothing
-Answer = protocol.AgentStatus | str
 SILENT = f"no answer in {ANSWER_SECS:g} s; is its openquake-worker service running?"
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """The way to a node: a round trip, and the bytes that go each way at the same time."""
+class Unreachable:
+    """A host that says nothing of itself, and in words why."""
 
-    round_trip_s: float
-    bytes_per_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """A host whose service was killed over ssh."""
+
+
+#: what is known of a host after it was asked or told
+Answer = protocol.AgentStatus | Unreachable | Killed
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The way to a node and back, as far as it was measured.
+
+    :param round_trip_s: the least of PINGS, None when one got lost
+    :param bytes_per_s: that go each way at the same time
+    :param lost: in words, which messages do not arrive; empty when all do
+    """
+
+    round_trip_s: float | None = None
+    bytes_per_s: float | None = None
+    lost: str = ""
 
 
 class Lines:
@@ -70,7 +93,7 @@ class Lines:
         transport.send_to(self.calls.socket, self.names[host], message, *frames)
 
     def hear(self) -> list[tuple[str, Any]]:
-        """Wait for AGAIN_SECS; return per host a message, or in words why none will come."""
+        """Wait for AGAIN_SECS; return per host a message, or Unreachable if none will come."""
         self.poller.poll(round(AGAIN_SECS * 1000))
         if time.monotonic() >= self.again_s:
             self._call(self.closed - self.refused)
@@ -79,7 +102,7 @@ class Lines:
             host = self.hosts[event.url]
             if event.change is Change.REFUSED:
                 self.refused.add(host)
-                found.append((host, event.reason))
+                found.append((host, Unreachable(event.reason)))
             elif event.change is Change.CLOSED:
                 self.closed.add(host)
         hosts = {name: host for host, name in self.names.items()}
@@ -87,7 +110,7 @@ class Lines:
             try:
                 message = protocol.decode(frames[1])
             except ProtocolError as exc:
-                message = str(exc)
+                message = Unreachable(str(exc))
             if sender := hosts.get(frames[0]):
                 found.append((sender, message))
         return found
@@ -102,8 +125,9 @@ class Lines:
 
 
 class Pool:
-    """
-    :param cluster: whose hosts are asked
+    """The hosts of a cluster, all asked or told at once.
+
+    :param cluster: whose hosts they are
 
     Raises ConfigError when the authkey cannot be used.
     """
@@ -113,18 +137,18 @@ class Pool:
         self.keys = security.Keys.derive(security.read_secret(cluster.authkey))
 
     def ask(self, action: Action, hosts: Iterable[str] | None = None) -> dict[str, Answer]:
-        """Return per host (all by default) its answer, or in words why there is none."""
+        """Return what each host says, by default of all; takes at most ANSWER_SECS."""
         answers: dict[str, Answer] = {}
         with self._lines(self.cluster.hosts if hosts is None else hosts, action) as lines:
             deadline_s = time.monotonic() + ANSWER_SECS
             while len(answers) < len(lines.urls) and time.monotonic() < deadline_s:
                 for host, heard in lines.hear():
                     match heard:
-                        case protocol.AgentStatus() | str():
+                        case protocol.AgentStatus() | Unreachable():
                             answers[host] = heard
                         case protocol.Refused(reason=reason):
-                            answers[host] = reason
-        return {host: answers.get(host, SILENT) for host in lines.urls}
+                            answers[host] = Unreachable(reason)
+        return {host: answers.get(host, Unreachable(SILENT)) for host in lines.urls}
 
     def start(self) -> dict[str, Answer]:
         """Let all hosts take tasks, after starting over ssh the agents that do not answer."""
@@ -141,43 +165,52 @@ class Pool:
 
     def _insist(self, word: remote.Word) -> dict[str, Answer]:
         answers = self.ask(word)
-        silent = {host: text for host, text in answers.items() if isinstance(text, str)}
-        failures = remote.tell(list(silent), word)
+        failures = remote.tell([host for host, _ in unreachable(answers)], word)
         reached = [host for host, failure in failures.items() if not failure]
+        for host, answer in unreachable(answers):
+            if failures[host]:
+                answers[host] = Unreachable(f"{answer.reason} {failures[host]}")
         if word == "start":
-            answers |= self.ask("status", reached)
-        else:
-            answers |= {host: _killed(host) for host in reached}
-        for host, failure in failures.items():
-            if failure:
-                answers[host] = f"{silent[host]} {failure}"
-        return answers
+            return answers | self.ask("status", reached)
+        return answers | dict.fromkeys(reached, Killed())
 
     def wait(self, seconds: float) -> dict[str, Answer]:
         """Wait until every host answers; raises NoWorkers naming those that do not in time."""
         deadline_s = time.monotonic() + seconds
         while True:
             answers = self.ask("status")
-            missing = {host: text for host, text in answers.items() if isinstance(text, str)}
+            missing = unreachable(answers)
             if not missing:
                 return answers
             if time.monotonic() > deadline_s:
-                detail = "; ".join(f"{host}: {text}" for host, text in missing.items())
+                detail = "; ".join(f"{host}: {answer.reason}" for host, answer in missing)
                 raise NoWorkers(f"after {seconds:g} s: {detail}")
             time.sleep(0.2)
 
-    def measure(self, host: str) -> Speed | None:
-        """Measure the way to a host, for about a second; None when it does not answer."""
-        with self._lines([host], "status") as lines:
-            trips = [_ping(lines, host, 1, b"") for _ in range(PINGS)]
-            if not all(trips):
-                return None
-            sent, began_s = 0, time.monotonic()
-            while sent < LOAD_BYTES and time.monotonic() - began_s < ANSWER_SECS / 2:
-                if not _ping(lines, host, PIECES, bytes(PIECE_BYTES)):
-                    return None
-                sent += PIECES * PIECE_BYTES
-            return Speed(min(trips), sent / (time.monotonic() - began_s))
+    def measure(self, host: str) -> Way:
+        """Measure the way to a host, in some seconds; takes at most PINGS + 3 times ANSWER_SECS."""
+        with self._line(host) as line:
+            trips = [_ping(line, host) for _ in range(PINGS)]
+        known = [trip for trip in trips if trip is not None]
+        if len(known) < len(trips):
+            return Way(lost=f"{len(trips) - len(known)} of {len(trips)} small messages get lost")
+        ways = {
+            f"from here to {host}": (PROBE_BYTES, 0),
+            f"from {host} to here": (0, PROBE_BYTES),
+        }
+        lost = []
+        for name, (there, back) in ways.items():
+            # on a connection of its own: what is lost holds up all behind it
+            with self._line(host) as line:
+                if _ping(line, host, bytes(there), want=back) is None:
+                    lost.append(name)
+        if lost:
+            return Way(min(known), lost=f"large messages get lost {' and '.join(lost)}")
+        with self._line(host) as line:
+            return Way(min(known), _load(line, host))
+
+    def _line(self, host: str) -> Lines:
+        return self._lines([host], "status")
 
     def _lines(self, hosts: Iterable[str], action: Action) -> Lines:
         urls = {host: self.cluster.control_url(host) for host in hosts}
@@ -195,21 +228,40 @@ def triples(answers: dict[str, Answer]) -> list[tuple[str, int, int]]:
 
 def answering(answers: dict[str, Answer]) -> list[str]:
     """Return the hosts that answer, or that were reached over ssh."""
-    return [host for host, answer in answers.items() if isinstance(answer, protocol.AgentStatus)]
+    return [host for host, answer in answers.items() if not isinstance(answer, Unreachable)]
 
 
-def _killed(host: str) -> protocol.AgentStatus:
-    return protocol.AgentStatus(
-        host=host, pid=0, slots=0, busy=0, jobs=[], memory=0.0, engine="", state="killed"
-    )
+def unreachable(answers: dict[str, Answer]) -> list[tuple[str, Unreachable]]:
+    """Return the hosts that say nothing of themselves, each with its answer."""
+    return [(host, answer) for host, answer in answers.items() if isinstance(answer, Unreachable)]
 
 
-def _ping(lines: Lines, host: str, times: int, payload: bytes) -> float:
-    """Return the seconds until so many pings have come back, 0 when they do not in time."""
+def _ping(line: Lines, host: str, payload: bytes = b"", want: int | None = None) -> float | None:
+    """Return the seconds until a ping comes back, None when it does not in ANSWER_SECS.
+
+    :param want: bytes that shall come back instead of the payload
+    """
     began_s = time.monotonic()
-    for _ in range(times):
-        lines.send(host, protocol.Ping(), payload)
-    left = times
-    while left and time.monotonic() - began_s < ANSWER_SECS:
-        left -= sum(isinstance(heard, protocol.Ping) for _, heard in lines.hear())
-    return 0.0 if left else time.monotonic() - began_s
+    line.send(host, protocol.Ping(want=want), payload)
+    return time.monotonic() - began_s if _returned(line, began_s + ANSWER_SECS) else None
+
+
+def _load(line: Lines, host: str) -> float:
+    """Return the bytes per second that come back while PIECES messages are under way."""
+    began_s = time.monotonic()
+    for _ in range(PIECES):
+        line.send(host, protocol.Ping(), bytes(PIECE_BYTES))
+    nbytes = 0
+    while returned := _returned(line, began_s + LOAD_SECS):
+        for _ in range(returned):
+            line.send(host, protocol.Ping(), bytes(PIECE_BYTES))
+        nbytes += returned * PIECE_BYTES
+    return nbytes / (time.monotonic() - began_s)
+
+
+def _returned(line: Lines, deadline_s: float) -> int:
+    """Return how many pings have come back, at least one, or 0 when none does in time."""
+    while time.monotonic() < deadline_s:
+        if found := sum(isinstance(heard, protocol.Ping) for _, heard in line.hear()):
+            return found
+    return 0

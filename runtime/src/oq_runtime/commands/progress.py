@@ -49,7 +49,7 @@ class Display:
         self.progress: Progress | None = None
         if console is not None and console.is_terminal:
             self.progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[note]}"),
                 TimeRemainingColumn(),

@@ -13,13 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from oq_runtime.cluster.pool import Answer, Pool
+from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable, unreachable
 from oq_runtime.config import Config, read
 from oq_runtime.errors import ConfigError, NoWorkers, OqRuntimeError
+from oq_runtime.text import clean
 
 EXIT_SILENT, EXIT_INPUT = 1, 2
 #: columns of a table that goes into a file or a pipe: nothing is wrapped
 WIDE_COLUMNS = 1000
+#: of a line about a problem
+MOST_CHARACTERS = 4000
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +67,7 @@ def wait(seconds: float, as_json: bool) -> None:
     try:
         answers = pool.wait(seconds)
     except NoWorkers as exc:
-        click.echo(f"oq-workers: {exc}", err=True)
+        tell(exc)
         answers = pool.ask("status")
         if not as_json:
             sys.exit(EXIT_SILENT)
@@ -94,7 +97,7 @@ def debug(as_json: bool) -> None:
             attempt, host = report.survived
             click.echo(f"a worker died on purpose: attempt {attempt} came through on {host}")
     for problem in report.problems:
-        click.echo(f"oq-workers: {problem}", err=True)
+        tell(problem)
     if report.problems:
         sys.exit(EXIT_SILENT)
 
@@ -109,8 +112,13 @@ def _pool() -> Pool:
             )
         return Pool(cluster)
     except OqRuntimeError as exc:
-        click.echo(f"oq-workers: {exc}", err=True)
+        tell(exc)
         sys.exit(EXIT_INPUT)
+
+
+def tell(problem: object) -> None:
+    """Print a line about a problem on stderr."""
+    click.echo(f"oq-workers: {clean(str(problem), MOST_CHARACTERS)}", err=True)
 
 
 def show(answers: dict[str, Answer], as_json: bool) -> None:
@@ -120,22 +128,26 @@ def show(answers: dict[str, Answer], as_json: bool) -> None:
     else:
         titles = ["host", "slots", "jobs", "memory", "engine", "state", "beat age"]
         print_table(titles, [_row(host, answer) for host, answer in answers.items()])
-    if any(isinstance(answer, str) for answer in answers.values()):
+    if unreachable(answers):
         sys.exit(EXIT_SILENT)
 
 
 def _object(answer: Answer) -> object:
-    if isinstance(answer, str):
-        return {"state": "unreachable", "reason": answer}
-    row = msgspec.to_builtins(answer)
+    match answer:
+        case Unreachable(reason):
+            return {"state": "unreachable", "reason": reason}
+        case Killed():
+            return {"state": "killed"}
+    row = msgspec.to_builtins(answer, enc_hook=str)
     return {name: row[name] for name in type(answer).__annotations__}
 
 
 def _row(host: str, answer: Answer) -> list[str]:
-    if isinstance(answer, str):
-        return [host, "-", "-", "-", "-", f"unreachable: {answer}", "-"]
-    if answer.state == "killed":
-        return [host, "-", "-", "-", "-", "killed over ssh", "-"]
+    match answer:
+        case Unreachable(reason):
+            return [host, "-", "-", "-", "-", f"unreachable: {reason}", "-"]
+        case Killed():
+            return [host, "-", "-", "-", "-", "killed over ssh", "-"]
     return [
         host,
         f"{answer.busy}/{answer.slots}",
@@ -152,12 +164,12 @@ def _text(value: object) -> str:
 
 
 def print_table(titles: list[str], rows: list[list[str]]) -> None:
-    """Print a table for a person."""
+    """Print a table for a person; what the cells say may be the words of others."""
     table = Table(box=None)
     for title in titles:
         table.add_column(title)
     for row in rows:
-        table.add_row(*map(Text, row))  # a reason may have [brackets]
+        table.add_row(*(Text(clean(cell)) for cell in row))  # a reason may have [brackets]
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDE_COLUMNS

@@ -361,7 +361,8 @@ class Agent:
             transport.send_to(self.control, peer, self._status())
             return
         if isinstance(message, protocol.Ping):
-            transport.send_to(self.control, peer, message, *frames[2:])
+            payload = frames[2:] if message.want is None else [bytes(message.want)]
+            transport.send_to(self.control, peer, message, *payload)
             return
         if isinstance(message, protocol.Hello):
             self._greet(peer, message)
@@ -426,6 +427,10 @@ class Agent:
                     self._give_back(name, "its workers were killed by an administrator")
 
     def _status(self) -> protocol.AgentStatus:
+        state = protocol.AgentState.UP
+        if self.slots.draining:
+            busy = self.slots.busy
+            state = protocol.AgentState.DRAINING if busy else protocol.AgentState.STOPPED
         return protocol.AgentStatus(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -434,7 +439,7 @@ class Agent:
             jobs=[self.jobs[name].about(name) for name in sorted(self.slots.leases)],
             memory=self.slots.memory_percent / 100,
             engine=self.own_facts.engine,
-            state=("draining" if self.slots.busy else "stopped") if self.slots.draining else "up",
+            state=state,
             ready=self.slots.ready,
             beat_age_s=self.slots.beat_age_s(time.monotonic()),
         )

@@ -23,13 +23,14 @@ epoch is over, and what it had under way is void.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
-from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from oq_runtime.errors import ProtocolError, VersionError
+from oq_runtime.text import clean
 
 PROTOCOL_VERSION = 5
 #: bytes of a body, or of the arguments in a call, that travel in a header
@@ -48,8 +49,21 @@ CALL_BYTES = HEADER_BYTES // 2
 JobName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]*\Z", max_length=64)]
 #: bytes of the largest body: a pebibyte
 MOST_BYTES = 1 << 50
+#: of slots or processes of a node
+Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+#: seconds of the longest age: a year
+MOST_AGE_S = 366 * 86400.0
 #: a size or an offset
 Size = Annotated[int, msgspec.Meta(ge=0, le=MOST_BYTES)]
+
+if TYPE_CHECKING:
+    Words = str
+else:
+
+    class Words(str):
+        """Words for people: any text may be sent, what is received has gone through ``clean``."""
+
+        __slots__ = ()
 
 
 class Message(
@@ -82,13 +96,13 @@ class Hello(Message, frozen=True, tag="hello"):
     pid: int
     role: str
     facts: Facts = Facts()
-    user: str = ""
+    user: Words = ""
     ticket: bytes = b""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
     pid: int
-    host: str = ""
+    host: Words = ""
     slots: int = 0
     facts: Facts = Facts()
 
@@ -96,7 +110,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
 class Refused(Message, frozen=True, tag="refused"):
     """The agent takes no work of this broker."""
 
-    reason: str
+    reason: Words
 
 
 class Blob(msgspec.Struct, frozen=True):
@@ -152,7 +166,7 @@ class Failed(Message, frozen=True, tag="failed"):
 class Title(Message, frozen=True, tag="title"):
     """What people call the job: ``calculation 42``."""
 
-    text: str
+    text: Words
 
 
 class StatusQuery(Message, frozen=True, tag="status?"):
@@ -162,7 +176,7 @@ class StatusQuery(Message, frozen=True, tag="status?"):
 class Phase(msgspec.Struct, kw_only=True):
     """Counters of the tasks of one function."""
 
-    name: str
+    name: Words
     total: int = 0
     done: int = 0
     running: int = 0
@@ -170,7 +184,7 @@ class Phase(msgspec.Struct, kw_only=True):
     received_bytes: int = 0
 
 
-class NodeState(StrEnum):
+class NodeState(enum.StrEnum):
     """Of a node as its broker sees it."""
 
     CALLING = "calling"
@@ -181,11 +195,11 @@ class NodeState(StrEnum):
 class Node(msgspec.Struct, kw_only=True):
     """``reason``: why it has no lease."""
 
-    host: str
+    host: Words
     slots: int
     busy: int
     state: NodeState
-    reason: str = ""
+    reason: Words = ""
 
 
 class Status(Message, frozen=True, tag="status"):
@@ -193,7 +207,7 @@ class Status(Message, frozen=True, tag="status"):
 
     phases: list[Phase]
     nodes: list[Node]
-    note: str = ""
+    note: Words = ""
 
 
 class Lease(Message, frozen=True, tag="lease"):
@@ -216,7 +230,7 @@ class Leased(Message, frozen=True, tag="leased"):
 class NoLease(Message, frozen=True, tag="nolease"):
     """The agent does not know this job and epoch (any more)."""
 
-    reason: str = ""
+    reason: Words = ""
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -303,7 +317,7 @@ class Died(Message, frozen=True, tag="died"):
 
     task: int
     attempt: int
-    reason: str
+    reason: Words
     oom: bool = False
     no_room: bool = False
 
@@ -319,7 +333,7 @@ class Beat(Message, frozen=True, tag="beat"):
     busy: int = 0
     closed: bool = False
     free_bytes: int = 0
-    title: str = ""
+    title: Words = ""
 
 
 class Command(Message, frozen=True, tag="command"):
@@ -329,7 +343,20 @@ class Command(Message, frozen=True, tag="command"):
 
 
 class Ping(Message, frozen=True, tag="ping"):
-    """Comes back with its payload, which shows how fast the way to a node is."""
+    """Comes back with its payload, or so many bytes: how fast, and how well, the way to a node is.
+
+    ``want``: bytes to come back instead of the payload.
+    """
+
+    want: Annotated[int, msgspec.Meta(ge=0, le=CHUNK_BYTES)] | None = None
+
+
+class AgentState(enum.StrEnum):
+    """Whether a node takes tasks: yes; no, and it still has some; no."""
+
+    UP = "up"
+    DRAINING = "draining"
+    STOPPED = "stopped"
 
 
 class AgentStatus(Message, frozen=True, tag="agentstatus"):
@@ -339,16 +366,16 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
     engine, ``beat_age_s`` the age of the oldest of the brokers' last beats (None: no lease).
     """
 
-    host: str
+    host: Words
     pid: int
-    slots: int
-    busy: int
-    jobs: list[str]
-    memory: float
-    engine: str
-    state: str
-    ready: int = 0
-    beat_age_s: float | None = None
+    slots: Count
+    busy: Count
+    jobs: Annotated[list[Words], msgspec.Meta(max_length=1000)]
+    memory: Annotated[float, msgspec.Meta(ge=0, le=10)]
+    engine: Words
+    state: AgentState
+    ready: Count = 0
+    beat_age_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_AGE_S)] | None = None
 
 
 class Ready(Message, frozen=True, tag="ready"):
@@ -370,7 +397,7 @@ class NoRoom(Message, frozen=True, tag="noroom"):
 
     task: int
     attempt: int
-    reason: str
+    reason: Words
 
 
 AnyMessage = (
@@ -387,9 +414,16 @@ class _Version(msgspec.Struct):
     v: int
 
 
-_encoder = msgspec.msgpack.Encoder()
+def _cleaned(kind: type, words: str) -> Words:
+    """Return what becomes of words that are received; nothing else needs to be changed."""
+    if kind is not Words or not isinstance(words, str):
+        raise ValueError("Expected words")
+    return Words(clean(words))
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=str)  # of Words that go on to the next
 _versions = msgspec.msgpack.Decoder(_Version)
-_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage, dec_hook=_cleaned)
 
 
 def encode(message: Message) -> bytes:
