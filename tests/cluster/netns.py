@@ -289,6 +289,10 @@ class Net:
         """Lose and delay in each direction: a round trip takes twice ``delay_ms`` longer."""
         self._set_faults(host, ("in", "out"), loss_percent=loss_percent, delay_ms=delay_ms)
 
+    def shorten(self, host: str, most_bytes: int, *directions: Direction) -> None:
+        """Lose the frames that are longer, without a word: the sender knows of no smaller MTU."""
+        self._set_faults(host, directions or ("in", "out"), most_bytes=most_bytes)
+
     def clear(self, host: str) -> None:
         """End all faults of the host."""
         process = self._wires.pop(host, None)

@@ -31,7 +31,7 @@ from tests.cluster.jobs import (
     under_way,
 )
 from tests.cluster.jobs import workers as processes
-from tests.cluster.netns import MASTER, NetError
+from tests.cluster.netns import MASTER, Direction, NetError
 from tests.leftovers import wait_for
 
 SLOW = pytest.mark.slow
@@ -303,6 +303,45 @@ def test_debug_names_what_is_wrong_with_the_remedy(cluster: Cluster, tmp_path: P
     assert "was not seen in 3 s (No such file or directory); mount" in second
     assert not more and all(line in done.stderr for line in (first, second))
     assert json.loads(done.stdout)["death_survived"], "the rest of the cluster works"
+
+
+#: a frame that holds a beat or a handshake, and no full packet
+SHORT_FRAME_BYTES = 1000
+MEASURE = """
+import sys
+from oq_runtime.cluster.pool import Pool
+from oq_runtime.config import Config, read
+print(Pool(Config.from_sections(read()).cluster).measure(sys.argv[1]).lost)
+"""
+
+
+@pytest.mark.parametrize(
+    ("directions", "lost"),
+    [
+        (["in"], "large messages get lost from here to {0}\n"),
+        (["out"], "large messages get lost from {0} to here\n"),
+        (["in", "out"], "large messages get lost from here to {0} and from {0} to here\n"),
+    ],
+)
+def test_direction_in_which_large_messages_get_lost(
+    cluster: Cluster, directions: list[Direction], lost: str
+) -> None:
+    address = cluster.net.address["node1"]
+    cluster.net.shorten("node1", SHORT_FRAME_BYTES, *directions)
+    argv = [sys.executable, "-c", MEASURE, address]
+    done = cluster.net.run(MASTER, argv, cluster.env(MASTER))
+    assert done.stdout == lost.format(address), done
+
+
+def test_debug_ends_where_large_messages_get_lost(cluster: Cluster) -> None:
+    address = cluster.net.address["node1"]
+    cluster.net.shorten("node1", SHORT_FRAME_BYTES)
+    assert status(cluster)["node1"]["state"] == "up"
+    done = workers(cluster, "debug", "--json")  # in less than two minutes
+    assert done.returncode == 1, (done.stdout, done.stderr)
+    first, *_ = json.loads(done.stdout)["problems"]
+    assert first.startswith(f"{address}: large messages get lost from here to {address} and from")
+    assert f"ping -M do -s 1472 {address}" in first
 
 
 @pytest.mark.slow

@@ -37,11 +37,13 @@ class Fault:
     :param drop: nothing but ARP passes, as behind a firewall that drops silently
     :param loss_percent: share of the frames (ARP too) that is lost, at random
     :param delay_ms: time that each frame takes
+    :param most_bytes: longer frames are lost, as on a way with a smaller MTU that tells nobody
     """
 
     drop: bool = False
     loss_percent: float = 0.0
     delay_ms: float = 0.0
+    most_bytes: int = FRAME_BYTES
 
 
 class Lane:
@@ -57,6 +59,8 @@ class Lane:
     def take(self) -> None:
         frame = os.read(self.source, FRAME_BYTES)
         if self.fault.drop and frame[12:14] != ETHERTYPE_ARP:
+            return
+        if len(frame) > self.fault.most_bytes:
             return
         if self.rng.random() * 100 >= self.fault.loss_percent:
             self.frames.append((time.monotonic() + self.fault.delay_ms / 1000, frame))
