@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import zmq
 
 from oq_runtime.errors import ConfigError, SecurityError
+from oq_runtime.files import private
 from oq_runtime.wire import security
 from oq_runtime.wire.monitor import Change, Event, Monitor
 from oq_runtime.wire.security import Gate, Keys, read_secret
@@ -130,6 +133,56 @@ def test_keys_are_the_same_everywhere_and_all_different() -> None:
     values = dataclasses.astuple(KEYS) + dataclasses.astuple(Keys.derive(SECRET.encode() + b"x"))
     assert len(set(values)) == 8
     assert all(len(value) == 40 for value in values), "Z85 of 32 bytes"
+
+
+#: for OpenSSL: nothing but approved methods, of which no provider is there
+FIPS = """\
+openssl_conf = init
+[init]
+alg_section = methods
+[methods]
+default_properties = fips=yes
+"""
+CLUSTER = """\
+[distribution]
+oq_distribute = zmq
+[dbserver]
+host = 192.0.2.1
+authkey = {secret}
+[zworkers]
+host_cores = 192.0.2.2 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "code"),
+    [
+        ("commands.workers", ["status"], 2),
+        ("node.daemon", ["--address", "192.0.2.2"], 1),
+        ("session.broker", ["--directory", "{0}/s", "--owner", "1", "--window-bytes", "1"], 1),
+    ],
+)
+def test_a_host_that_refuses_the_methods_is_in_no_cluster(
+    tmp_path: Path, module: str, args: list[str], code: int
+) -> None:
+    (tmp_path / "openssl.cnf").write_text(FIPS)
+    (tmp_path / "openquake.cfg").write_text(CLUSTER.format(secret=SECRET))
+    (tmp_path / "s").mkdir(0o700)
+    private.add_memory(tmp_path / "s", tmp_path / "m")
+    done = subprocess.run(
+        [sys.executable, "-m", f"oq_runtime.{module}", *(arg.format(tmp_path) for arg in args)],
+        env=os.environ
+        | {
+            "OPENSSL_CONF": str(tmp_path / "openssl.cnf"),
+            "OQ_CONFIG_FILE": str(tmp_path / "openquake.cfg"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done
+    [line] = done.stderr.splitlines()
+    assert "this host refuses scrypt or BLAKE2b" in line and "oq-run --cores" in line
+    assert SECRET not in line
 
 
 def test_secrets_are_not_shown() -> None:

@@ -85,9 +85,19 @@ class Keys:
 
     @classmethod
     def derive(cls, secret: bytes) -> Keys:
-        """Return the same keys for the same secret: scrypt (RFC 7914), then BLAKE2b per label."""
-        root = hashlib.scrypt(secret, salt=SALT, **SCRYPT)
-        return cls(*_pair(root, b"server"), *_pair(root, b"client"))
+        """Return the same keys for the same secret: scrypt (RFC 7914), then BLAKE2b per label.
+
+        Raises SecurityError where the platform refuses these, as hosts in FIPS mode do.
+        """
+        try:
+            root = hashlib.scrypt(secret, salt=SALT, **SCRYPT)
+            return cls(*_pair(root, b"server"), *_pair(root, b"client"))
+        except (AttributeError, ValueError) as exc:
+            raise SecurityError(
+                "this host refuses scrypt or BLAKE2b, of which the keys of a cluster are made "
+                f"(FIPS mode? {exc}); it can run jobs on its own, with oq_distribute = processpool "
+                "or oq-run --cores, but be in no cluster"
+            ) from exc
 
 
 def _pair(root: bytes, label: bytes) -> tuple[bytes, bytes]:
