@@ -175,6 +175,7 @@ def test_a_host_that_refuses_the_methods_is_in_no_cluster(
         | {
             "OPENSSL_CONF": str(tmp_path / "openssl.cnf"),
             "OQ_CONFIG_FILE": str(tmp_path / "openquake.cfg"),
+            "OQ_DISTRIBUTE": "zmq",  # the engine, once imported, has set another
         },
         capture_output=True,
         text=True,
