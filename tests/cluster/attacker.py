@@ -193,7 +193,7 @@ def boast(host: str, port: int, count: int) -> int:
     with zmq.Context() as context, member(context, host, port) as sock:
         link = transport.Link(sock, "oq-run-boast", 1)
         link.send(protocol.Hello(pid=1, role="broker", facts=own, user=WORDS))
-        link.send(protocol.Lease(node="n", data_url="tcp://192.0.2.99:1912"))
+        link.send(protocol.Lease(ticket=b"t", data_url="tcp://192.0.2.99:1912"))
         while not select.select([sys.stdin], [], [], 0.5)[0]:
             link.send(protocol.Beat(title=WORDS))
     return count

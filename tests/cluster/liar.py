@@ -65,10 +65,11 @@ def main() -> None:
             continue
         link = links[peer]
         match message:
-            case protocol.Lease(data_url=url):
+            case protocol.Lease(ticket=ticket, data_url=url):
                 sock = transport.dealer(context, url, secure=client)
                 data.append(transport.Link(sock, link.job, link.epoch))
-                data[-1].send(protocol.Hello(pid=os.getpid(), role=message.node))
+                opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
+                data[-1].send(opening, bytes(protocol.PROBE_BYTES))
                 link.send(protocol.Leased(slots=1))
             case protocol.Task(task=task, attempt=attempt):
                 link.send(protocol.Died(task=task, attempt=attempt, reason=WORDS))
