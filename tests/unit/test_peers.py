@@ -22,7 +22,7 @@ import zmq
 from oq_runtime import facts
 from oq_runtime.core import scheduler as core
 from oq_runtime.core.limits import Limits
-from oq_runtime.session.peer import State
+from oq_runtime.session.peer import Event, State
 from oq_runtime.session.peers import Peers
 from oq_runtime.wire import protocol, security, transport
 from oq_runtime.wire.protocol import NodeState
@@ -126,6 +126,7 @@ class Bench:
             own_facts=FACTS,
             user="me",
             keys=keys,
+            watched=directory is not None,
             tell=self.told.append,
             read_control=lambda line, message: self.read.append((line.name, message)),
             read_data=lambda line, message, _: self.read.append((line.name, message)),
@@ -259,6 +260,18 @@ def test_an_agent_that_goes_away_is_called_again() -> None:
         b.agents["a"] = Agent(b.context, old.url, KEYS)
         b.until(lambda: b.agents["a"].last(protocol.Hello))
         assert b.agents["a"].heard[0].epoch > 1
+
+
+def test_a_private_agent_is_lost_with_its_process_and_for_its_reason(tmp_path: Path) -> None:
+    with bench(directory=tmp_path) as b:
+        b.lease("a")
+        b.agents.pop("a").control.close(linger=0)
+        line = b.peers.lines["a"]
+        b.until(lambda: not line.link.send(protocol.Beat()))  # the connection has ended
+        b.peers.send(line, protocol.Beat())
+        assert not b.told[1:]
+        b.peers.lose(line, "its process ended: why", Event.ENDED)
+        assert b.told[1:] == [core.NodeGone("a", "its process ended: why")]
 
 
 def test_what_was_queued_for_a_connection_is_gone_with_it() -> None:

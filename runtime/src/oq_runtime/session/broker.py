@@ -119,6 +119,7 @@ class Broker:
             own_facts=own_facts,
             user=getpass.getuser(),
             keys=keys,
+            watched=agent_pid is not None,
             tell=self._handle,
             read_control=self._from_node,
             read_data=self._from_data,
@@ -305,7 +306,7 @@ class Broker:
         for offset, chunk in protocol.chunks(blob):
             given = protocol.BlobChunk(digest=digest, offset=offset)
             if line.data is None or not line.data.send(given, chunk):
-                self.peers.lose(line, "its data connection broke")
+                self.peers.broken(line, "its data connection broke")
                 return
 
     def _open_blob(self, digest: bytes) -> memoryview:

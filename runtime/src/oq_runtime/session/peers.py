@@ -76,6 +76,7 @@ class Peers:
     :param own_facts: what the agents must have in common with this host
     :param user: who runs the job, for people
     :param keys: of the cluster, where the agents are reached over TCP
+    :param watched: whether somebody waits for the ends of the agents' processes, to ``lose`` them
     :param tell: has the scheduler take an event
     :param read_control: takes a message of a node that has a lease
     :param read_data: takes one of its data connection, with the payload frames
@@ -93,11 +94,12 @@ class Peers:
         own_facts: protocol.Facts,
         user: str,
         keys: security.Keys | None,
+        watched: bool,
         tell: Callable[[core.Event], None],
         read_control: Callable[[Line, Any], None],
         read_data: Callable[[Line, Any, list[memoryview]], None],
     ) -> None:
-        self.context, self.job, self.keys = context, job, keys
+        self.context, self.job, self.keys, self.watched = context, job, keys, watched
         self.limits = limits
         self.hello = protocol.Hello(pid=os.getpid(), role="broker", facts=own_facts, user=user)
         self.tell, self.read_control, self.read_data = tell, read_control, read_data
@@ -179,17 +181,22 @@ class Peers:
                 self.beating.rotate(-1)
                 self.send(line, beat)
                 if line.data is not None and not line.data.send(protocol.Beat()):
-                    self.lose(line, "its data connection broke")
+                    self.broken(line, "its data connection broke")
 
     def send(self, line: Line, message: protocol.Message) -> None:
         """Send to a node that has a lease; one that cannot take it is lost: it would never know."""
         if line.peer.state is State.LEASED and not line.link.send(message):
-            self.lose(line, "its connection broke")
+            self.broken(line, "its connection broke")
 
     def send_all(self, message: protocol.Message) -> None:
         """Send to all nodes that have a lease."""
         for line in self.lines.values():
             self.send(line, message)
+
+    def broken(self, line: Line, reason: str) -> None:
+        """Lose an agent whose connection has ended, unless its process is going to say why."""
+        if not (self.watched and line.peer.state is State.LEASED):
+            self.lose(line, reason)
 
     def lose(self, line: Line, reason: str, event: Event = Event.LOST) -> None:
         """End the epoch of an agent, and drop the connection with whatever it may still hold."""
@@ -262,7 +269,7 @@ class Peers:
             elif event.change is Change.CLOSED:
                 closed = "the connection to its agent was closed"
                 called = line.peer.state is State.CALLED
-                self.lose(line, f"no connection to {line.url}" if called else closed)
+                self.broken(line, f"no connection to {line.url}" if called else closed)
 
     # ---- messages in
 
