@@ -19,19 +19,9 @@ from openquake.baselib import parallel
 from openquake.baselib.general import AccumDict
 
 from oq_runtime.engine.adapter import Session
-from oq_runtime.wire import protocol
 
 #: float64 values of the shared array: 8 MB
 SHARED = 1_000_000
-
-
-def retries() -> int:
-    session = Session.current()
-    session.send(protocol.StatusQuery())
-    while True:
-        for message in session.receive():
-            if isinstance(message, protocol.Status):
-                return sum(phase.retries for phase in message.phases)
 
 
 def main() -> None:
@@ -47,7 +37,7 @@ def main() -> None:
             name: getattr(found, "sum", lambda found=found: found)()
             for name, found in value.items()
         }
-        print(json.dumps({"value": sums, "retries": retries()}))
+        print(json.dumps({"value": sums, "retries": Session.current().retries()}))
     except Exception as exc:
         print(json.dumps({"error": type(exc).__name__, "text": str(exc)}))
 

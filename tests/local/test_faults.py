@@ -571,12 +571,14 @@ def parent(env: dict[str, str], number: int) -> int:
 def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
     export = ["--exports", "csv", "--export-dir", tmp_path / "out"]
     started_s = time.monotonic()
-    code, out, err = run(env, corpus(HAZARD), corpus(RISK), "--json", *export)
+    fault = {"OQ_RUNTIME_FAULT": "before_end:0:1"}  # the first task of the hazard
+    code, out, err = run(env | fault, corpus(HAZARD), corpus(RISK), "--json", *export)
     took_s = time.monotonic() - started_s
     assert code == 0, (out, err)
     hazard, risk = json.loads(out)["jobs"]
     assert (hazard["state"], risk["state"]) == ("complete", "complete")
     assert parent(env, risk["job"]) == hazard["job"]
+    assert (hazard["retries"], risk["retries"]) == (1, 0), "each job has its own"
     assert hazard["seconds"] + risk["seconds"] < took_s - IMPORT_S
     for job in (hazard, risk):
         names = exported(tmp_path / "out")

@@ -29,14 +29,7 @@ MB_AT_ONCE = 400
 
 BODY = """
 from oq_runtime.engine import adapter
-from oq_runtime.wire import protocol
-def retries():
-    session = adapter.Session.current()
-    session.send(protocol.StatusQuery())
-    while not (rest := session.receive()):
-        pass
-    return rest[0].phases[0].retries
-try: say(value={call}, retries=retries())
+try: say(value={call}, retries=adapter.Session.current().retries())
 except Exception as exc: say(type=type(exc).__name__, text=str(exc))
 """
 

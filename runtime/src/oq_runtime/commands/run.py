@@ -126,7 +126,8 @@ def main(
     run = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
     code = run.execute()
     if as_json:
-        result = {"exit": code, "error": run.error, "retries": run.retries, "jobs": run.finished}
+        retries = sum(row["retries"] for row in run.finished)
+        result = {"exit": code, "error": run.error, "retries": retries, "jobs": run.finished}
         click.echo(json.dumps(result))
     else:
         run.print_summary()
@@ -152,7 +153,6 @@ class Run:
         self.quiet = quiet
         self.jobs: list[int] = []
         self.finished: list[dict[str, Any]] = []
-        self.retries = 0
         self.error = ""
         self.true_since_s: dict[str, float] = {}  # of what there is to be told, and what has been
         self.told: set[str] = set()
@@ -244,7 +244,6 @@ class Run:
             if now >= next_s:
                 next_s = now + STATUS_SECS
                 if found := status.poll():
-                    self.retries = sum(phase.retries for phase in found.phases)
                     self.slots = max(self.slots, sum(node.slots for node in found.nodes))
                     self._tell(found)
                     display.show(found)
@@ -323,12 +322,11 @@ class Run:
                 self.current = row["job"]
             case "finished":
                 self.current = None
-                row["retries"] = self.retries - sum(job["retries"] for job in self.finished)
                 self.finished.append(row)
             case "failed":
                 self.error = row["error"]
                 if row["job"] is not None:
-                    self.finished.append(row | {"state": "failed", "retries": 0})
+                    self.finished.append(row | {"state": "failed"})
             case "end":
                 self.outcome = row["code"]
 

@@ -29,7 +29,8 @@ from oq_runtime.config import SESSION_VARIABLE
 from oq_runtime.engine import archives, jobtable, messages, queue
 from oq_runtime.engine.hook import activate
 from oq_runtime.engine.jobtable import JobTable, Status
-from oq_runtime.errors import InputError, NoWorkers, UnsupportedEngine
+from oq_runtime.errors import BrokerLost, InputError, NoWorkers, UnsupportedEngine
+from oq_runtime.session.client import Session
 from oq_runtime.text import clean
 
 Report = Callable[[dict[str, Any]], None]
@@ -80,6 +81,7 @@ class Jobs:
         self.parent: int | str | None = None
         self.unpacked: dict[Path, str] = {}  # directory -> the archive in it
         self.rest: list[Any] = []  # the engine's contexts of the jobs that are not at their end
+        self.retried = 0  # attempts of the jobs that are
 
     def run(self) -> int:
         """Run all jobs, one after the other; return the exit code."""
@@ -110,6 +112,14 @@ class Jobs:
             for folder in self.unpacked:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def retries(self) -> int:
+        """Return how many attempts were made again since the last job's end."""
+        before = self.retried
+        with contextlib.suppress(BrokerLost):  # which keeps count
+            if session := Session.existing():
+                self.retried = session.retries()
+        return self.retried - before
+
     def note(self, text: str) -> None:
         self.report({"kind": "note", "text": text})
 
@@ -138,7 +148,8 @@ class Jobs:
         else:
             code, text = FAILED, messages.explain(exc)
         number = job.calc_id if job else None
-        self.report({"kind": "failed", "job": number, "error": self.as_given(text)})
+        what = {"job": number, "error": self.as_given(text), "retries": self.retries()}
+        self.report({"kind": "failed", **what})
         return code
 
     def as_given(self, text: str) -> str:
@@ -272,7 +283,8 @@ class Jobs:
         self.engine.run_jobs([job])
         seconds = time.monotonic() - started
         self.rest.remove(job)
-        self.report({"kind": "finished", **summary(self.logs, job.calc_id, seconds)})
+        figures = {"seconds": round(seconds, 2), "retries": self.retries()}
+        self.report({"kind": "finished", **summary(self.logs, job.calc_id), **figures})
 
 
 def created_in(exc: BaseException) -> set[int]:
@@ -282,7 +294,7 @@ def created_in(exc: BaseException) -> set[int]:
     return {value.calc_id for value in values if type(value).__name__ == "LogContext"}
 
 
-def summary(logs: Any, job_id: int, seconds: float) -> dict[str, Any]:
+def summary(logs: Any, job_id: int) -> dict[str, Any]:
     """Read the figures of a finished job from the database and its datastore."""
     import h5py
 
@@ -301,7 +313,6 @@ def summary(logs: Any, job_id: int, seconds: float) -> dict[str, Any]:
     return {
         "job": job_id,
         "state": logs.dbcmd("get_job", job_id).status,
-        "seconds": round(seconds, 2),
         "tasks": tasks,
         "busy_seconds": round(busy_s, 2),
         "datastore": str(path),
@@ -321,7 +332,7 @@ def run(spec: dict[str, Any], report: Report) -> int:
     except Exception as exc:  # the engine cannot be imported
         traceback.print_exc(file=sys.stderr)
         code, error = FAILED, messages.explain(exc)
-    report({"kind": "failed", "job": None, "error": error})
+    report({"kind": "failed", "job": None, "error": error, "retries": 0})
     return code
 
 

@@ -278,13 +278,21 @@ class Session:
         """Say what people call the job, for ``oq-workers status``."""
         self.send(protocol.Title(text=title))
 
-    def nodes(self) -> list[protocol.Node]:
-        """Return what the broker knows of its nodes."""
+    def state(self) -> protocol.Status:
+        """Return the broker's counters of tasks, and what it knows of its nodes."""
         self.send(protocol.StatusQuery())
         while True:
             for message in self.receive():
                 if isinstance(message, protocol.Status):
-                    return message.nodes
+                    return message
+
+    def nodes(self) -> list[protocol.Node]:
+        """Return what the broker knows of its nodes."""
+        return self.state().nodes
+
+    def retries(self) -> int:
+        """Return how many attempts were made again since the session began."""
+        return sum(phase.retries for phase in self.state().phases)
 
     def status(self) -> list[tuple[str, int, int]]:
         """Return ``[(host, busy slots, slots), ...]``."""
