@@ -16,15 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from oq_runtime.engine import hook
 from tests.leftovers import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
 ACTIVE = """
 from openquake.baselib import parallel, workerpool
-from oq_runtime.engine import adapter
+from oq_runtime.engine import versions
 # install_parallel has called check_seams before it replaced anything
-assert adapter.engine_version() in adapter.SUPPORTED, adapter.engine_version()
+assert versions.installed() in versions.TESTED, versions.installed()
 assert parallel.Starmap.submit.__module__ == "oq_runtime.engine.adapter", parallel.Starmap.submit
 assert parallel.Socket.__module__ == "oq_runtime.engine.adapter"
 from openquake.baselib import zeromq
@@ -41,16 +42,30 @@ adapter.check_seams(parallel)
 assert parallel.Starmap.submit.__module__ == parallel.__name__
 """
 
-FAKE_VERSION = """
+OTHER_VERSION = """
+import logging
 from openquake import baselib
+baselib.__version__ = "3.99.1"
+from openquake.baselib import parallel
+from oq_runtime.engine import adapter
+logging.basicConfig(format="%(message)s")
+adapter.Receiver()
+adapter.Receiver()
+"""
+
+MISSING = """
+import importlib, sys
+from oq_runtime.engine import hook
 from oq_runtime.errors import UnsupportedEngine
-baselib.__version__ = "99.1.0"
-try:
-    from openquake.baselib import parallel
-except UnsupportedEngine as exc:
-    print(exc)
-else:
-    raise SystemExit("an unknown engine was accepted")
+for where, (_, names) in hook.INSTALLERS.items():
+    module = importlib.import_module(where)
+    for name in names:
+        value = vars(module).pop(name)
+        try:
+            hook._install(module)
+        except UnsupportedEngine as exc:
+            print(where, name, exc, sep="|")
+        setattr(module, name, value)
 """
 
 FAKE_SEAM = """
@@ -90,12 +105,19 @@ def test_the_hook_takes_over(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("oq-run-*")), "importing alone must start no session"
 
 
-def test_unknown_version_names_the_supported_ones(tmp_path: Path) -> None:
-    lines = run(tmp_path, FAKE_VERSION).stdout.splitlines()
-    assert len(lines) == 1
-    assert "99.1.0" in lines[0]
-    for version in ("3.23.5", "3.25.1", "3.26.2"):
+def test_another_version_that_fits_is_taken_with_one_warning(tmp_path: Path) -> None:
+    lines = run(tmp_path, OTHER_VERSION).stderr.splitlines()
+    assert len(lines) == 1, lines
+    for version in ("3.99.1", "3.23.5", "3.25.1", "3.26.2"):
         assert version in lines[0]
+
+
+def test_what_an_engine_lacks_is_named(tmp_path: Path) -> None:
+    lines = run(tmp_path, MISSING).stdout.splitlines()
+    rows = [(where, name) for where, (_, names) in hook.INSTALLERS.items() for name in names]
+    for (where, name), line in zip(rows, lines, strict=True):
+        assert line.startswith(f"{where}|{name}|"), line
+        assert f"{where} has no {name})" in line and "install one of" in line
 
 
 def test_changed_seam_is_named(tmp_path: Path) -> None:

@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy
 
-from oq_runtime import errors
+from oq_runtime.engine import versions
 from oq_runtime.engine.inbox import SCHEME, Inbox, PoolSockets
 from oq_runtime.engine.records import Records
 from oq_runtime.session.client import Session, Unchanged
 from oq_runtime.wire import payload
 
-SUPPORTED = ("3.23.5", "3.25.1", "3.26.2")
 #: tasks, and bytes of their big arguments, that are under way at a time beyond ``Starmap.CT``
 LIVE_TASKS, LIVE_BYTES = 4096, 256 << 20
 
@@ -54,7 +53,6 @@ SEAMS = {
 
 def check_seams(parallel: ModuleType) -> None:
     """Raise UnsupportedEngine unless the engine has the seams that this adapter was made for."""
-    version = engine_version()
     wrong = []
     for path, expected in SEAMS.items():
         found: Any = parallel
@@ -70,22 +68,8 @@ def check_seams(parallel: ModuleType) -> None:
         ]
         if names != expected:
             wrong.append(f"{path}({', '.join(names)})")
-    wrong += [
-        f"{name} is missing" for name in ("host_cores", "config") if name not in vars(parallel)
-    ]
-    if wrong or version not in SUPPORTED:
-        detail = f" ({'; '.join(wrong)})" if wrong else ""
-        raise errors.UnsupportedEngine(
-            f"OpenQuake engine {version} is not supported{detail}; "
-            f"supported are {', '.join(SUPPORTED)}"
-        )
-
-
-def engine_version() -> str:
-    """Return the version of the imported engine."""
-    from openquake import baselib
-
-    return str(baselib.__version__)
+    if wrong:
+        raise versions.misfit("; ".join(wrong))
 
 
 class Receiver:
@@ -95,6 +79,7 @@ class Receiver:
     parallel: Any
 
     def __init__(self) -> None:
+        versions.warn()
         self.map = next(self.numbers)
         self.tasks: dict[int, tuple[int, str]] = {}  # task in the session -> number and name
         self.argnames: dict[Any, list[str]] = {}

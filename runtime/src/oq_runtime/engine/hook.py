@@ -16,15 +16,29 @@ from types import ModuleType
 from typing import Any
 
 from oq_runtime.config import WORKER_VARIABLE
+from oq_runtime.engine import versions
 
-#: module of the engine -> what installs ours in it, by module and function
+#: module of the engine -> what installs ours in it, by module and function, and the names there
+#: that it replaces or uses
 INSTALLERS = {
-    "openquake.baselib.parallel": "oq_runtime.engine.adapter:install_parallel",
-    "openquake.baselib.workerpool": "oq_runtime.engine.workerpool:install_workerpool",
-    "openquake.baselib.zeromq": "oq_runtime.engine.dbserver:install_zeromq",
-    "openquake.server.dbserver": "oq_runtime.engine.dbserver:install_dbserver",
-    "openquake.engine.engine": "oq_runtime.engine.queue:install_queue",
-    "openquake.commands.abort": "oq_runtime.engine.abort:install_abort",
+    "openquake.baselib.parallel": (
+        "oq_runtime.engine.adapter:install_parallel",
+        ("host_cores", "config"),  # the others with their parameters, see there
+    ),
+    "openquake.baselib.workerpool": (
+        "oq_runtime.engine.workerpool:install_workerpool",
+        ("WorkerMaster",),
+    ),
+    "openquake.baselib.zeromq": ("oq_runtime.engine.dbserver:install_zeromq", ("context",)),
+    "openquake.server.dbserver": (
+        "oq_runtime.engine.dbserver:install_dbserver",
+        ("DbServer", "actions", "p", "w"),
+    ),
+    "openquake.engine.engine": (
+        "oq_runtime.engine.queue:install_queue",
+        ("poll_queue", "run_jobs", "create_jobs"),
+    ),
+    "openquake.commands.abort": ("oq_runtime.engine.abort:install_abort", ("main",)),
 }
 #: what is installed in worker processes, whose tasks are run by ``worker``
 IN_WORKERS = ("openquake.baselib.zeromq",)
@@ -65,7 +79,10 @@ class _Hook(importlib.abc.MetaPathFinder):
 
 
 def _install(module: ModuleType) -> None:
-    where, _, function = INSTALLERS[module.__name__].partition(":")
+    installer, names = INSTALLERS[module.__name__]
+    if missing := [name for name in names if not hasattr(module, name)]:
+        raise versions.misfit(f"{module.__name__} has no {', '.join(missing)}")
+    where, _, function = installer.partition(":")
     getattr(importlib.import_module(where), function)(module)
 
 
