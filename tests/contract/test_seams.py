@@ -112,6 +112,7 @@ def test_another_version_that_fits_is_taken_with_one_warning(tmp_path: Path) -> 
         assert version in lines[0]
 
 
+@pytest.mark.timeout(900)  # numba compiles what is imported here for the first time
 def test_what_an_engine_lacks_is_named(tmp_path: Path) -> None:
     lines = run(tmp_path, MISSING).stdout.splitlines()
     rows = [(where, name) for where, (_, names) in hook.INSTALLERS.items() for name in names]

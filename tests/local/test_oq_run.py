@@ -333,6 +333,37 @@ def test_small_job(env: dict[str, str]) -> None:
     assert (job["job"], "complete", 0) in jobs(env)
 
 
+OTHER_IMPORT = """
+import sys
+from oq_runtime.files import compiling
+with compiling.once():
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_import_that_takes_long(env: dict[str, str], tmp_path: Path) -> None:
+    """Another process of this user has not come to the end of the first import."""
+    env = env | {"XDG_CACHE_HOME": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER_IMPORT],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        process = start(env, corpus("classical/case_02/job.ini"), "--json")
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any("numba has not compiled it yet" in line for line in lines)
+        other.communicate()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["jobs"][0]["state"] == "complete"
+
+
 def test_interrupt(env: dict[str, str], tmpdir: Path) -> None:
     process = start(env, EXAMPLES / "hazard_classical/job.ini", "--no-progress")
     descriptor = process.stderr

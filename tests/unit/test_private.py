@@ -102,6 +102,18 @@ def test_where_others_may_rename_there_is_no_private_directory(public: Path) -> 
     private.own(below / "b")  # others may do there what they want, if they could enter
 
 
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root meets directories of others that it may write"
+)
+def test_root_makes_none_in_the_directory_of_another_user(public: Path) -> None:
+    os.chown(public, 1, 1)
+    with pytest.raises(ConfigError, match=rf"{public} is not root's; run this as user 1"):
+        private.make(public, "a-")
+    with pytest.raises(ConfigError, match="is not root's"):
+        private.own(public / "b")
+    assert not list(public.iterdir())
+
+
 def test_shared_memory_of_which_others_may_rename_is_not_used(
     public: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

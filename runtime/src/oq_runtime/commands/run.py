@@ -44,6 +44,9 @@ EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
 STOP_SECS = 2.5
 #: seconds after which a node that is missing, or a wait, is worth a line
 TELL_SECS = 3.0
+#: seconds that the import of the engine may take without a word, and what is said then
+LOAD_SECS = 8.0
+LOADING = "loading the engine, which takes minutes where numba has not compiled it yet"
 #: seconds between two looks at the row of the job, and how long it may say that the job has ended
 #: before the engine process says so
 LOOK_SECS, ENDED_SECS = 1.0, 10.0
@@ -165,6 +168,7 @@ class Run:
         self.current: int | None = None  # the job that has its turn
         self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
         self.aborted = False  # from elsewhere
+        self.loaded = False  # the engine, or it was said that this takes long
         self.oom_kills = memory.oom_kills()
 
     def execute(self) -> int:
@@ -233,6 +237,7 @@ class Run:
         selector.register(reports, selectors.EVENT_READ, self._take)
         selector.register(log, selectors.EVENT_READ, self._show)
         next_s = ended_s = 0.0
+        started_s = time.monotonic()
         # its children may keep the log open
         while selector.get_map() and not (ended_s and time.monotonic() > ended_s + TELL_SECS):
             for key, _ in selector.select(STATUS_SECS):
@@ -248,6 +253,9 @@ class Run:
                     self._tell(found)
                     display.show(found)
                 self._look(now)
+            if not self.loaded and now - started_s > LOAD_SECS:
+                self._print(LOADING)
+                self.loaded = True
             if self.interrupted_s and now - self.interrupted_s > STOP_SECS:
                 process.kill()
 
@@ -313,6 +321,8 @@ class Run:
         """Take a report of the engine process."""
         row = json.loads(line)
         match row.pop("kind"):
+            case "loaded":
+                self.loaded = True
             case "note":
                 self._print(row["text"])
             case "created":

@@ -1,9 +1,9 @@
 """The engine process of ``oq-run``: create the jobs, run them, say what became of them.
 
 Reads a JSON specification on stdin (the options of ``commands.run``) and writes one JSON object per
-line to a descriptor: ``note`` (a line for the user), ``created`` and ``running`` (a job),
-``finished`` (its summary), ``failed`` (one line on what is wrong) and at last ``end`` (the exit
-code). Tracebacks go to the engine's log, which is in the job database.
+line to a descriptor: ``loaded`` (the engine), ``note`` (a line for the user), ``created`` and
+``running`` (a job), ``finished`` (its summary), ``failed`` (one line on what is wrong) and at last
+``end`` (the exit code). Tracebacks go to the engine's log, which is in the job database.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from oq_runtime.engine import archives, jobtable, messages, queue
 from oq_runtime.engine.hook import activate
 from oq_runtime.engine.jobtable import JobTable, Status
 from oq_runtime.errors import BrokerLost, InputError, NoWorkers, UnsupportedEngine
+from oq_runtime.files import compiling
 from oq_runtime.session.client import Session
 from oq_runtime.text import clean
 
@@ -67,9 +68,11 @@ class Jobs:
     """
 
     def __init__(self, spec: dict[str, Any], report: Report) -> None:
-        from openquake.baselib import config
-        from openquake.commonlib import logs, readinput
-        from openquake.engine import engine
+        with compiling.once():
+            from openquake.baselib import config
+            from openquake.commonlib import logs, readinput
+            from openquake.engine import engine
+        report({"kind": "loaded"})
 
         self.spec = spec
         self.report = report

@@ -127,20 +127,21 @@ def _check_above(parent: Path) -> None:
     """Raise ConfigError when others may rename what is in a directory, or in one above it.
 
     They may where they can write, unless there is the sticky bit, or one further up that they
-    cannot enter. A group that is the user's own counts as the user. Raises OSError when one of them
-    is not there.
+    cannot enter. A group that is the user's own counts as the user. For root so may the owner, for
+    an ordinary user he counts as an administrator. Raises OSError when one of them is not there.
     """
-    exchangeable = None
+    exchangeable = ""
     real = Path(os.path.realpath(parent))
     for above in (real, *real.parents):
         found = above.stat()
         others = stat.S_IWOTH | (stat.S_IWGRP if found.st_gid != os.getegid() else 0)
         if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
-            exchangeable = above
+            exchangeable = (
+                f"{above}: others may exchange what this user has there; chmod +t {above}"
+            )
+        if found.st_uid and not os.geteuid():
+            exchangeable = f"{above} is not root's; run this as user {found.st_uid}"
         if not found.st_mode & (stat.S_IXOTH | stat.S_IXGRP):
-            exchangeable = None
-    if exchangeable is not None:
-        raise ConfigError(
-            f"{exchangeable}: others may exchange what this user has there; "
-            f"chmod +t {exchangeable}, or {REMEDY}"
-        )
+            exchangeable = ""
+    if exchangeable:
+        raise ConfigError(f"{exchangeable}, or {REMEDY}")

@@ -33,6 +33,7 @@ from typing import IO, NoReturn
 import msgspec
 
 from oq_runtime import cgroups, config, processes
+from oq_runtime.files import compiling
 from oq_runtime.node import worker
 from oq_runtime.node.channel import read
 
@@ -252,12 +253,13 @@ class Children:
 
 def preload() -> None:
     """Import what the workers are going to need; what cannot be imported fails in the task."""
-    worker.prepare()
-    for module in config.read_preload():
-        try:
-            importlib.import_module(module)
-        except Exception:
-            traceback.print_exc()
+    with compiling.once():
+        worker.prepare()
+        for module in config.read_preload():
+            try:
+                importlib.import_module(module)
+            except Exception:
+                traceback.print_exc()
     gc.collect()
     gc.freeze()  # what is here stays, and the workers' collectors need not write to it
 

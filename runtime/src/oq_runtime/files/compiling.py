@@ -1,0 +1,77 @@
+"""The first import of the engine by a user: one process does it, the others wait for it.
+
+Numba compiles parts of the engine while they are imported and keeps the outcome in a cache. Until
+it is filled that takes minutes of CPU, in each process that does not find it: at once in the engine
+process and in the fork server of the same job, and in those of the next job of an impatient user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from oq_runtime.errors import ConfigError
+from oq_runtime.files import private
+
+#: seconds to wait for another process, which may have been stopped
+WAIT_SECS, LOOK_SECS = 600.0, 0.1
+
+
+@contextlib.contextmanager
+def once() -> Iterator[None]:
+    """Import the engine in the block: alone, until one process of this user has done so.
+
+    A file per installation in the user's cache directory tells that it was done; where there can
+    be none, or no lock on it, the block is entered at once.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptor = None
+        with contextlib.suppress(OSError, ConfigError, RuntimeError):  # the last: no home
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            descriptor = os.open(place() / f"imported-{installation()}", flags, 0o600)
+            stack.callback(os.close, descriptor)
+            deadline_s = time.monotonic() + WAIT_SECS
+            while not (done := os.fstat(descriptor).st_size) and not _locked(descriptor):
+                if time.monotonic() > deadline_s:
+                    break
+                time.sleep(LOOK_SECS)
+            if done:
+                descriptor = None
+        yield
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(descriptor, b"1", 0)
+
+
+def place() -> Path:
+    """Return the directory of the files, in the user's own cache directory, which is made.
+
+    Raises ConfigError where that cannot be, RuntimeError for a user without a home.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    if not cache.exists():
+        private.own(cache)
+    return private.own(cache / "oq-runtime")
+
+
+def installation() -> str:
+    """Return a word for what is imported: which engine and which numba, from where."""
+    versions = [importlib.metadata.version(name) for name in ("openquake.engine", "numba")]
+    where = os.environ.get("NUMBA_CACHE_DIR", "")
+    return hashlib.sha256("\n".join([sys.prefix, where, *versions]).encode()).hexdigest()[:16]
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock, which ends with this process, if it is free."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

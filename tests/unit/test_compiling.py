@@ -1,0 +1,105 @@
+"""The first import of the engine: one process at a time, until it is done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oq_runtime.files import compiling
+from tests.leftovers import wait_for
+
+IMPORT = """
+import sys
+from oq_runtime.files import compiling
+with compiling.once():
+    print("importing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Importer:
+    """A process that imports until it is told that it is done."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IMPORT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def wait_begun(self) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"importing\n"
+
+    def is_waiting(self) -> bool:
+        """Whether it has opened the file, and has not begun."""
+        descriptors = Path(f"/proc/{self.process.pid}/fd")
+        return any("imported-" in str(link.readlink()) for link in descriptors.iterdir())
+
+    def end(self) -> None:
+        self.process.communicate(timeout=30)
+        assert self.process.returncode == 0
+
+
+def test_the_second_waits_for_the_first_and_no_other_ever() -> None:
+    first = Importer()
+    first.wait_begun()
+    second = Importer()
+    assert wait_for(second.is_waiting)
+    first.end()
+    second.wait_begun()
+    third = Importer()  # the second has not ended, and need not
+    third.wait_begun()
+    second.end()
+    third.end()
+
+
+def test_a_first_that_dies_lets_the_second_begin() -> None:
+    first = Importer()
+    first.wait_begun()
+    second = Importer()
+    assert wait_for(second.is_waiting)
+    first.process.kill()
+    first.process.communicate()
+    second.wait_begun()
+    third = Importer()
+    assert wait_for(third.is_waiting), "it has not been imported yet"
+    second.end()
+    third.wait_begun()
+    third.end()
+
+
+def test_nobody_is_waited_for_without_an_own_cache(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "oq-runtime").symlink_to("/")
+    with compiling.once():
+        pass
+    assert (cache / "oq-runtime").is_symlink()
+    (cache / "oq-runtime").unlink()
+    cache.rmdir()
+    cache.touch()
+    with compiling.once():
+        pass
+
+
+def test_nothing_follows_a_link_in_the_cache(cache: Path, tmp_path: Path) -> None:
+    place = compiling.place()
+    target = tmp_path / "target"
+    (place / f"imported-{compiling.installation()}").symlink_to(target)
+    with compiling.once():
+        pass
+    assert not target.exists()
+
+
+def test_an_import_that_fails_was_none(cache: Path) -> None:
+    with pytest.raises(ImportError), compiling.once():
+        raise ImportError
+    [path] = (cache / "oq-runtime").iterdir()
+    assert path.stat().st_size == 0
