@@ -6,7 +6,9 @@
     members     COUNT frames by the keys of the cluster: noise, and messages with bytes changed
     deaf        COUNT questions by the keys of the cluster, of which no answer is read
     idle        COUNT connections that say nothing; ends with its stdin
+    silent      COUNT connections that say nothing; those that are closed are opened again
     huge        a frame of 1 GiB: one announced by a stranger, one sent by a member
+    bomb        a message of COUNT frames of 1 MiB, sent by a member
     half        a job of its own whose task has no call
     boast       a job of its own with a user and a title that forge a table; ends with its stdin
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import resource
 import select
 import socket
 import struct
@@ -37,6 +40,8 @@ GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + by
 FRAMES_PER_CONNECTION = 100
 HUGE = 1 << 30
 TIMEOUT_S = 10.0
+#: of an attack by silence
+SILENT_S = 12.0
 
 #: one message of each kind that goes over TCP, but no command and no release: those would be obeyed
 SAMPLES = [
@@ -147,6 +152,37 @@ def idle(host: str, port: int, count: int) -> int:
     return len(connections)
 
 
+def silent(host: str, port: int, count: int) -> int:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    opened = 0
+    connections: list[socket.socket] = []
+    end_s = time.monotonic() + SILENT_S
+    while time.monotonic() < end_s:
+        while len(connections) < count and time.monotonic() < end_s:
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex((host, port))
+            connections.append(sock)
+            opened += 1
+        time.sleep(0.02)
+        connections = [sock for sock in connections if not ended(sock)]
+    return opened
+
+
+def ended(sock: socket.socket) -> bool:
+    """Whether a connection was closed at the other end, and now is at this one."""
+    try:
+        if sock.recv(4096):
+            return False
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    sock.close()
+    return True
+
+
 def huge(host: str, port: int, count: int) -> int:
     sent = 0
     with contextlib.suppress(OSError), connect(host, port) as sock:
@@ -160,6 +196,18 @@ def huge(host: str, port: int, count: int) -> int:
         assert monitor.poll(60_000), "the connection was not closed"
         sock.disable_monitor()
     return sent
+
+
+def bomb(host: str, port: int, count: int) -> int:
+    with zmq.Context() as context, member(context, host, port) as sock:
+        monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        piece = bytes(1 << 20)
+        for _ in range(count):
+            sock.send(piece, zmq.SNDMORE, copy=False)
+        sock.send(piece, copy=False)
+        assert monitor.poll(60_000), "the connection was not closed"
+        sock.disable_monitor()
+    return count
 
 
 def half(host: str, port: int, count: int) -> int:
@@ -202,8 +250,8 @@ def boast(host: str, port: int, count: int) -> int:
 def main() -> None:
     how, host, port, count = sys.argv[1:5]
     ways: dict[str, Callable[[str, int, int], int]] = {
-        "strangers": strangers, "members": members, "deaf": deaf, "idle": idle, "huge": huge,
-        "half": half, "boast": boast,
+        "strangers": strangers, "members": members, "deaf": deaf, "idle": idle, "silent": silent,
+        "huge": huge, "bomb": bomb, "half": half, "boast": boast,
     }  # fmt: skip
     print(json.dumps({"sent": ways[how](host, int(port), int(count))}))
 

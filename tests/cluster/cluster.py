@@ -195,7 +195,7 @@ class Cluster:
             "OQ_DATADIR": str(self.datadir),
             "TMPDIR": str(self.tmpdir(host)),
             "PYTHONHASHSEED": "0",
-            "PYTHONPATH": f"{TASKS}:{ROOT}",
+            "PYTHONPATH": f"{ROOT}/runtime/src:{TASKS}:{ROOT}",
             "CI": "true",
             "COLUMNS": "200",
             **more,

@@ -30,6 +30,8 @@ from tests.cluster.netns import Direction, Process
 
 pytestmark = pytest.mark.timeout(300)
 short_beats = pytest.mark.settings(**SHORT_BEATS)
+#: of a frame that holds a beat or a handshake, and no full packet
+SHORT_FRAME_BYTES = 1000
 LOST_S = SHORT_BEATS["lost_s"]
 
 
@@ -163,6 +165,16 @@ def test_silent_drop_in_one_direction(cluster: Cluster, direction: Direction) ->
 @pytest.mark.parametrize("direction", ["in", "out"])
 def test_silent_drop_with_the_default_limits(cluster: Cluster, direction: Direction) -> None:
     drop(cluster, direction)
+
+
+@short_beats
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_node_to_which_only_small_messages_come(cluster: Cluster, direction: Direction) -> None:
+    """As behind a smaller MTU of which nobody tells: no work for it, and a reason for the user."""
+    cluster.net.shorten("node3", SHORT_FRAME_BYTES, direction)
+    log = check_stream(stream(cluster))["log"]
+    words = {"in": "messages of 16 KiB do not come through", "out": "results do not come through"}
+    assert re.search(f"running without .*{words[direction]}", log), log
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ must not break the agent or the broker of others by what they send.
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from oq_runtime.wire.strangers import MOST as STRANGERS
 from tests.cluster.cluster import CTRL_PORT, Cluster
 from tests.cluster.jobs import broker, drive, result, status, under_way
 from tests.cluster.netns import MASTER, Process
+from tests.conftest import Attacks
 from tests.leftovers import wait_for
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.attack]
@@ -26,6 +30,8 @@ RECEIVER_PORT = 1912
 #: bytes by which an agent or a broker may grow
 GROWTH_BYTES = 200 << 20
 ATTACK_LIMIT_S = 240
+#: that a process may have open on a host with small limits
+OPEN_FILES = 1024
 #: of the job that is served meanwhile; on 8 slots they would take longer than an attack may
 TASKS, TASK_S = 1000, 2.0
 
@@ -50,6 +56,7 @@ class Target:
         self.port = port
         self.pid = pid
         self.before_bytes = self.peak_bytes()
+        self.before_files = self.open_files()
 
     def peak_bytes(self) -> int:
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
@@ -57,10 +64,25 @@ class Target:
                 return int(line.split()[1]) * 1024
         raise AssertionError(f"process {self.pid} has ended")
 
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def crowded(self) -> bool:
+        """Whether strangers are there."""
+        return self.open_files() > self.before_files + STRANGERS / 2
+
+    def admit(self, files: int) -> int:
+        """Let the process have so many files open; return how many it could have."""
+        soft, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (files, hard))
+        return soft
+
+    def grown(self) -> int:
+        return self.peak_bytes() - self.before_bytes
+
     def check(self) -> None:
         assert psutil.pid_exists(self.pid), "the process that was attacked has ended"
-        grown = self.peak_bytes() - self.before_bytes
-        assert grown < GROWTH_BYTES, f"grown by {grown >> 20} MiB"
+        assert self.grown() < GROWTH_BYTES, f"grown by {self.grown() >> 20} MiB"
 
 
 def targets(cluster: Cluster, run: Process) -> list[Target]:
@@ -119,11 +141,42 @@ def test_idle_connections(cluster: Cluster, over: Path) -> None:
             attacker.communicate()
 
 
+def test_silent_connections_beyond_the_limit_of_open_files(
+    cluster: Cluster, over: Path, attacks: Attacks
+) -> None:
+    """Three thousand, opened again as they are closed, on hosts that admit 1,024 files."""
+    run = serve(cluster, over)
+    attacked = targets(cluster, run)
+    limits = [target.admit(OPEN_FILES) for target in attacked]
+    attackers = [attack(cluster, "silent", target, 3000) for target in attacked]
+    try:
+        for target in attacked:
+            assert wait_for(target.crowded, 20), "the attack has not begun"
+            assert wait_for(lambda t=target: t.open_files() < OPEN_FILES / 2, 20)  # type: ignore[misc]
+        for attacker in attackers:
+            attacks.tried(sent(attacker))
+        check_undisturbed(cluster, run, attacked, over)
+    finally:
+        for target, limit in zip(attacked, limits, strict=True):
+            target.admit(limit)
+
+
 def test_frame_of_a_gibibyte(cluster: Cluster, over: Path) -> None:
     run = serve(cluster, over)
     attacked = targets(cluster, run)
     for target in attacked:
         assert sent(attack(cluster, "huge", target, 1)) < 1 << 30
+    check_undisturbed(cluster, run, attacked, over)
+
+
+def test_message_of_many_frames(cluster: Cluster, over: Path, attacks: Attacks) -> None:
+    run = serve(cluster, over)
+    attacked = targets(cluster, run)
+    attackers = [attack(cluster, "bomb", target, 1200) for target in attacked]
+    for attacker in attackers:
+        sent(attacker)
+    for target in attacked:
+        attacks.tried(1, target.grown() >= GROWTH_BYTES)
     check_undisturbed(cluster, run, attacked, over)
 
 

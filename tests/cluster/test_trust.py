@@ -162,6 +162,21 @@ def test_other_versions_of_protocol_and_numpy(cluster: Cluster) -> None:
     assert f"peer speaks protocol {version}, this is 99" in log_of(cluster, "node1")
 
 
+def test_other_limits_of_silence(cluster: Cluster, tmp_path: Path) -> None:
+    """A master whose user has a configuration of his own would be given up again and again."""
+    for node, name, other in (("node1", "beat_s", 0.75), ("node2", "lost_s", 5)):
+        cluster.stop_agent(node)
+        old, new = f"\n{name} = {SHORT_BEATS[name]}\n", f"\n{name} = {other}\n"
+        cluster.start_agent(node, OQ_CONFIG_FILE=other_cfg(cluster, tmp_path / node, old, new))
+    check_refused(
+        cluster,
+        {
+            "node1": r"\[oq_runtime\] beat_s is 0\.75 on the node and 0\.5 on the master",
+            "node2": r"\[oq_runtime\] lost_s is 5 on the node and 4 on the master",
+        },
+    )
+
+
 def test_other_master_and_other_shared_dir(cluster: Cluster, tmp_path: Path) -> None:
     own, shared = cluster.net.address[MASTER], str(cluster.home / "shared")
     for node, old, new in (

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Collection, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from oq_runtime.core import attempts, scheduler
+from oq_runtime.session import peer
 from oq_runtime.settings import KEYS, Key
 from oq_runtime.wire import protocol
 
@@ -21,19 +23,22 @@ BLOCK = re.compile(r"```mermaid\n.*?```", re.DOTALL)
 TABLE = re.compile(r"^\| key \| default \|.*?\n(?=\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
-def diagram(begins: str, table: Mapping[Any, Mapping[str, Any]], final: Collection[Any]) -> str:
+def diagram(begins: str, table: Mapping[Any, Mapping[Any, Any]], final: Collection[Any]) -> str:
     """A table as a state diagram in the language of mermaid; the first state is where it begins."""
-    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {next(iter(table)).name}: {begins}"]
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {next(iter(table)).name}{begins}"]
     for state, transitions in table.items():
-        lines += [f"    {state.name} --> {to.name}: {name}" for name, to in transitions.items()]
+        for event, to in transitions.items():
+            name = event.name.lower() if isinstance(event, Enum) else event
+            lines.append(f"    {state.name} --> {to.name}: {name}")
     lines += [f"    {state.name} --> [*]" for state in table if state in final]
     return "\n".join([*lines, "```"])
 
 
 def diagrams() -> list[str]:
     return [
-        diagram("submitted", scheduler.TRANSITIONS, scheduler.FINAL),
-        diagram("given", attempts.TRANSITIONS, attempts.FINAL),
+        diagram("", peer.TRANSITIONS, {peer.State.GONE}),
+        diagram(": submitted", scheduler.TRANSITIONS, scheduler.FINAL),
+        diagram(": given", attempts.TRANSITIONS, attempts.FINAL),
     ]
 
 

@@ -8,11 +8,13 @@ import msgspec
 import pytest
 
 from oq_runtime import facts
+from oq_runtime.core.limits import Limits
 from oq_runtime.wire.protocol import Facts
 
 MASTER = Facts(
-    engine="3.26.2", python="3.11", numpy="2", dbserver="192.0.2.1", shared_dir="/oq_shared"
-)
+    engine="3.26.2", python="3.11", numpy="2", dbserver="192.0.2.1", shared_dir="/oq_shared",
+    beat_s="2", suspect_s="10", lost_s="30",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,9 @@ MASTER = Facts(
             "",
             "[directory] shared_dir is not set on the node and /oq_shared on the master",
         ),
+        ("beat_s", "60", "[oq_runtime] beat_s is 60 on the node and 2 on the master"),
+        ("suspect_s", "9", "[oq_runtime] suspect_s is 9 on the node and 10 on the master"),
+        ("lost_s", "99", "[oq_runtime] lost_s is 99 on the node and 30 on the master"),
     ],
 )
 def test_a_difference_names_both_values(field: str, value: str, text: str) -> None:
@@ -51,6 +56,13 @@ def test_own_facts(tmp_path: Path) -> None:
     own = facts.own("192.0.2.1", str(tmp_path))
     assert (own.dbserver, own.shared_dir) == ("192.0.2.1", str(tmp_path))
     assert own.engine.startswith("3.") and own.python.startswith("3.") and own.numpy in ("1", "2")
+
+
+def test_limits_of_silence_are_facts() -> None:
+    own, other = facts.own(), facts.own(limits=Limits(beat_s=1.5, max_attempts=9))
+    assert (
+        facts.difference(own, other) == "[oq_runtime] beat_s is 1.5 on the node and 2 on the master"
+    )
 
 
 def test_shared_dir_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:

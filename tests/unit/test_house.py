@@ -11,8 +11,9 @@ import oq_runtime
 ROOT = Path(oq_runtime.__file__).parent
 #: floors from the ground up, each a set of wings; a wing is a package or a module of the top level
 FLOORS = (
-    {"errors", "text"},
-    {"core", "wire", "processes", "cgroups", "logs"},
+    {"errors", "text", "descriptors"},
+    {"logs"},
+    {"core", "wire", "processes", "cgroups"},
     {"files", "settings"},
     {"config", "facts"},
     {"session", "node"},

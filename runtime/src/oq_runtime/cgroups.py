@@ -12,6 +12,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from oq_runtime.descriptors import patiently
+
 PROC = Path("/proc")
 #: the two versions, as the kinds of file systems that they are
 V1, V2 = "cgroup", "cgroup2"
@@ -74,11 +76,11 @@ def process_limit(proc: Path = PROC) -> str:
 
 def _words(path: Path) -> list[str]:
     with contextlib.suppress(OSError):  # no such limit here
-        return path.read_text().split()
+        return patiently(path.read_text).split()
     return []
 
 
 def _lines(path: Path) -> list[str]:
     with contextlib.suppress(OSError):  # a kernel without cgroups
-        return path.read_text().splitlines()
+        return patiently(path.read_text).splitlines()
     return []

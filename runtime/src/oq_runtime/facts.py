@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import sys
 
+from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.text import clean
 from oq_runtime.wire.protocol import Facts
 
@@ -18,13 +19,17 @@ NAMES = {
     "numpy": "numpy",
     "dbserver": "[dbserver] host",
     "shared_dir": "[directory] shared_dir",
+    "beat_s": "[oq_runtime] beat_s",
+    "suspect_s": "[oq_runtime] suspect_s",
+    "lost_s": "[oq_runtime] lost_s",
 }
 
 
-def own(dbserver: str = "", shared_dir: str = "") -> Facts:
-    """Return the facts of this host; only what decides compatibility: pickles and paths.
+def own(dbserver: str = "", shared_dir: str = "", limits: Limits = DEFAULTS) -> Facts:
+    """Return the facts of this host; only what decides compatibility: pickles, paths, patience.
 
-    A shared_dir that this process cannot read counts as none.
+    A shared_dir that this process cannot read counts as none. Of the limits those are compared by
+    which master and node judge each other's silence.
     """
     try:
         engine = importlib.metadata.version("openquake.engine")
@@ -37,6 +42,9 @@ def own(dbserver: str = "", shared_dir: str = "") -> Facts:
         numpy=importlib.metadata.version("numpy").split(".")[0],
         dbserver=dbserver,
         shared_dir=shared_dir if readable else f"{shared_dir} (not readable)" if shared_dir else "",
+        beat_s=f"{limits.beat_s:g}",
+        suspect_s=f"{limits.suspect_s:g}",
+        lost_s=f"{limits.lost_s:g}",
     )
 
 

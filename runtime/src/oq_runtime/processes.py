@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from oq_runtime.descriptors import patiently
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -79,5 +81,5 @@ def die_with_parent() -> None:
 def pidfd(pid: int) -> int | None:
     """Return a descriptor that becomes readable when the process ends; None when it is gone."""
     with contextlib.suppress(ProcessLookupError):
-        return os.pidfd_open(pid)
+        return patiently(lambda: os.pidfd_open(pid))
     return None

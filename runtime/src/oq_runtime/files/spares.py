@@ -14,6 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from oq_runtime.descriptors import patiently
 from oq_runtime.wire import payload
 
 #: folder of the spare files in a directory that has such, and what they may hold together; every
@@ -37,7 +38,7 @@ def open_file(path: Path) -> int:
                 flags = AS_IT_IS
                 break
     try:
-        return os.open(path, flags, 0o600)
+        return patiently(lambda: os.open(path, flags, 0o600))
     except OSError:
         if flags == AS_IT_IS:
             path.unlink(missing_ok=True)

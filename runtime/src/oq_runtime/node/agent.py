@@ -35,6 +35,7 @@ from oq_runtime.core.attempts import Attempts
 from oq_runtime.core.events import Events
 from oq_runtime.core.limits import Limits
 from oq_runtime.core.slots import Slots, WorkerState
+from oq_runtime.descriptors import patiently
 from oq_runtime.errors import ProtocolError, TransitionError, VersionError
 from oq_runtime.files import spares, store
 from oq_runtime.files.store import AHEAD_BYTES, Reception
@@ -43,8 +44,9 @@ from oq_runtime.node import systemd
 from oq_runtime.node.channel import Channel
 from oq_runtime.node.forkserver import Exited, ForkServer, refusal
 from oq_runtime.node.memory import Resident, oom_kills, usage
-from oq_runtime.wire import protocol, security, transport
-from oq_runtime.wire.monitor import Change, Monitor
+from oq_runtime.wire import bombs, protocol, security, transport
+from oq_runtime.wire.bombs import Bombs
+from oq_runtime.wire.strangers import Strangers
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +190,9 @@ class Agent:
         self.attempts = Attempts(limits)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
-        self.monitor: Monitor | None = None
+        self.strangers: Strangers | None = None
+        self.bombs = Bombs(4 * bombs.MOST_BYTES) if keys else None
+        self.next_beat_s = self.next_look_s = 0.0
         self.control = transport.router(self.context, control_url, secure=self._secure_control)
         self.owner = None
         self.running = True
@@ -201,17 +205,13 @@ class Agent:
         self.channels: dict[int, int] = {}  # descriptors of those that are open -> worker
         self.jobs: dict[str, JobIO] = {}
         self._handle: Events[Event, Effect] = Events(self._decide, self._apply, time.monotonic)
-        self.next_beat_s = self.next_look_s = 0.0
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
         self.oom_kills = self.oom_kills_before = oom_kills()
         self.poller = zmq.Poller()
-        for source in (self.control, self.owner, self._monitor_socket()):
+        for source in (self.control, self.owner):
             if source is not None:
                 self.poller.register(source, zmq.POLLIN)
-
-    def _monitor_socket(self) -> zmq.Socket[Any] | None:
-        return self.monitor.socket if self.monitor is not None else None
 
     def run(self) -> None:
         try:
@@ -220,8 +220,10 @@ class Agent:
         finally:
             if self.forkserver is not None:
                 self.forkserver.close(self._pids())
-            if self.monitor is not None:
-                self.monitor.close()
+            if self.strangers is not None:
+                self.strangers.close()
+            if self.bombs is not None:
+                self.bombs.close()
             if self.gate is not None:
                 self.gate.stop()
             self.context.destroy(linger=0)
@@ -229,7 +231,10 @@ class Agent:
     def _secure_control(self, socket: zmq.Socket[Any]) -> None:
         if self.keys is not None:
             security.secure_server(socket, self.keys)
-            self.monitor = Monitor(socket)
+            self.strangers = Strangers(socket, self._connection_ended)
+
+    def _connection_ended(self) -> None:
+        self.next_beat_s = 0.0  # a broker that died is found by sending to it
 
     def stop(self) -> None:
         self.running = False
@@ -255,8 +260,6 @@ class Agent:
         if self.owner in ready:
             self.running = False
             return
-        if self.monitor is not None and self.monitor.socket in ready:
-            self._watch_handshakes(self.monitor)
         for source in ready:
             if (worker := self.channels.get(source)) is not None:
                 self._hear(worker)
@@ -297,27 +300,26 @@ class Agent:
                 return
             self._from_data(name, job, views)
 
-    def _watch_handshakes(self, monitor: Monitor) -> None:
-        for event in monitor.events():
-            if event.change is Change.REFUSED:
-                log.warning(f"refused a connection: {event.reason}", extra=about("connection"))
-            elif event.change is Change.CLOSED:
-                self.next_beat_s = 0.0  # a broker that died is found by sending to it
-
     def _look(self, now: float) -> None:
         self.next_look_s = now + LOOK_SECS
         self.oom_kills_before = max(self.oom_kills_before, self.oom_kills)
-        self.oom_kills = oom_kills()
-        used = usage()
-        workers = {w: p.held_bytes for w, p in self.processes.items()}
-        self.alone_bytes = min(used.free_bytes + self.slots.grown(workers), used.limit_bytes)
-        self._handle(slots.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
+        try:
+            self._look_at_memory()
+        except OSError as exc:
+            log.warning(f"cannot look at the memory: {exc}", extra=about("memory"))
         self._handle(slots.Tick())
         moved = frozenset(name for name, job in self.jobs.items() if job.moved)
         for name in moved:
             self.jobs[name].moved = False
         self._handle(attempts.Tick(moved))
         systemd.notify("WATCHDOG=1")
+
+    def _look_at_memory(self) -> None:
+        self.oom_kills = oom_kills()
+        used = usage()
+        workers = {w: p.held_bytes for w, p in self.processes.items()}
+        self.alone_bytes = min(used.free_bytes + self.slots.grown(workers), used.limit_bytes)
+        self._handle(slots.MemoryUsed(used.used_bytes, used.limit_bytes, workers))
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.limits.beat_s
@@ -789,8 +791,9 @@ class Agent:
         log_path = self.directory / f"worker-{worker}.log"
         try:
             if self.forkserver is None:
-                self.forkserver = self._start_forkserver()
-            ours, theirs = socket.socketpair()
+                self.forkserver = patiently(self._start_forkserver)
+            output = self._writable(log_path)
+            ours, theirs = patiently(socket.socketpair)
         except OSError as exc:
             self._handle(slots.WorkerRefused(worker, refusal(exc)))
             return
@@ -798,7 +801,7 @@ class Agent:
         self.processes[worker] = Process(log_path, Channel(ours))
         self.channels[ours.fileno()] = worker
         self.poller.register(ours.fileno(), zmq.POLLIN)
-        self.forkserver.fork(worker, self._writable(log_path), theirs)
+        self.forkserver.fork(worker, output, theirs)
 
     def _start_forkserver(self) -> ForkServer:
         env = dict(os.environ)
@@ -815,7 +818,7 @@ class Agent:
     def _writable(self, path: Path) -> IO[bytes]:
         """Open a log file; with the disk full, better a worker without a log than none."""
         try:
-            return path.open("wb")
+            return patiently(lambda: path.open("wb"))
         except OSError as exc:
             log.warning(f"{path}: {exc.strerror}", extra=about("log"))
             return Path(os.devnull).open("wb")

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import zmq
 
-from oq_runtime import config, facts, logs
+from oq_runtime import config, descriptors, facts, logs
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
@@ -75,6 +75,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         wanted, why = config.available_cores()
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
     os.umask(0o077)
+    descriptors.raise_limit()
     # named alike each time, so that what a killed predecessor has left is found
     name = f"oq-agent-{address}-{cluster.ctrl_port}"
     directory, disk = (own_directory(variable, name) for variable in DIRECTORIES)
@@ -87,7 +88,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
             control_url=cluster.control_url(address),
             slots=wanted,
             owner=None,
-            own_facts=facts.own(cluster.dbserver, cluster.shared_dir),
+            own_facts=facts.own(cluster.dbserver, cluster.shared_dir, settings.limits),
             limits=settings.limits,
             keys=keys,
         )
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
     args = parser.parse_args()
     logs.start(args.log_level)
+    descriptors.raise_limit()
     memory = private.memory_of(args.directory)
     try:
         with crashes.kept(args.directory, "agent"):
@@ -148,7 +150,7 @@ def main() -> None:
                 control_url=args.control_url,
                 slots=args.slots,
                 owner=args.owner,
-                own_facts=facts.own(),
+                own_facts=facts.own(limits=args.limits),
                 limits=args.limits,
             )
             signal.signal(signal.SIGTERM, lambda *_: agent.stop())

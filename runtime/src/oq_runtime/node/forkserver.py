@@ -14,6 +14,7 @@ job finds the settings of its own time. When it dies the kernel ends its workers
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
 import gc
@@ -147,7 +148,9 @@ class ForkServer:
 
         Takes END_SECS at most, whatever becomes of the workers.
         """
-        ends = {end for pid in workers if (end := processes.pidfd(pid)) is not None}
+        ends = set()
+        with contextlib.suppress(OSError):  # too many are open: then it is not waited for them
+            ends = {end for pid in workers if (end := processes.pidfd(pid)) is not None}
         self.channel.close()
         for _, files in self.orders:
             for file in files:

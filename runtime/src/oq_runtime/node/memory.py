@@ -17,6 +17,7 @@ import psutil
 
 from oq_runtime import cgroups
 from oq_runtime.cgroups import PROC, V1, V2
+from oq_runtime.descriptors import patiently
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 #: of workers; the agent and the engine have 0 or less
@@ -54,15 +55,15 @@ NAMES = {
 
 def usage(proc: Path = PROC) -> Usage:
     """Return the use of the machine's memory, or of the cgroup that has less to give."""
-    machine = psutil.virtual_memory()
+    machine = patiently(psutil.virtual_memory)
     found = [Usage(machine.total - machine.available, machine.total)]
     for kind, directory in cgroups.own("memory", proc):
         names = NAMES[kind]
         with contextlib.suppress(OSError):  # the root has no limit
-            limit = (directory / names.limit).read_text().strip()
+            limit = patiently((directory / names.limit).read_text).strip()
             if limit != "max":
                 cache = _counter(directory / "memory.stat", names.cache) or 0
-                used = int((directory / names.used).read_text())
+                used = int(patiently((directory / names.used).read_text))
                 found.append(Usage(max(0, used - cache), int(limit)))
     return min(found, key=lambda one: one.limit_bytes - one.used_bytes)
 
@@ -87,7 +88,8 @@ class Resident:
     def __init__(self, pid: int) -> None:
         self._descriptor = -1
         with contextlib.suppress(OSError):  # it has ended
-            self._descriptor = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+            path, flags = f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC
+            self._descriptor = patiently(lambda: os.open(path, flags))
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +124,7 @@ def volunteer() -> None:
 def _counter(path: Path, name: str) -> int | None:
     """Return the number behind a name in a file of ``name number`` lines, None without it."""
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
+        for line in patiently(path.read_text).splitlines():
             key, _, number = line.partition(" ")
             if key == name:
                 return int(number)

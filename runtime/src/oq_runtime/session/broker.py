@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from oq_runtime import config, facts, logs, processes
+from oq_runtime import config, descriptors, facts, logs, processes
 from oq_runtime.core import scheduler as core
 from oq_runtime.core.events import Events
 from oq_runtime.core.limits import DEFAULTS, Limits
@@ -38,7 +38,8 @@ from oq_runtime.logs import about
 from oq_runtime.session.peer import Event
 from oq_runtime.session.peers import Line, Peers
 from oq_runtime.session.staging import Staging
-from oq_runtime.wire import payload, protocol, security, transport
+from oq_runtime.wire import bombs, payload, protocol, security, transport
+from oq_runtime.wire.bombs import Bombs
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Broker:
         self.core = core.Scheduler(limits, window_bytes=window_bytes)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
+        self.bombs = Bombs(window_bytes + bombs.MOST_BYTES) if keys else None
         self._handle = Events(self.core.handle, self._apply, time.monotonic)
         self.watched: dict[int, Callable[[], None]] = {}
         self.sources: dict[Any, Callable[[], None]] = {}
@@ -136,6 +138,8 @@ class Broker:
                 self._step()
         finally:
             self.peers.close(LINGER_MS)
+            if self.bombs is not None:
+                self.bombs.close()
             if self.gate is not None:
                 self.gate.stop()
             self.context.destroy(linger=LINGER_MS)
@@ -452,6 +456,7 @@ def main() -> None:
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
     args = parser.parse_args()
     logs.start(args.log_level)
+    descriptors.raise_limit()
     memory = private.memory_of(args.directory)
     try:
         with crashes.kept(args.directory, "broker"):
@@ -468,14 +473,14 @@ def _made(args: argparse.Namespace, memory: Path) -> Broker | None:
     """Return the broker of these arguments; None, and the reason is told, when it cannot be."""
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
-    own, keys = facts.own(), None
+    own, keys = facts.own(limits=args.limits), None
     try:
         if args.agent_pid is None:
             cluster = config.Config.from_sections(config.read()).cluster
             assert cluster is not None, "the launcher has read the same configuration"
             agents = {host: cluster.control_url(host) for host in cluster.hosts}
             data_urls = [f"tcp://{cluster.receiver_host}:{port}" for port in cluster.receiver_ports]
-            own = facts.own(cluster.dbserver, cluster.shared_dir)
+            own = facts.own(cluster.dbserver, cluster.shared_dir, args.limits)
             keys = security.Keys.derive(security.read_secret(cluster.authkey))
         return Broker(
             directory=args.directory,

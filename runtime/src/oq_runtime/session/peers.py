@@ -33,6 +33,7 @@ from oq_runtime.session.peer import ANSWERS, RESTS, Event, Peer, State
 from oq_runtime.wire import protocol, security, transport
 from oq_runtime.wire.calls import Calls
 from oq_runtime.wire.monitor import Change
+from oq_runtime.wire.strangers import Strangers
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ CALLS = 100
 #: nodes that get their beats together: those of 2,000 would hold up the rest for some 50 ms
 BEAT_NODES = 100
 TICKET_BYTES = 16
+#: chunks of a node that wait to be read
+DATA_HWM = 32
 PROBE = bytes(protocol.PROBE_BYTES)
 
 
@@ -106,6 +109,7 @@ class Peers:
         self.calls = Calls(context, keys)
         self.data_urls, self.data_url = data_urls, ""
         self.data: zmq.Socket[Any] | None = None
+        self.strangers: Strangers | None = None
         now = time.monotonic()
         self.lines = {
             name: Line(name, url, Peer(limits, now), transport.Link(self.calls.socket, job, 0))
@@ -127,10 +131,10 @@ class Peers:
     def bind(self) -> None:
         """Take the first free data URL; with none free no agent is called."""
         for url in self.data_urls:
-            keys = self.keys
-            secure = functools.partial(security.secure_server, keys=keys) if keys else None
             try:
-                self.data = transport.router(self.context, url, secure=secure)
+                self.data = transport.router(
+                    self.context, url, receive_hwm=DATA_HWM, secure=self._secure_data
+                )
             except zmq.ZMQError as exc:
                 if exc.errno != zmq.EADDRINUSE:
                     raise ConfigError(
@@ -140,6 +144,11 @@ class Peers:
             else:
                 self.data_url = url
                 return
+
+    def _secure_data(self, socket: zmq.Socket[Any]) -> None:
+        if self.keys is not None:
+            security.secure_server(socket, self.keys)
+            self.strangers = Strangers(socket)
 
     def sources(self) -> dict[Any, Callable[[], None]]:
         """Return what is to be polled, and what is to be called when it is readable."""
@@ -218,6 +227,8 @@ class Peers:
     def close(self, linger_ms: int) -> None:
         """Release the nodes, and close the sockets; those of the context have to be waited for."""
         self.send_all(protocol.Release())
+        if self.data is not None and self.strangers is not None:
+            self.strangers.close()
         self.calls.close(linger_ms)
 
     # ---- calls

@@ -21,6 +21,7 @@ class Change(Enum):
     ADMITTED = "admitted"
     REFUSED = "refused"
     CLOSED = "closed"
+    STOPPED = "not told any more"
 
 
 class Event(NamedTuple):
@@ -45,6 +46,7 @@ CHANGES = {
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: Change.REFUSED,
     zmq.EVENT_DISCONNECTED: Change.CLOSED,
     zmq.EVENT_CLOSED: Change.CLOSED,  # it could not be opened
+    zmq.EVENT_MONITOR_STOPPED: Change.STOPPED,
 }
 
 
@@ -73,6 +75,10 @@ class Monitor:
             found.append(Event(change, url, told["value"], reason))
         return found
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Have no more told: the last event is STOPPED. To be called by the socket's thread."""
         self.watched.disable_monitor()
+
+    def close(self) -> None:
+        self.stop()
         self.socket.close(linger=0)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from oq_runtime.descriptors import patiently
 from oq_runtime.errors import ProtocolError
 
 #: bytes to which every frame is aligned: a cache line, and what vector instructions want
@@ -105,9 +106,9 @@ def map_file(path: Path | str, *, private: bool) -> memoryview:
 
     Raises OSError when the file is not there.
     """
-    with open(path, "r+b" if not private else "rb") as file:
-        access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
-        return memoryview(mmap.mmap(file.fileno(), 0, access=access))
+    mode, access = ("rb", mmap.ACCESS_COPY) if private else ("r+b", mmap.ACCESS_WRITE)
+    with patiently(lambda: open(path, mode)) as file:
+        return memoryview(patiently(lambda: mmap.mmap(file.fileno(), 0, access=access)))
 
 
 def nbytes(buffers: Iterable[Buffer]) -> int:

@@ -85,6 +85,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     numpy: str = ""
     dbserver: str = ""
     shared_dir: str = ""
+    beat_s: str = ""
+    suspect_s: str = ""
+    lost_s: str = ""
 
 
 class Hello(Message, frozen=True, tag="hello"):

@@ -1,0 +1,41 @@
+"""How many files and connections this process may have open, and what to do when all are in use.
+
+Whoever reaches a port can use them up for a moment, until his connections are closed (see
+``wire.strangers``). What is opened meanwhile by way of ``patiently`` comes a little later.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+#: seconds to wait for a descriptor, and between two tries
+WAIT_SECS, AGAIN_SECS = 0.5, 0.002
+T = TypeVar("T")
+
+
+def raise_limit() -> None:
+    """Let this process have as many open as the system admits, and what it starts as well."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def patiently(make: Callable[[], T]) -> T:
+    """Return what ``make`` returns, which opens something; try again when too much is open.
+
+    Raises its OSError, after WAIT_SECS also that one.
+    """
+    deadline_s = 0.0
+    while True:
+        try:
+            return make()
+        except OSError as exc:
+            if exc.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            deadline_s = deadline_s or time.monotonic() + WAIT_SECS
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(AGAIN_SECS)
