@@ -57,6 +57,10 @@ class Server:
             "LOGNAME": "openquake",
         }
         self.log = home / "dbserver.log"
+        self.start()
+        self.job = self.ask("create_job", str(datadir), "classical", "a job", "alice")
+
+    def start(self) -> None:
         command = ("-m", "openquake.commands", "dbserver", "start", "-f")
         with self.log.open("w") as log:
             self.process = psutil.Popen(
@@ -64,11 +68,10 @@ class Server:
                 env=self.env,
                 stdout=log,
                 stderr=log,
-                cwd=home,
+                cwd=self.database.parent,
                 preexec_fn=heed_interrupts,
             )
         assert wait_for(self.listens, START_S), self.log.read_text()
-        self.job = self.ask("create_job", str(datadir), "classical", "a job", "alice")
 
     def listens(self) -> bool:
         with socket.socket() as client:
@@ -330,3 +333,23 @@ def test_stops_at_a_signal(engine_home: dict[str, str], tmp_path: Path) -> None:
     server.stop()
     assert server.process.wait() == 0
     assert os.path.exists(server.database)
+
+
+def test_job_whose_process_is_gone_has_failed(server: Server) -> None:
+    """As after a power cut; one that still runs, and one of another host, are left alone."""
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    host = socket.gethostname()
+    wanted = {}
+    for pid, where, end in (
+        (gone.pid, host, "failed"),
+        (os.getpid(), host, "executing"),
+        (gone.pid, "elsewhere", "executing"),
+    ):
+        job = server.ask("create_job", str(server.database.parent), "classical", "a job", "alice")
+        values = {"pid": pid, "host": where, "status": "executing", "is_running": 1}
+        server.ask("update_job", job, values)
+        wanted[job] = end
+    server.stop()
+    server.start()
+    assert {job: server.ask("get_job", job).status for job in wanted} == wanted

@@ -1,13 +1,15 @@
 """A spare machine: this one's files under an overlay, for roles to change as root.
 
 What is changed there is gone with it: namespaces of its own for mounts, processes, network and
-names, and as root directory a copy-on-write view of this machine's. There is no systemd in it, so
-only the parts of the roles that need none can be played. Needs root and overlayfs.
+names, and as root directory a copy-on-write view of this machine's. With ``services`` systemd runs
+in it, with no units but those that a test or a role makes. Needs root and overlayfs, and systemd
+needs the second version of cgroups.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,14 +19,16 @@ from typing import Any
 
 import yaml
 
+from tests.leftovers import wait_for
 from tests.provisioning.roles import ROOT
 
 UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--uts", "--ipc")
-#: $1: an empty directory, $2...: directories that are seen as they are
+#: $1: an empty directory, $2: its cgroup for systemd or nothing, $3: an address or nothing,
+#: $4...: directories that are seen as they are
 MAKE = """
 set -e
-spare=$1
-shift
+spare=$1 cgroup=$2 address=$3
+shift 3
 mount -t tmpfs spare "$spare"
 mkdir "$spare/changed" "$spare/work" "$spare/root"
 root=$spare/root
@@ -36,6 +40,9 @@ for node in null zero full random urandom tty; do
     mount --bind "/dev/$node" "$root/dev/$node"
 done
 mkdir -m 1777 "$root/dev/shm"
+mkdir "$root/dev/pts"
+mount -t devpts -o newinstance,ptmxmode=0666 spare "$root/dev/pts"
+ln -s pts/ptmx "$root/dev/ptmx"
 ln -s /proc/self/fd "$root/dev/fd"
 mount -t tmpfs spare "$root/run"
 mount -t tmpfs -o mode=1777 spare "$root/tmp"
@@ -45,8 +52,27 @@ for seen do
     mount -o remount,bind,ro "$root$seen"
 done
 ip link set lo up
-exec chroot "$root" sh -c "echo made; exec sleep infinity" # made: nobody enters the root of before
+[ -z "$address" ] || ip address add "$address/24" dev lo
+# made: nobody enters the root of before
+[ -n "$cgroup" ] || exec chroot "$root" sh -c "echo made; exec sleep infinity"
+mount -t sysfs sysfs "$root/sys"
+mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
+mkdir "$root/sys/fs/cgroup/$cgroup"
+echo $$ >"$root/sys/fs/cgroup/$cgroup/cgroup.procs"
+umount "$root/sys/fs/cgroup"
+printf '[Unit]\nRequires=dbus.socket\nAfter=dbus.socket\n' >"$root/etc/systemd/system/spare.target"
+exec unshare --cgroup sh -c '
+    mount -t cgroup2 cgroup2 "$0/sys/fs/cgroup"
+    exec chroot "$0" sh -c "echo made; exec env container=spare /lib/systemd/systemd \
+        --unit=spare.target --show-status=0 </dev/null >/dev/null 2>&1"' "$root"
 """
+#: $1: an empty directory, $2: a cgroup that is to go
+REMOVE = """
+mount -t cgroup2 cgroup2 "$1"
+find "$1/$2" -depth -type d -exec rmdir {} +
+"""
+#: the namespaces that are entered
+ENTER = ("--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--root", "--wd")
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 INVENTORY = """\
 [master]
@@ -60,12 +86,18 @@ ansible_python_interpreter=/usr/bin/python3
 
 
 class Machine:
-    """A spare machine that uses ``folder``, an empty directory, until it is closed."""
+    """A spare machine that uses ``folder``, an empty directory, until it is closed.
 
-    def __init__(self, folder: Path) -> None:
+    :param services: whether systemd runs there
+    :param address: one that it has
+    """
+
+    def __init__(self, folder: Path, services: bool = False, address: str = "") -> None:
+        self.folder = folder
+        self.cgroup = f"spare-{os.getpid()}-{folder.name}" if services else ""
         seen = sorted({str(ROOT), sys.prefix, sys.base_prefix, str(Path(sys.prefix).resolve())})
         self.holder = subprocess.Popen(
-            [*UNSHARE, "sh", "-c", MAKE, "spare", str(folder), *seen],
+            [*UNSHARE, "sh", "-c", MAKE, "spare", str(folder), self.cgroup, address, *seen],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -76,14 +108,22 @@ class Machine:
             raise OSError(self.holder.stderr.read())
         children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
         self.inside = children.read_text().strip()
+        if services:
+            self.wait_for_services()
+
+    def wait_for_services(self) -> None:
+        wait_for(lambda: self.run("systemctl", "is-system-running").stdout == "running\n", 30)
 
     def close(self) -> None:
-        self.holder.kill()
+        os.kill(int(self.inside), signal.SIGKILL)
         self.holder.communicate()
+        if self.cgroup:
+            mounted = ["unshare", "--mount", "sh", "-c", REMOVE, "remove"]
+            mounted += [str(self.folder), self.cgroup]
+            assert wait_for(lambda: subprocess.run(mounted, capture_output=True).returncode == 0)
 
     def _enter(self, command: tuple[str, ...]) -> list[str]:
-        spaces = ["--mount", "--pid", "--net", "--uts", "--ipc", "--root", "--wd"]
-        return ["nsenter", f"--target={self.inside}", *spaces, "--", *command]
+        return ["nsenter", f"--target={self.inside}", *ENTER, "--", *command]
 
     def run(
         self, *command: str, stdin: str | None = None, env: Mapping[str, str] | None = None
@@ -147,6 +187,7 @@ class Machine:
             "PATH": f"{Path(sys.executable).parent}:{PATH}",
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
             "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+            "ANSIBLE_CACHE_PLUGIN_CONNECTION": "/tmp/facts",
             "ANSIBLE_NOCOLOR": "1",
             "HOME": "/root",
         }

@@ -5,6 +5,10 @@ set -eu
 umask 022 # every user runs what is installed here, and the workers read it
 python=$1 venv=$2 gdal=${3:-}
 cd "$venv"
+# One at a time: a build whose playbook was interrupted goes on, and this one waits for its end.
+exec 9>packages/lock
+flock 9
+[ ! -e .complete ] || exit 0
 rm -rf bin include lib lib64 share pyvenv.cfg # of an earlier try
 "$python" -m venv .
 

@@ -5,10 +5,9 @@ PLACE is ``master``, ``worker`` or ``stranger``; SETTINGS is a JSON object, see 
 (``stranger`` as anybody) with Python's own library, and leaves nothing behind.
 """
 
-import errno
 import json
-import os
 import pwd
+import shutil
 import socket
 import stat
 import subprocess
@@ -16,11 +15,16 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 CONNECT_SECS = 3.0
+#: of the facts of two hosts, which are not gathered at the same moment
+CLOCK_SECS = 60
+LEAST_FREE_MB = 256
 COMMAND_SECS = 300.0
 SETTINGS: dict[str, Any] = json.loads(sys.argv[2])
+OPENQUAKE = ("runuser", "--user=openquake", "--", "env", "CI=true", "LC_ALL=C.UTF-8")
+OPENQUAKE += ("NUMBA_CACHE_DIR=/var/cache/openquake/numba",)
 PREFIX, HOME = Path(SETTINGS["prefix"]), Path(SETTINGS["home"])
 CONFIG, SHARED = Path(SETTINGS["config_dir"]), Path(SETTINGS["shared_dir"])
 
@@ -50,8 +54,24 @@ def reason(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def as_openquake(*command: str) -> str:
-    cache = "NUMBA_CACHE_DIR=/var/cache/openquake/numba"
-    return run("runuser", "--user=openquake", "--", "env", cache, "CI=true", *command)
+    return run(*OPENQUAKE, *command)
+
+
+def ask(*command: str) -> dict[str, Any]:
+    """Return what a command with ``--json`` answers, also where it ends with an error."""
+    command = (str(PREFIX / "venv" / "bin" / command[0]), *command[1:], "--json")
+    try:
+        done = subprocess.run(
+            [*OPENQUAKE, *command], capture_output=True, text=True, timeout=COMMAND_SECS
+        )
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise Wrong(f"{' '.join(command)}: {exc}") from exc
+    except ValueError:
+        raise Wrong(f"{' '.join(command)}: {reason(done)}") from None
+    if "error" in answer:
+        raise Wrong(f"{' '.join(command)}: {answer['error']}")
+    return answer
 
 
 def reaches(address: str, port: int) -> bool:
@@ -64,8 +84,34 @@ def reaches(address: str, port: int) -> bool:
 
 def service(name: str) -> str:
     for question in ("is-active", "is-enabled"):
-        run("systemctl", question, name)
+        done = subprocess.run(["systemctl", question, name], capture_output=True, text=True)
+        if done.returncode:
+            state = done.stdout.strip() or "not there"
+            raise Wrong(f"{name} is {state}; see journalctl -u {name}, and run site.yml")
     return "active and enabled"
+
+
+class Mount(NamedTuple):
+    """A line of mountinfo, see proc(5)."""
+
+    kind: str
+    source: str
+    options: set[str]
+
+
+def mounted(path: Path, table: str) -> Mount | None:
+    """Return what is mounted at a path, the uppermost; what waits for its use is no mount.
+
+    :param table: the text of ``/proc/self/mountinfo``
+    """
+    found = None
+    for row in table.splitlines():
+        mount, _, system = row.partition(" - ")
+        place, options = mount.split()[4:6]
+        kind, source, more = system.split(" ", 2)
+        if place == str(path) and kind != "autofs":
+            found = Mount(kind, source, {*options.split(","), *more.split(",")})
+    return found
 
 
 # ---- all nodes
@@ -74,7 +120,9 @@ def service(name: str) -> str:
 def firewall() -> str:
     service("openquake-firewall.service")
     if (CONFIG / "firewall.nft").exists():
-        run("nft", "list", "table", "inet", "openquake")
+        listed = ["nft", "list", "table", "inet", "openquake"]
+        if subprocess.run(listed, capture_output=True).returncode:
+            raise Wrong("the table of the firewall is not loaded; run site.yml")
         return "the table is loaded"
     return "another firewall is in charge"
 
@@ -83,8 +131,36 @@ def account() -> str:
     found = pwd.getpwnam("openquake")
     wanted = (SETTINGS["uid"], SETTINGS["gid"])
     if (found.pw_uid, found.pw_gid) != wanted:
-        raise Wrong(f"openquake is {found.pw_uid}:{found.pw_gid}, not {wanted[0]}:{wanted[1]}")
+        is_now = f"openquake is {found.pw_uid}:{found.pw_gid}"
+        raise Wrong(f"{is_now}, not {wanted[0]}:{wanted[1]}; correct openquake_uid, or the account")
     return f"openquake is {found.pw_uid}:{found.pw_gid}"
+
+
+def clock() -> str:
+    off_s = SETTINGS["clock_s"]
+    if abs(off_s) > CLOCK_SECS:
+        remedy = "see its time service (timedatectl), and run site.yml"
+        raise Wrong(f"the clock is {off_s} s off the master's; {remedy}")
+    return f"within {CLOCK_SECS} s of the master's"
+
+
+def disk() -> str:
+    """Where the services write."""
+    for path in (HOME, Path("/tmp"), Path("/var/cache/openquake")):
+        free_mb = shutil.disk_usage(path).free >> 20
+        if free_mb < LEAST_FREE_MB:
+            raise Wrong(f"{path} is on a disk with {free_mb} MiB left; make space")
+    return f"more than {LEAST_FREE_MB} MiB left"
+
+
+def names() -> str:
+    """The engine tells the other nodes to reach it at the address of its own name."""
+    own = socket.gethostname()
+    for row in Path("/etc/hosts").read_text().splitlines():
+        address, *found = row.partition("#")[0].split() or [""]
+        if address.startswith(("127.", "::1")) and own in found:
+            raise Wrong(f"/etc/hosts has {own} at {address}; run site.yml")
+    return "its own name is on no loopback address"
 
 
 def secret() -> str:
@@ -126,7 +202,8 @@ def engine() -> str:
     code = "import importlib.metadata as m; print(m.version('openquake.engine'))"
     found = run(str(PREFIX / "venv" / "bin" / "python"), "-c", code).strip()
     if found != SETTINGS["engine"]:
-        raise Wrong(f"engine {found}, and the inventory says {SETTINGS['engine']}")
+        wanted = f"the inventory says {SETTINGS['engine']}"
+        raise Wrong(f"engine {found}, and {wanted}; run playbooks/upgrade.yml")
     return f"engine {found}"
 
 
@@ -144,7 +221,8 @@ def exports() -> str:
     wanted = set(SETTINGS["workers"]) - {SETTINGS["master"]}
     for path, found in clients.items():
         if found != wanted:
-            raise Wrong(f"{path} is exported to {sorted(found)}, not to {sorted(wanted)}")
+            text = f"{path} is exported to {sorted(found)}, not to {sorted(wanted)}"
+            raise Wrong(f"{text}; run site.yml")
     return "read-only, to the workers alone"
 
 
@@ -157,19 +235,19 @@ def gate() -> str:
 
 
 def workers() -> str:
-    rows = json.loads(as_openquake(str(PREFIX / "venv/bin/oq-workers"), "status", "--json"))
+    rows = ask("oq-workers", "status")
     if missing := set(SETTINGS["workers"]) - set(rows):
         raise Wrong(f"not in openquake.cfg: {', '.join(sorted(missing))}; run site.yml")
     down = [f"{host}: {row['state']}" for host, row in rows.items() if row["state"] != "up"]
     if down:
-        raise Wrong("; ".join(down))
+        remedy = "see journalctl -u openquake-worker there, and run site.yml"
+        raise Wrong(f"{'; '.join(down)}; {remedy}")
     return f"{len(rows)} workers with {sum(row['slots'] for row in rows.values())} slots"
 
 
 def tasks() -> str:
     """Tasks on every worker: Python, engine and mounts are there and fit."""
-    answer = json.loads(as_openquake(str(PREFIX / "venv/bin/oq-workers"), "debug", "--json"))
-    rows = answer["hosts"]
+    rows = ask("oq-workers", "debug")["hosts"]
     if idle := [host for host, row in rows.items() if not row["answered"]]:
         raise Wrong(f"no task was run by {', '.join(idle)}; see journalctl -u openquake-worker")
     return ", ".join(f"{host}: {row['answered']} slots" for host, row in sorted(rows.items()))
@@ -177,8 +255,7 @@ def tasks() -> str:
 
 def job() -> str:
     file = str(PREFIX / "verify/job.ini")
-    answer = as_openquake(str(PREFIX / "venv/bin/oq-run"), "--json", file)
-    [row] = json.loads(answer)["jobs"]
+    [row] = ask("oq-run", file)["jobs"]
     command = [str(PREFIX / "venv/bin/oq"), "engine", "--delete-calculation", str(row["job"])]
     as_openquake(*command, "--yes")
     if row["state"] != "complete":
@@ -205,23 +282,33 @@ def agent() -> str:
 
 
 def mounts() -> str:
+    """What the kernel says of them, for to the master root is nobody here; and openquake tries."""
     if SETTINGS["is_master"]:
         return "its own directories"
     for path in (PREFIX, SHARED):
-        try:
-            os.close(os.open(path / ".openquake-verify", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except OSError as exc:
-            if exc.errno != errno.EROFS:
-                raise Wrong(f"{path} is not mounted read-only: {exc.strerror}") from exc
-        else:
-            (path / ".openquake-verify").unlink()
-            raise Wrong(f"{path} can be written to; it must be a read-only mount of the master's")
-    return "read-only"
+        as_openquake("stat", "--file-system", f"{path}/.")  # mounts what waits for its use
+        mount = mounted(path, Path("/proc/self/mountinfo").read_text())
+        if mount is None:
+            raise Wrong(f"{path} is not mounted; see systemctl status {path}, and run site.yml")
+        source = f"{SETTINGS['master']}:{path}"
+        if SETTINGS["nfs"] and (mount.kind, mount.source) != ("nfs4", source):
+            raise Wrong(f"{path} is {mount.kind} of {mount.source}, not {source}; run site.yml")
+        if SETTINGS["nfs"] and "vers=4.2" not in mount.options:
+            raise Wrong(f"{path} is not mounted with vers=4.2; run site.yml")
+        file = f"{path}/.openquake-verify"
+        tried = subprocess.run([*OPENQUAKE, "touch", file], capture_output=True)
+        if "ro" not in mount.options or not tried.returncode:
+            subprocess.run([*OPENQUAKE, "rm", "-f", file], capture_output=True)
+            raise Wrong(f"{path} is not mounted read-only; unmount it, and run site.yml")
+    return "read-only, of the master"
 
 
 def owner() -> str:
     """The engine takes the owner of its files for whether it serves several users."""
-    [path] = PREFIX.glob("venv/lib/python3*/site-packages/openquake/baselib/__init__.py")
+    found = [*PREFIX.glob("venv/lib/python3*/site-packages/openquake/baselib/__init__.py")]
+    if not found:
+        raise Wrong(f"{PREFIX}/venv has no engine; run site.yml")
+    path = found[0]
     name = pwd.getpwuid(path.stat().st_uid).pw_name
     if name != "root":
         raise Wrong(f"{path} belongs to {name}, not to root; see the id mapping of NFS")
@@ -264,7 +351,7 @@ def closed() -> str:
     return f"{len(pairs)} ports are closed to this machine"
 
 
-NODE = [firewall, account, secret]
+NODE = [firewall, account, secret, clock, disk, names]
 MASTER = [dbserver, database, settings, engine, exports, gate, workers, tasks, job, webui]
 CHECKS: dict[str, list[Callable[[], str]]] = {
     "master": [*NODE, *MASTER],

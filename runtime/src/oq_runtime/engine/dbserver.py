@@ -2,7 +2,8 @@
 
 The engine's DbServer unpickles whatever reaches its port, and its clients whatever they are
 answered. Here both read data only; the server carries out the engine's own actions and SQL, and
-nothing else; and SQL opens no other file. What it cannot know is who sent something.
+nothing else; and SQL opens no other file. What it cannot know is who sent something. At its start
+it gives the jobs of the host whose processes are gone their last status.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import zmq
 
+from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.engine.unpickler import Names, Refused, Section, check_size, loads
 
 #: bytes of a message to the server; those of the engine have some thousand, a long text more
@@ -196,4 +198,13 @@ def install_dbserver(dbserver: Any) -> None:
                 if own.poll(POLL_SECS * 1000):
                     own.send_pyobj(answer(self, own.recv_multipart()))
 
+    engines_start = dbserver.DbServer.start
+
+    def start(self: Any) -> None:
+        """Serve, once the jobs that went down with the machine have their last status."""
+        for job in JobTable(lambda *command: perform(self, *command)).mend():
+            log.warning("job %d has failed: its process is gone", job.id)
+        engines_start(self)
+
     dbserver.DbServer.dworker = dworker
+    dbserver.DbServer.start = start

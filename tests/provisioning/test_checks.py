@@ -1,0 +1,69 @@
+"""What programs of the hosts say is read as it is meant; what does not work is told in a line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.provisioning.machine import Machine, role
+from tests.provisioning.roles import failures
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    if os.geteuid() != 0:
+        pytest.skip("a spare machine needs root")
+    made = Machine(tmp_path)
+    try:
+        made.sh("mkdir -p /etc/openquake")
+        yield made
+    finally:
+        made.close()
+
+
+def program(machine: Machine, path: str, text: str) -> None:
+    machine.sh(f"rm -f {path}; cat >{path}; chmod 0755 {path}", stdin=f"#!/bin/sh\n{text}")
+
+
+def test_ufw_of_another_language(machine: Machine) -> None:
+    program(
+        machine,
+        "/usr/sbin/ufw",
+        'echo "$*" >>/run/ufw; [ "$LC_ALL" = C ] && echo "Status: active" || echo "Status: Aktiv"',
+    )
+    machine.play(
+        role("openquake_firewall", "openings"),
+        __openquake_firewall_wanted=["192.0.2.2 1908"],
+        environment={"LC_ALL": "de_DE.UTF-8"},
+    )
+    assert "allow proto tcp from 192.0.2.2 to any port 1908" in machine.sh("cat /run/ufw")
+
+
+def test_kernel_without_nftables(machine: Machine) -> None:
+    noise = 'i=0; while [ $i -lt 40 ]; do echo "Protocol not supported $i" >&2; i=$((i+1)); done'
+    program(machine, "/usr/sbin/nft", f"{noise}; exit 1")
+    done = machine.play(role("openquake_firewall", "validate"))
+    assert failures(done.stdout) == [
+        "nftables does not work with this kernel (Protocol not supported 0); use another one, or "
+        "set openquake_firewall_provider=none and let another firewall keep strangers out"
+    ]
+    done = machine.play(role("openquake_firewall", "validate"), openquake_firewall_provider="none")
+    assert done.returncode == 0, done.stdout
+
+
+def test_version_of_python_is_read_and_not_guessed(machine: Machine) -> None:
+    """It goes into the name of the environment, where an empty one was taken before."""
+    told = {"var": "__openquake_engine_python_version.stdout"}
+    play = (role("openquake_engine", "validate"), {"name": "Tell", "ansible.builtin.debug": told})
+    late = "[ -e /run/asked ] && echo 3.11; touch /run/asked"
+    program(machine, "/usr/local/bin/python-late", late)
+    done = machine.play(*play, openquake_python="/usr/local/bin/python-late")
+    assert '__openquake_engine_python_version.stdout": "3.11"' in done.stdout, done.stdout
+    program(machine, "/usr/local/bin/python-none", ":")
+    done = machine.play(*play, openquake_python="/usr/local/bin/python-none")
+    assert done.returncode != 0, done.stdout

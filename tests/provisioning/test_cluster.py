@@ -1,0 +1,80 @@
+"""Hosts that do not answer, facts of an earlier run, clocks that differ: a cluster as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.provisioning.machines import Machines
+from tests.provisioning.roles import failures
+
+pytestmark = pytest.mark.timeout(600)
+
+VALIDATE = "playbooks/validate.yml"
+#: of a host whose clock is an hour before the others': what its Python says
+AHEAD = """
+import time
+now = time.time
+time.time = lambda: now() + 3600
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Machines]:
+    if os.geteuid() != 0:
+        pytest.skip("a spare machine needs root")
+    made = Machines(tmp_path, openquake_nfs_client_provider="external")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_dead_worker_does_not_stop_the_others(cluster: Machines) -> None:
+    done = cluster.play(VALIDATE)
+    assert done.returncode == 0, done.stdout
+    cluster.cut("w2")
+    done = cluster.play(VALIDATE)
+    assert done.returncode == 4, done.stdout  # Ansible's code for unreachable hosts
+    assert done.stdout.count("failed=0") == 4
+    assert done.stdout.count("unreachable=1") == 1
+    done = cluster.play(VALIDATE, "--limit=w1")  # by what the others have said last
+    assert done.returncode == 0, done.stdout
+    cluster.cut("m1")
+    done = cluster.play(VALIDATE)
+    assert "The master m1 does not answer to Ansible; nothing was changed" in done.stdout
+
+
+def test_clock_that_differs_is_named(cluster: Machines) -> None:
+    cluster["w2"].sh("rm -f /etc/python3*/sitecustomize.py")
+    cluster["w2"].sh("cat >/usr/lib/python3/dist-packages/sitecustomize.py", stdin=AHEAD)
+    done = cluster.play(VALIDATE)
+    assert done.returncode != 0
+    [message] = failures(done.stdout)
+    assert message.startswith("The clock here is 36"), message
+    assert "fatal: [w2]" in done.stdout
+
+
+UNITS = """
+cd /etc/systemd/system
+printf '[Unit]\\nDescription=OpenQuake: /oq of the master when it is used\\n' >oq.automount
+printf '[Automount]\\nWhere=/oq\\n' >>oq.automount
+printf '[Mount]\\nWhat=tmpfs\\nWhere=/oq\\nType=tmpfs\\n' >oq.mount
+printf '[Service]\\nExecStart=sleep infinity\\n' >openquake-worker.service
+mkdir -p /oq
+systemctl start oq.mount openquake-worker
+"""
+
+
+def test_worker_that_leaves_unmounts_before_the_master_hears_of_it(cluster: Machines) -> None:
+    """The run ends there, for the master is away; what comes next would shut the worker out."""
+    cluster["w2"].sh(UNITS)
+    cluster.cut("m1")
+    done = cluster.play("playbooks/remove_worker.yml", "-e", "openquake_leaving=w2")
+    assert done.returncode != 0
+    left = "ls /etc/systemd/system | grep -E '^(oq|openquake)' || test -e /oq"
+    assert not cluster["w2"].can(left, "root"), done.stdout
+    assert not cluster["w2"].can("findmnt /oq", "root")

@@ -1,0 +1,146 @@
+"""What a run has changed is in force at its end, and at the end of the next where it was killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.provisioning.machine import Machine, role
+from tests.provisioning.roles import ROOT
+
+pytestmark = pytest.mark.timeout(300)
+
+UNIT = "/etc/systemd/system/served.service"
+#: counts in /run/starts and /run/reloads how often it was started and told to read again
+SERVED = """
+[Service]
+ExecStartPre=/bin/sh -c 'echo >>/run/starts'
+ExecStart=/bin/sleep infinity
+ExecReload=/bin/sh -c 'echo >>/run/reloads'
+"""
+FRESH = {"openquake_unit": "served.service", "openquake_files": ["/etc/read", "/etc/not-there"]}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    if os.geteuid() != 0:
+        pytest.skip("a spare machine needs root")
+    made = Machine(tmp_path, services=True)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def count(machine: Machine, what: str) -> int:
+    return len(machine.run("cat", f"/run/{what}").stdout.splitlines())
+
+
+def test_service_reads_what_is_newer_than_it(machine: Machine) -> None:
+    machine.sh(f"touch /etc/read; cat >{UNIT}", stdin=SERVED)
+    done = machine.play(role("openquake", "fresh"), **FRESH)
+    assert "changed=0" in done.stdout
+    assert count(machine, "starts") == 0  # one that does not run is not started
+    machine.sh("systemctl start served")
+    done = machine.play(role("openquake", "fresh"), **FRESH)
+    assert "changed=0" in done.stdout, done.stdout
+    for script, how, what in (
+        ("touch /etc/read", "restarted", "starts"),
+        (f"touch {UNIT}", "restarted", "starts"),
+        (f"touch {UNIT}; systemctl daemon-reload", "restarted", "starts"),
+        ("touch /etc/read", "reloaded", "reloads"),
+    ):
+        before = count(machine, what)
+        machine.sh(script)
+        for _ in range(2):
+            done = machine.play(role("openquake", "fresh"), **FRESH, openquake_how=how)
+            assert done.returncode == 0, done.stdout
+        assert "changed=0" in done.stdout
+        assert count(machine, what) == before + 1
+
+
+@pytest.mark.parametrize("path", ["/oq-shared", "/opt/openquake", "/srv/a-b/c.d_e", "/.hidden/x-"])
+def test_name_of_the_unit_of_a_path(path: str) -> None:
+    file = ROOT / "roles/openquake/filter_plugins/openquake.py"
+    spec = importlib.util.spec_from_file_location("filters", file)
+    assert spec is not None
+    assert spec.loader is not None
+    filters = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(filters)
+    escaped = subprocess.run(
+        ["systemd-escape", "--path", path], capture_output=True, text=True, check=True
+    )
+    assert filters.unit_name(path) == escaped.stdout.strip()
+
+
+# ---- the mounts of a worker
+
+
+def automounts(machine: Machine) -> list[str]:
+    return machine.sh("cd /etc/systemd/system; ls *.automount 2>/dev/null || true").split()
+
+
+def test_mounts_of_other_settings_go(machine: Machine) -> None:
+    """A path with a dash; then another one, after which the first is not waited for any more.
+
+    Whether the units start depends on the kernel.
+    """
+    machine.sh("touch /usr/sbin/mount.nfs4")
+    mount = (role("openquake_nfs_client", "validate"), role("openquake_nfs_client", "mount"))
+    machine.play(*mount, host="w1", openquake_shared_dir="/oq-shared")
+    assert automounts(machine) == ["opt-openquake.automount", "oq\\x2dshared.automount"]
+    machine.play(*mount, host="w1", openquake_shared_dir="/srv/results")
+    assert automounts(machine) == ["opt-openquake.automount", "srv-results.automount"]
+    assert not machine.can("test -e /oq-shared", "root")
+    done = machine.play(role("openquake_nfs_client", "remove"), host="w1")
+    assert done.returncode == 0, done.stdout
+    assert automounts(machine) == []
+
+
+# ---- the agent
+
+#: says that it is ready, and waits
+AGENT = """\
+#!/usr/bin/python3
+import os, socket, time
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+    notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1))
+time.sleep(600)
+"""
+SETUP = f"""
+groupadd --gid 880 openquake
+useradd --uid 880 --gid openquake --home /var/lib/openquake openquake
+install -d -o openquake -g openquake /var/lib/openquake /var/cache/openquake
+mkdir -p /opt/openquake/venv-1/bin /etc/openquake
+ln -s venv-1 /opt/openquake/venv
+touch /var/cache/openquake/venv-1.compiled
+cat >/opt/openquake/venv-1/bin/oq-agent <<'EOF'
+{AGENT}
+EOF
+chmod +x /opt/openquake/venv-1/bin/oq-agent
+printf '[Service]\\nType=oneshot\\nRemainAfterExit=yes\\nExecStart=true\\n' \
+    >/etc/systemd/system/openquake-firewall.service
+"""
+
+
+def test_agent_learns_a_new_secret(machine: Machine) -> None:
+    machine.sh(SETUP)
+    machine.sh("ip address add 192.0.2.2/24 dev lo")
+    pids = []
+    for secret in "the-secret-of-yesterday", "the-secret-of-today", "the-secret-of-today":
+        done = machine.play(
+            role("openquake_config", "secret"),
+            role("openquake_worker"),
+            host="w1",
+            openquake_authkey=secret,
+            openquake_master_host="w1",
+        )
+        assert done.returncode == 0, done.stdout
+        pids.append(machine.sh("systemctl show --value --property=MainPID openquake-worker"))
+    assert pids[0] != pids[1] == pids[2] != "0"
+    assert "changed=0" in done.stdout

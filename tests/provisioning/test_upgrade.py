@@ -1,0 +1,240 @@
+"""A change of the environment: done whole or taken back, whatever fails, dies or is killed.
+
+The environments are stand-ins that note in the job database which of them has upgraded it; Ansible,
+systemd and the database are real.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.leftovers import wait_for
+from tests.provisioning.machine import role
+from tests.provisioning.machines import Machines
+
+pytestmark = pytest.mark.timeout(600)
+
+UPGRADE = "playbooks/upgrade.yml"
+DATABASE = "/var/lib/openquake/oqdata/db.sqlite3"
+#: on its own: an upgrade of the database waits while there is a file /tmp/hold
+PYTHON = """\
+#!/usr/bin/python3
+import contextlib, pathlib, sqlite3, sys, time
+if "upgrade_db" in sys.argv[2]:
+    while pathlib.Path("/tmp/hold").exists():
+        pathlib.Path("/tmp/held").touch()
+        time.sleep(0.05)
+    environment = pathlib.Path(sys.argv[0]).parents[1].name
+    with sqlite3.connect("/var/lib/openquake/oqdata/db.sqlite3") as database:
+        database.execute(f'CREATE TABLE IF NOT EXISTS "{environment}" (id)')
+    print("changed")
+else:
+    open(sys.argv[3], "w")
+"""
+#: answers as all workers would, or not at all where there is a file ``broken`` beside it; where
+#: there is a file ``job``, somebody starts a job meanwhile
+WORKERS = """\
+#!/bin/sh
+[ "$1" != wait ] || [ ! -e "$0.job" ] || python3 -c "import sqlite3
+with sqlite3.connect('/var/lib/openquake/oqdata/db.sqlite3') as database:
+    database.execute('INSERT INTO job (status) VALUES (1)')"
+[ ! -e "$0.broken" ] || { echo "no answer" >&2; exit 1; }
+case $1 in
+wait) echo '{"192.0.2.2": {"state": "up"}, "192.0.2.3": {"state": "up"}}' ;;
+debug) echo '{"hosts": {"192.0.2.2": {"answered": 2}, "192.0.2.3": {"answered": 2}}}' ;;
+esac
+"""
+SETUP = f"""
+groupadd --gid 880 openquake
+useradd --uid 880 --gid openquake --home /var/lib/openquake openquake
+install -d -o openquake -g openquake /var/lib/openquake /var/cache/openquake
+for name in old new; do
+    mkdir -p /opt/openquake/venv-$name/bin
+    cd /opt/openquake/venv-$name
+    touch .complete bin/oq bin/oq-run
+    cat >bin/python <<'EOF'
+{PYTHON}
+EOF
+    cat >bin/oq-workers <<'EOF'
+{WORKERS}
+EOF
+    printf '#!/bin/sh\\nexec sleep infinity\\n' >bin/serve
+    chmod +x bin/*
+done
+ln -s venv-old /opt/openquake/venv
+"""
+SERVICE = """
+printf '[Service]\\nExecStart=/opt/openquake/venv/bin/serve\\n' >/etc/systemd/system/{name}
+systemctl start {name}
+"""
+#: today's database with 500 jobs, and the copy of an upgrade in March, which had three
+JOBS = f"""
+python3 - <<'EOF'
+import sqlite3
+for path, count in ("{DATABASE}", 500), ("{DATABASE}.before-venv-new", 3), (
+    "{DATABASE}.of-venv-old", 3
+):
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE job (id INTEGER PRIMARY KEY, status TEXT)")
+        database.executemany("INSERT INTO job (status) VALUES (?)", count * [("complete",)])
+EOF
+"""
+AGENT, DBSERVER = "openquake-worker.service", "openquake-dbserver.service"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Machines]:
+    if os.geteuid() != 0:
+        pytest.skip("a spare machine needs root")
+    (tmp_path / "oq_runtime.whl").write_text("as built")
+    made = Machines(
+        tmp_path,
+        openquake_engine_runtime=str(tmp_path / "oq_runtime.whl"),
+        __openquake_engine_wanted="/opt/openquake/venv-new",
+        openquake_nfs_client_provider="external",
+    )
+    try:
+        made.sh(SETUP)
+        made.sh(SERVICE.format(name=AGENT), "w1", "w2")
+        made.sh(SERVICE.format(name=DBSERVER), "m1")
+        made["m1"].sh("install -d -o openquake -g openquake -m 0700 /var/lib/openquake/oqdata")
+        made["m1"].sh(JOBS, "openquake")
+        yield made
+    finally:
+        made.close()
+
+
+def environment(cluster: Machines) -> str:
+    return cluster["m1"].sh("readlink /opt/openquake/venv")
+
+
+def database(cluster: Machines, path: str = DATABASE) -> tuple[int, str]:
+    """How many jobs it has, and which environments have upgraded it."""
+    count = "SELECT count(*) FROM job"
+    names = "SELECT name FROM sqlite_master WHERE name LIKE 'venv-%'"
+    program = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]);"
+        "print(*(row[0] for query in sys.argv[2:] for row in db.execute(query)))"
+    )
+    output = cluster["m1"].run("python3", "-c", program, path, count, names).stdout
+    jobs, _, who = output.strip().partition(" ")
+    return int(jobs), who
+
+
+def running(cluster: Machines, *names: str) -> list[str]:
+    """On which machines the service of the cluster runs."""
+    service = {"m1": DBSERVER, "w1": AGENT, "w2": AGENT}
+    active = "systemctl is-active {}".format
+    return [name for name in names if cluster[name].can(active(service[name]), "root")]
+
+
+ALL = ["m1", "w1", "w2"]
+
+
+def test_change(cluster: Machines) -> None:
+    done = cluster.play(UPGRADE)
+    assert done.returncode == 0, done.stdout
+    assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
+    assert running(cluster, *ALL) == ALL
+    again = cluster.play(UPGRADE)
+    assert again.returncode == 0
+    assert again.stdout.count("changed=0") == 4, again.stdout
+
+
+def test_environment_that_does_not_work_is_taken_back(cluster: Machines) -> None:
+    cluster.sh("touch /opt/openquake/venv-new/bin/oq-workers.broken")
+    done = cluster.play(UPGRADE)
+    assert done.returncode != 0
+    assert "192.0.2.2, 192.0.2.3 does not answer (no answer)" in done.stdout
+    assert "the cluster runs venv-old again" in done.stdout
+    assert (environment(cluster), database(cluster)) == ("venv-old", (500, ""))
+    assert running(cluster, *ALL) == ALL
+
+
+def test_job_database_is_not_replaced_by_an_old_copy(cluster: Machines) -> None:
+    """The copy of today cannot be made; those of other changes must not come back for it."""
+    cluster["m1"].sh("chmod 0500 /var/lib/openquake/oqdata")
+    done = cluster.play(UPGRADE)
+    assert done.returncode != 0
+    assert (environment(cluster), database(cluster)) == ("venv-old", (500, ""))
+    assert running(cluster, *ALL) == ALL
+
+
+def test_jobs_that_have_started_since_are_not_lost(cluster: Machines) -> None:
+    cluster["m1"].sh("cd /opt/openquake/venv-new/bin; touch oq-workers.job oq-workers.broken")
+    done = cluster.play(UPGRADE)
+    assert done.returncode != 0
+    assert f"venv-old again, and {DATABASE} was kept, for it has jobs" in done.stdout
+    assert (environment(cluster), database(cluster)) == ("venv-old", (501, "venv-new"))
+    assert running(cluster, *ALL) == ALL
+
+
+def test_killed_in_the_midst(cluster: Machines) -> None:
+    cluster["m1"].sh("touch /tmp/hold")
+    process = cluster.start(UPGRADE)
+    assert wait_for(lambda: cluster["m1"].can("test -e /tmp/held", "root"), 120)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    cluster["m1"].sh("rm /tmp/hold")
+    assert running(cluster, *ALL) == []
+    done = cluster.play(UPGRADE)
+    assert done.returncode == 0, done.stdout
+    assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
+    assert running(cluster, *ALL) == ALL
+
+
+def test_killed_in_the_midst_and_taken_back(cluster: Machines) -> None:
+    """What was begun with one environment is undone by asking for the other."""
+    cluster["m1"].sh("touch /tmp/hold")
+    process = cluster.start(UPGRADE)
+    assert wait_for(lambda: cluster["m1"].can("test -e /tmp/held", "root"), 120)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    cluster["m1"].sh("rm /tmp/hold")
+    cluster.settings["__openquake_engine_wanted"] = "/opt/openquake/venv-old"
+    done = cluster.play(UPGRADE)
+    assert done.returncode == 0, done.stdout
+    assert (environment(cluster), database(cluster)) == ("venv-old", (500, ""))
+    assert running(cluster, *ALL) == ALL
+
+
+def test_dead_worker_is_left_out(cluster: Machines) -> None:
+    cluster.cut("w2")
+    done = cluster.play(UPGRADE)
+    assert "w2 " in done.stdout and "unreachable=1" in done.stdout
+    assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
+    assert running(cluster, "m1", "w1") == ["m1", "w1"]
+
+
+def test_worker_that_dies_meanwhile_is_left_out(cluster: Machines) -> None:
+    cluster["m1"].sh("touch /tmp/hold")
+    process = cluster.start(UPGRADE)
+    assert wait_for(lambda: cluster["m1"].can("test -e /tmp/held", "root"), 120)
+    cluster.cut("w2")
+    cluster["m1"].sh("rm /tmp/hold")
+    output, _ = process.communicate()
+    assert "unreachable=1" in output
+    assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
+    assert running(cluster, "m1", "w1") == ["m1", "w1"]
+
+
+def test_environment_of_another_installer_is_taken_over(cluster: Machines) -> None:
+    """A directory in place of the link, as the engine's own installer makes it."""
+    machine = cluster["m1"]
+    machine.sh("cd /opt/openquake; rm venv; mkdir venv; touch venv/of-another /tmp/oq_runtime.whl")
+    wanted = ("-e", "__openquake_engine_wanted=/opt/openquake/venv-new")
+    for changed in True, False:
+        done = machine.play(
+            role("openquake_engine"), args=wanted, openquake_engine_runtime="/tmp/oq_runtime.whl"
+        )
+        assert done.returncode == 0, done.stdout
+        assert ("changed=0" in done.stdout) != changed
+    assert machine.can("test -e /opt/openquake/venv.kept/of-another", "root")
+    assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
+    assert database(cluster, f"{DATABASE}.of-venv.kept") == (500, "")
+    assert running(cluster, "m1") == []

@@ -1,0 +1,129 @@
+"""What verify.yml asks a node: each defect has one line that says what, and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.provisioning.machine import Machine
+from tests.provisioning.roles import ROOT
+
+pytestmark = pytest.mark.timeout(300)
+
+SCRIPT = ROOT / "roles/openquake_verify/files/verify.py"
+SETTINGS: dict[str, Any] = {
+    "engine": "3.26.2",
+    "uid": 880,
+    "gid": 880,
+    "prefix": "/opt/openquake",
+    "home": "/var/lib/openquake",
+    "config_dir": "/etc/openquake",
+    "shared_dir": "/oq_shared",
+    "master": "127.0.0.1",
+    "workers": ["192.0.2.2"],
+    "is_master": False,
+    "nfs": True,
+    "clock_s": 0,
+    "dbserver_port": 1908,
+    "receiver_ports": "1912-1920",
+    "ctrl_port": 1909,
+    "webui_port": 0,
+    "swap_off": False,
+}
+SETUP = """
+groupadd --gid 880 openquake
+useradd --uid 880 --gid openquake --home /var/lib/openquake openquake
+install -d -o openquake /var/lib/openquake /var/cache/openquake
+mkdir -p /opt/openquake/venv/bin /oq_shared
+mount -t tmpfs -o ro,mode=1777 software /opt/openquake
+mount -t tmpfs -o ro,mode=1777 192.0.2.9:/results /oq_shared
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    if os.geteuid() != 0:
+        pytest.skip("a spare machine needs root")
+    made = Machine(tmp_path, services=True)
+    try:
+        made.sh(SETUP)
+        yield made
+    finally:
+        made.close()
+
+
+def verify(machine: Machine, place: str, **changed: Any) -> dict[str, str]:
+    """Return the details of the checks, those of a failed one after a ``!``."""
+    settings = json.dumps(SETTINGS | changed)
+    done = machine.run("python3", "-", place, settings, stdin=SCRIPT.read_text())
+    rows = json.loads(done.stdout)
+    return {row["check"]: ("" if row["ok"] else "!") + row["detail"] for row in rows}
+
+
+def test_mounts(machine: Machine) -> None:
+    found = verify(machine, "worker", nfs=False)
+    assert found["mounts"] == "read-only, of the master"
+    found = verify(machine, "worker")
+    wanted = "!/opt/openquake is tmpfs of software, not 127.0.0.1:/opt/openquake; run site.yml"
+    assert found["mounts"] == wanted
+    machine.sh("mount -o remount,rw /oq_shared")
+    found = verify(machine, "worker", nfs=False)
+    assert found["mounts"].startswith("!/oq_shared is not mounted read-only"), found
+    assert machine.sh("ls -A /oq_shared") == ""
+    machine.sh("umount /oq_shared")
+    found = verify(machine, "worker", nfs=False)
+    assert found["mounts"].startswith("!/oq_shared is not mounted; see systemctl status /oq_shared")
+
+
+def test_nodes(machine: Machine) -> None:
+    machine.sh("echo 127.0.1.1 $(hostname) >/etc/hosts; mount -t tmpfs -o size=1m tmp /tmp")
+    found = verify(machine, "worker", clock_s=3601, uid=4321)
+    wanted = {
+        "clock": "!the clock is 3601 s off the master's; see its time service (timedatectl), and",
+        "disk": "!/tmp is on a disk with 1 MiB left; make space",
+        "names": "127.0.1.1; run site.yml",
+        "account": "!openquake is 880:880, not 4321:880; correct openquake_uid",
+        "agent": "!openquake-worker.service is inactive; see journalctl -u openquake-worker",
+        "owner": "!/opt/openquake/venv has no engine; run site.yml",
+    }
+    assert {name for name, text in wanted.items() if text not in found[name]} == set(), found
+
+
+#: answers as ``oq-workers`` does, with 1 where a worker is down
+WORKERS = """\
+#!/bin/sh
+echo '{"192.0.2.2": {"state": "down", "slots": 0}}'
+exit 1
+"""
+
+
+def test_workers_that_are_down_are_told_as_text(machine: Machine) -> None:
+    machine.sh("mount -o remount,rw /opt/openquake; mkdir -p /opt/openquake/venv/bin")
+    program = "/opt/openquake/venv/bin/oq-workers"
+    machine.sh(f"cat >{program}; chmod +x {program}", stdin=WORKERS)
+    found = verify(machine, "master")
+    assert found["workers"].startswith("!192.0.2.2: down; see journalctl"), found
+
+
+#: as a worker's kernel shows it: what waits for the first use, and the mount on it
+MOUNTINFO = """\
+23 29 0:21 / /proc rw,nosuid - proc proc rw
+51 29 0:45 / /home rw,relatime shared:25 - autofs systemd-1 rw,fd=50,pgrp=1
+88 51 0:52 / /home ro,nosuid,nodev shared:40 - nfs4 192.0.2.1:/home ro,vers=4.2,hard
+"""
+
+
+def test_mount_is_read_as_the_kernel_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["verify.py", "worker", json.dumps(SETTINGS)])
+    mounted = runpy.run_path(str(SCRIPT))["mounted"]
+    found = mounted(Path("/home"), MOUNTINFO)
+    assert (found.kind, found.source) == ("nfs4", "192.0.2.1:/home")
+    assert {"ro", "vers=4.2", "nosuid"} <= found.options
+    assert mounted(Path("/home"), MOUNTINFO.partition("88 51")[0]) is None
