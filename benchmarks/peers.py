@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.standins import address
+from oq_runtime.files import private
 from oq_runtime.session.client import Session
 from oq_runtime.wire import payload
 from tests.leftovers import wait_for
@@ -47,14 +48,18 @@ LIMIT_S = 180.0
 BROKER = """
 import json, sys
 from pathlib import Path
-from oq_runtime import facts, logs
+from oq_runtime import descriptors, facts, logs
 from oq_runtime.core.limits import DEFAULTS
+from oq_runtime.files import private
 from oq_runtime.session.broker import Broker
 from oq_runtime.wire import security
 logs.start()
+descriptors.raise_limit()
 spec = json.loads(sys.argv[1])
+directory = Path(spec["directory"])
 Broker(
-    directory=Path(spec["directory"]), agents=spec["agents"], data_urls=[spec["data_url"]],
+    directory=directory, memory=private.memory_of(directory), agents=spec["agents"],
+    data_urls=[spec["data_url"]],
     agent_pid=None, owner=spec["owner"], window_bytes=1 << 30, limits=DEFAULTS,
     own_facts=facts.own(), keys=security.Keys.derive(spec["secret"].encode()),
 ).run()
@@ -156,7 +161,10 @@ def measure(count: int) -> dict[str, float]:
     """Return the figures for so many nodes."""
     secret = secrets.token_urlsafe(32)
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oq-peers-")))
+        directory = private.make(Path(tempfile.gettempdir()), "oq-peers-")
+        memory = private.memory_name(directory)
+        private.add_memory(directory, memory)
+        stack.callback(private.remove, directory, memory)
         nodes = Nodes(secret, HOLD_S)
         stack.callback(nodes.close)
         for first in range(0, count - 1, PER_PROCESS):
