@@ -177,6 +177,15 @@ def test_node_to_which_only_small_messages_come(cluster: Cluster, direction: Dir
     assert re.search(f"running without .*{words[direction]}", log), log
 
 
+@short_beats
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_large_messages_get_lost_during_a_job(cluster: Cluster, direction: Direction) -> None:
+    tasks = 48
+    run = under_way(cluster, stream(cluster, tasks), "node3")
+    cluster.net.shorten("node3", SHORT_FRAME_BYTES, direction)
+    assert check_stream(run, tasks)["retries"] > 0
+
+
 @pytest.mark.slow
 def test_loss_and_delay(cluster: Cluster, undisturbed: Path) -> None:
     for node in cluster.slots:

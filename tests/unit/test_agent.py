@@ -94,6 +94,7 @@ class Stage:
         self.control = Peer(
             transport.dealer(self.context, self.url, secure=self._secure(server=False))
         )
+        self.mute = False  # on the data connection
         self.lease()
 
     def _secure(self, *, server: bool) -> transport.Secure | None:
@@ -130,6 +131,8 @@ class Stage:
         def look() -> bool:
             if beat:
                 self.send(protocol.Beat(wanted=1))
+                if self.data.link.epoch == self.control.link.epoch and not self.mute:
+                    self.data.link.send(protocol.Beat())
             for peer in (self.control, self.data):
                 peer.read()
                 for item in peer.come:
@@ -378,6 +381,12 @@ def test_messages_out_of_place_are_refused_and_the_job_goes_on(here: Stage) -> N
     assert here.ended(1) == [{"sum": 9}]
     here.give(2, "square", 4)
     assert here.ended(2) == [{"sum": 16}]
+
+
+def test_a_broker_that_is_heard_on_the_control_connection_alone(away: Stage) -> None:
+    away.mute = True
+    lost = away.expect(protocol.NoLease)
+    assert lost.reason == "nothing has come over its data connection for 2 s"
 
 
 def test_a_flood_of_chunks_waits_at_its_sender(away: Stage) -> None:

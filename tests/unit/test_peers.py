@@ -250,6 +250,18 @@ def test_a_data_connection_that_breaks_ends_the_lease() -> None:
         assert b.told[1:] == [core.NodeGone("a", "its data connection broke")]
 
 
+def test_a_node_that_is_heard_on_the_control_connection_alone() -> None:
+    with bench() as b:
+        b.lease("a")
+        spoken_s = time.monotonic()
+        b.agents["a"].data.send(protocol.Beat())  # type: ignore[union-attr]
+        b.until(lambda: (b.agents["a"].say(protocol.Beat()), b.told[1:])[1])
+        assert LIMITS.lost_s <= time.monotonic() - spoken_s < LIMITS.lost_s + 5
+        [gone] = b.told[1:]
+        assert isinstance(gone, core.NodeGone)
+        assert gone.reason.startswith("nothing has come over its connection for results for 2 s")
+
+
 def test_an_agent_that_goes_away_is_called_again() -> None:
     with bench() as b:
         b.lease("a")

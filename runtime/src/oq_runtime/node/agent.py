@@ -132,6 +132,7 @@ class JobIO:
         self.user, self.title = user, ""
         self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
+        self.heard_s = 0.0  # when something came over it, or it was opened
         self.local = False  # the broker is on this host and takes files as they are
         self.given: dict[Key, protocol.Task] = {}  # of the attempts that are not forgotten
         self.incoming: dict[bytes, Reception] = {}
@@ -340,6 +341,10 @@ class Agent:
                 self._forget(name, "it has not asked for a lease")
             if job.data is not None and name in self.jobs:  # it may have been found lost just now
                 job.data.send(protocol.Beat())
+                if now - job.heard_s > (lost_s := self.limits.lost_s):
+                    self._give_back(
+                        name, f"nothing has come over its data connection for {lost_s:g} s"
+                    )
 
     def _decide(self, event: Event, now: float) -> Sequence[Effect]:
         if isinstance(event, attempts.Event):
@@ -395,6 +400,7 @@ class Agent:
                     self._give_back(name, f"cannot connect to {url} for the results: {exc}")
                     return
                 job.data = transport.Link(data, name, message.epoch)
+                job.heard_s = time.monotonic()
                 self.poller.register(data, zmq.POLLIN)
                 opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
                 job.data.send(opening, bytes(protocol.PROBE_BYTES))
@@ -495,6 +501,7 @@ class Agent:
         except ProtocolError as exc:
             self._give_back(name, f"its data cannot be read: {exc}")
             return
+        job.heard_s = time.monotonic()
         if not job.data.accepts(message):
             self._give_back(name, "tasks were lost on the way")
             return

@@ -56,6 +56,7 @@ class Line:
 
     :param name: in ``host_cores``; ``host`` is what it calls itself
     :param slots: all of the node's; ``share`` is what it has granted to this job
+    :param data: the connection for its results, over which it was heard at ``heard_s`` (monotonic)
     """
 
     name: str
@@ -67,6 +68,7 @@ class Line:
     share: int | None = None
     ticket: bytes = b""
     data: transport.Link | None = None
+    heard_s: float = 0.0
 
 
 class Peers:
@@ -189,8 +191,17 @@ class Peers:
                 line = self.beating[0]
                 self.beating.rotate(-1)
                 self.send(line, beat)
-                if line.data is not None and not line.data.send(protocol.Beat()):
-                    self.broken(line, "its data connection broke")
+                if line.data is not None:
+                    self._beat_data(line, now)
+
+    def _beat_data(self, line: Line, now: float) -> None:
+        """Beats on the control connection do not show that results still come through."""
+        assert line.data is not None
+        if not line.data.send(protocol.Beat()):
+            self.broken(line, "its data connection broke")
+        elif line.peer.state is State.LEASED and now - line.heard_s > self.limits.lost_s:
+            reason = f"nothing has come over its connection for results for {self.limits.lost_s:g}"
+            self.lose(line, f"{reason} s; check the MTU of all that is on the way")
 
     def send(self, line: Line, message: protocol.Message) -> None:
         """Send to a node that has a lease; one that cannot take it is lost: it would never know."""
@@ -362,6 +373,7 @@ class Peers:
         line = self.senders.get(sender)
         if line is None or line.data is None or message.epoch != line.data.epoch:
             return  # of an epoch that is over
+        line.heard_s = time.monotonic()
         if not line.data.accepts(message):
             self.lose(line, "results were lost on the way")
         elif line.peer.state is State.ASKED:
