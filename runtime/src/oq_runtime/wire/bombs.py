@@ -68,11 +68,13 @@ class Bombs:
             for one, now in received.items()
         }
         unread = {one: now - self.read[one] for one, now in received.items()}
-        if sum(unread.values()) < GROWTH_BYTES:
+        together = sum(unread.values())
+        if together < GROWTH_BYTES:
             self.steady_bytes = memory  # it has grown for another reason
         for one, nbytes in sorted(unread.items(), key=lambda item: item[1], reverse=True):
-            if nbytes > MOST_BYTES or sum(unread.values()) > self.most_bytes:
-                _end(one, unread.pop(one))
+            if nbytes > MOST_BYTES or together > self.most_bytes:
+                _end(one, nbytes)
+                together -= nbytes
 
 
 def _received() -> dict[int, int]:
