@@ -111,8 +111,8 @@ class Simulation:
         self.at(BEAT_S, self.tick)
         for task, length in enumerate(self.lengths):
             weight = length * rng.lognormvariate(0, scenario.weight_sigma)
-            self.handle(core.Submitted(task, 0, "task", weight))
-        while self.core.live or self.core.staged:
+            self.handle(core.Submitted(task, 0, 0, weight))
+        while self.core.tasks or self.core.staged:
             self.now, _, action, arguments = heapq.heappop(self.heap)
             action(*arguments)
         self.core.check_invariants()
@@ -141,7 +141,7 @@ class Simulation:
                     self.after(CONSUME_S, self.handle, core.Consumed(task))
                 case core.AbortAttempt(_, task, attempt):
                     self.aborted.add((task, attempt))
-                case core.GiveUp(task, error, history):
+                case core.GiveUp(task, error, _, history):
                     raise RuntimeError(f"task {task}: {error}: {history}")
 
     # ---- nodes
@@ -171,18 +171,20 @@ class Simulation:
     def start(self, node: str, since: int, task: int, attempt: int) -> None:
         if self.up.get(node) != since or (task, attempt) in self.aborted:
             return
-        self.handle(core.Started(node, task, attempt))
+        self.handle(core.AttemptStarted(node, task, attempt))
         length, rng, scenario = self.lengths[task], self.rng, self.scenario
         if rng.random() < scenario.dying:
-            died = core.Died(node, task, attempt, "worker process 1 killed by SIGKILL")
+            died = core.AttemptDied(node, task, attempt, "worker process 1 killed by SIGKILL")
             self.after(rng.uniform(0, length), self.report, since, died)
             return
         if rng.random() < scenario.straggling:
             length *= scenario.slowdown
         nbytes = round(rng.expovariate(1 / RESULT_BYTES)) + 1
-        self.after(length, self.report, since, core.Ended(node, task, attempt, nbytes))
+        self.after(length, self.report, since, core.AttemptEnded(node, task, attempt, nbytes))
 
-    def report(self, since: int, event: core.Ended | core.Died | core.Uploaded) -> None:
+    def report(
+        self, since: int, event: core.AttemptEnded | core.AttemptDied | core.Uploaded
+    ) -> None:
         aborted = (event.task, event.attempt) in self.aborted
         if self.up.get(event.node) == since and not aborted:
             self.handle(event)
@@ -210,7 +212,7 @@ def simulate(scenario: Scenario) -> dict[str, str]:
         "us/event": f"{simulation.handling_s / events * 1e6:.2f}",
         "run_s": f"{real_s:.0f}",
         "peak_MiB": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f}",
-        "retries": f"{simulation.core.retries.total()}",
+        "retries": f"{simulation.core.kinds[0].retries}",
         "makespan_s": f"{simulation.now:.0f}",
         "/bound": f"{simulation.now / bound_s:.3f}",
         "late": f"{sum(end > LATE * bound_s for end in simulation.ends)}",

@@ -54,10 +54,11 @@ MEMORY_REMEDY = (
 
 @dataclass(slots=True)
 class Submission:
-    """A task as an engine process, the client, has sent it; ``task`` is its number of it."""
+    """A task as an engine process, the client, has sent it; ``kind`` is its phase's number."""
 
     client: bytes
     sent: protocol.Submit
+    kind: int
 
 
 class Broker:
@@ -110,7 +111,9 @@ class Broker:
         # the scheduler's window bounds what is staged; an attempt beyond it goes to the disk
         self.staging = Staging(Store(memory, directory, memory_bytes=window_bytes))
         self.local = all(url.startswith("ipc:") for url in data_urls)
-        self.phases: dict[str, protocol.Phase] = {}
+        self.titles: dict[bytes, str] = {}  # of the job that each client runs now
+        self.kinds: dict[tuple[str, str], int] = {}  # (job, function) -> its place in the next
+        self.phases: list[protocol.Phase] = []
         self.next_beat_s = 0.0
         self.peers = Peers(
             self.context,
@@ -173,13 +176,13 @@ class Broker:
         self.peers.step(now, self._news())
         if now >= self.next_beat_s:
             self._beat(now)
-        if bool(self.core.live) != self.told_wanted:
+        if bool(self.core.tasks) != self.told_wanted:
             self.told_wanted = not self.told_wanted
             self.peers.send_all(self._news())
 
     def _news(self) -> protocol.Beat:
         """Return what the nodes are to know of the job."""
-        return protocol.Beat(wanted=len(self.core.live), title=self.title)
+        return protocol.Beat(wanted=len(self.core.tasks), title=self.title)
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
@@ -230,22 +233,30 @@ class Broker:
                 number = self.unsubmitted
                 self.unsubmitted += 1
                 group = self.groups.setdefault((peer, map_), number)
-                self.submissions[number] = Submission(peer, message)
                 for blob in blobs:
                     self.blobs.setdefault(blob.digest, Counter())[blob.path] += 1
                 self.numbers[peer, task] = number
-                phase = self.phases.setdefault(func, protocol.Phase(name=func))
-                phase.total += 1
-                self._handle(core.Submitted(number, group, func, message.weight))
+                kind = self._kind(peer, func)
+                self.phases[kind].total += 1
+                self.submissions[number] = Submission(peer, message, kind)
+                self._handle(core.Submitted(number, group, kind, message.weight))
             case protocol.Consumed(tasks=tasks):
                 for task in tasks:
                     self._handle(core.Consumed(self.numbers.pop((peer, task), -1)))
             case protocol.Cancel(map=map_):
                 self._cancel(peer, map_)
             case protocol.Title(text=text):
-                self.title = text
+                self.title = self.titles[peer] = text
             case protocol.StatusQuery():
                 transport.send_to(self.engine, peer, self._status())
+
+    def _kind(self, peer: bytes, func: str) -> int:
+        """Return the number of the phase that a function is in the job that a client runs now."""
+        job = self.titles.get(peer, "")
+        kind = self.kinds.setdefault((job, func), len(self.phases))
+        if kind == len(self.phases):
+            self.phases.append(protocol.Phase(name=func, job=job))
+        return kind
 
     def _welcome(self, peer: bytes) -> None:
         slots = sum(node.slots for node in self.core.nodes.values())
@@ -271,18 +282,18 @@ class Broker:
             case protocol.Leased(slots=slots):
                 self._handle(core.NodeResized(name, slots))
             case protocol.Started(task=task, attempt=attempt):
-                self._handle(core.Started(name, task, attempt))
+                self._handle(core.AttemptStarted(name, task, attempt))
             case protocol.Ended(task=task, attempt=attempt):
                 if not self.local and message.path:
                     message = msgspec.structs.replace(message, path="")
                 self.staging.announce(name, message)
-                self._handle(core.Ended(name, task, attempt, message.nbytes))
+                self._handle(core.AttemptEnded(name, task, attempt, message.nbytes))
             case protocol.Placed(task=task, attempt=attempt, path=path) if self.local:
                 if self.staging.place((name, task, attempt), Path(path)):
                     self._handle(core.Uploaded(name, task, attempt, True))
             case protocol.Died(task=task, attempt=attempt, oom=oom, no_room=no_room):
                 reason = f"{message.reason}, host {line.host}"
-                self._handle(core.Died(name, task, attempt, reason, oom, no_room))
+                self._handle(core.AttemptDied(name, task, attempt, reason, oom, no_room))
 
     def _from_data(self, line: Line, message: Any, rest: list[memoryview]) -> None:
         match message:
@@ -294,7 +305,8 @@ class Broker:
                 try:
                     intact = self.staging.receive((line.name, task, attempt), offset, rest[0])
                 except NoRoom as exc:
-                    self._handle(core.Unusable(task, "NoRoom", str(exc)))
+                    log.warning(str(exc), extra=about("room"))
+                    self._handle(core.NotStored(line.name, task, attempt, str(exc)))
                     return
                 if intact is not None:
                     self._handle(core.Uploaded(line.name, task, attempt, intact))
@@ -336,7 +348,7 @@ class Broker:
             "or its user logged out with RemoveIPC=yes in logind.conf?"
         )
         for number in needing:
-            self._handle(core.Unusable(number, "ArgumentLost", reason))
+            self._handle(core.Unrunnable(number, reason))
 
     # ---- effects out
 
@@ -363,14 +375,12 @@ class Broker:
                 self.staging.drop((node, task, attempt))
                 abort = protocol.Abort(task=task, attempt=attempt)
                 self.peers.send(self.peers.lines[node], abort)
-            case core.DropStaged(node, task, attempt):
-                self.staging.drop((node, task, attempt))
             case core.Commit(node, task, attempt):
                 self._deliver(node, task, attempt)
             case core.NodeLost(node, reason):
                 self.peers.lose(self.peers.lines[node], reason)
-            case core.GiveUp(task, error, history, attempts):
-                self._fail(task, error, history, attempts)
+            case core.GiveUp(task, error, attempts, history):
+                self._fail(task, error, attempts, history)
             case core.Forget(task):
                 submission = self._forget(task)
                 del self.numbers[submission.client, submission.sent.task]
@@ -387,7 +397,7 @@ class Broker:
         ended, path = self.staging.deliver((node, task, attempt))
         submission = self._forget(task)
         sent = submission.sent
-        phase = self.phases[sent.func]
+        phase = self.phases[submission.kind]
         phase.done += 1
         phase.received_bytes += ended.nbytes
         delivered = protocol.Delivered(
@@ -395,7 +405,7 @@ class Broker:
         )
         transport.send_to(self.engine, submission.client, delivered)
 
-    def _fail(self, task: int, error: str, history: tuple[str, ...], attempts: int) -> None:
+    def _fail(self, task: int, error: str, attempts: int, history: tuple[str, ...]) -> None:
         submission = self._forget(task)
         sent = submission.sent
         # all in the last line, which is the one that oq-run shows
@@ -422,13 +432,14 @@ class Broker:
         return submission
 
     def _status(self) -> protocol.Status:
-        for name, phase in self.phases.items():
-            phase.running, phase.retries = self.core.busy[name], self.core.retries[name]
+        for kind, phase in enumerate(self.phases):
+            known = self.core.kinds[kind]
+            phase.running, phase.retries = known.busy, known.retries
         nodes = []
         for line in self.peers.lines.values():
             found = self.core.nodes.get(line.name)
             slots, busy = (found.slots, found.busy) if found else (0, 0)
-            if found and not self.core.live:
+            if found and not self.core.tasks:
                 slots = line.slots  # its share is small because it wants nothing now
             node = protocol.Node(
                 host=line.host or line.name,
@@ -441,9 +452,7 @@ class Broker:
         note = ""
         if self.peers.data is None:
             note = f"all of {', '.join(self.peers.data_urls)} are in use by other jobs"
-        return protocol.Status(
-            job=self.job, phases=list(self.phases.values()), nodes=nodes, note=note
-        )
+        return protocol.Status(job=self.job, phases=self.phases, nodes=nodes, note=note)
 
 
 def main() -> None:

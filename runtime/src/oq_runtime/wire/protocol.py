@@ -177,9 +177,10 @@ class StatusQuery(Message, frozen=True, tag="status?"):
 
 
 class Phase(msgspec.Struct, kw_only=True):
-    """Counters of the tasks of one function."""
+    """Counters of the tasks of one function in one job, named as in Title."""
 
     name: Words
+    job: Words = ""
     total: int = 0
     done: int = 0
     running: int = 0
