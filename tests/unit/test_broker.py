@@ -204,6 +204,40 @@ def test_results_of_a_map_that_was_cancelled_leave_the_window(away: Stage) -> No
     assert len(away.broker.submissions) == 0
 
 
+def test_a_map_that_nobody_reads_stops_no_other(away: Stage) -> None:
+    """Its results fill the window; those of the map that is read come one by one."""
+    body = bytes(WINDOW)
+    for task, map_ in ((1, 1), (2, 2), (3, 2)):
+        away.submit(task, map_)
+        given = away.node.expect(protocol.Task)
+        away.end(given, body)
+        away.upload(given, body)
+        assert away.engine.expect(protocol.Delivered).task == task
+        if map_ == 2:
+            away.engine.send(protocol.Consumed(tasks=[task]))
+
+
+def test_counts_are_told_per_job(here: Stage) -> None:
+    for job in ("calculation 1", "calculation 2"):
+        here.engine.send(protocol.Title(text=job))
+        for task in (1, 2):
+            here.submit(task, map_=len(job))
+            here.end(here.node.expect(protocol.Task), b"x")
+            here.engine.expect(protocol.Delivered)
+            here.engine.send(protocol.Consumed(tasks=[task]))
+    here.submit(3)
+    given = here.node.expect(protocol.Task)
+    here.node.send(protocol.Died(task=given.task, attempt=1, reason="killed"))
+    here.end(here.node.expect(protocol.Task, lambda task: task.attempt == 2), b"x")
+    here.engine.expect(protocol.Delivered)
+    here.engine.send(protocol.StatusQuery())
+    found = here.engine.expect(protocol.Status).phases
+    assert [(p.job, p.name, p.total, p.done, p.retries) for p in found] == [
+        ("calculation 1", "f", 2, 2, 0),
+        ("calculation 2", "f", 3, 3, 1),
+    ]
+
+
 def test_an_attempt_that_ends_after_its_map_was_cancelled_leaves_nothing(here: Stage) -> None:
     here.submit(1)
     given = here.node.expect(protocol.Task)

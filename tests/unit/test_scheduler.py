@@ -778,6 +778,69 @@ def test_window_grants_in_order_of_arrival_and_one_large_alone() -> None:
     assert core.handle(Consumed(1), 0.0) == grants
 
 
+def two_groups() -> Scheduler:
+    """Tasks 1 and 2 of group 0, of which the first fills the window, and 3 to 5 of group 1."""
+    core = Scheduler(window_bytes=WINDOW)
+    core.handle(NodeJoined("a", 9), 0.0)
+    for task, group in [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1)]:
+        core.handle(Submitted(task, group, 0), 0.0)
+    assert core.handle(AttemptEnded("a", 1, 1, WINDOW), 0.0) == [GrantUpload("a", 1, 1)]
+    assert core.handle(AttemptEnded("a", 2, 1, 10), 0.0) == []
+    return core
+
+
+def test_a_group_that_nobody_reads_stops_no_other() -> None:
+    core = two_groups()
+    assert core.handle(AttemptEnded("a", 3, 1, WINDOW), 0.0) == [GrantUpload("a", 3, 1)]
+    assert core.handle(AttemptEnded("a", 4, 1, 10), 0.0) == [], "it has one in the window"
+    core.handle(Uploaded("a", 3, 1, True), 0.0)
+    assert core.handle(Consumed(3), 0.0) == [GrantUpload("a", 4, 1)]
+
+
+def test_cancelled_results_leave_the_window() -> None:
+    core = two_groups()
+    core.handle(Uploaded("a", 1, 1, True), 0.0)
+    core.handle(AttemptEnded("a", 3, 1, 1), 0.0)
+    assert core.handle(AttemptEnded("a", 4, 1, 10), 0.0) == []
+    effects = core.handle(Cancelled(0), 0.0)
+    assert effects == [AbortAttempt("a", 2, 1), Forget(2), GrantUpload("a", 4, 1)]
+    assert core.staged_bytes == 11 and len(core.groups) == 1
+
+
+def test_no_room_on_this_host_waits_for_what_is_read_and_narrows_the_window() -> None:
+    core = two_groups()
+    core.window_bytes = 2 * WINDOW
+    core.handle(Tick(), 0.0)  # task 2 is let in beside task 1
+    effects = core.handle(NotStored("a", 2, 1, "no room on sda1"), 0.0)
+    assert effects == [AbortAttempt("a", 2, 1), Assign("a", 2, 2)]
+    assert core.window_bytes == WINDOW and not core.tasks[2].node_losses
+    assert core.handle(AttemptEnded("a", 2, 2, 10), 0.0) == []
+    core.handle(Uploaded("a", 1, 1, True), 0.0)
+    assert core.handle(Consumed(1), 0.0) == [GrantUpload("a", 2, 2)]
+
+
+def test_no_room_on_this_host_for_one_alone_is_the_end_of_its_task() -> None:
+    core = one_task(State.UPLOADING)
+    effects = core.handle(NotStored("a", 1, 1, "no room on sda1"), 0.0)
+    aborted, given_up = effects
+    assert aborted == AbortAttempt("a", 1, 1)
+    assert given_up == GiveUp(1, "NoRoom", 1, given_up.history)
+    assert given_up.history[-1] == "attempt 1: no room on sda1"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [State.QUEUED, State.ASSIGNED, State.RUNNING, State.WAITING, State.UPLOADING],
+)
+def test_a_task_whose_argument_is_gone_is_given_up(state: State) -> None:
+    core = one_task(state)
+    effects = core.handle(Unrunnable(1, "its argument was deleted"), 0.0)
+    assert only(effects, GiveUp).error == "ArgumentLost"
+    assert (AbortAttempt("a", 1, 1) in effects) is (state is not State.QUEUED)
+    assert core.handle(Unrunnable(1, "again"), 0.0) == []
+    core.check_invariants()
+
+
 def test_damaged_upload_runs_again() -> None:
     core = one_task(State.UPLOADING)
     effects = core.handle(Uploaded("a", 1, 1, False), 1.0)

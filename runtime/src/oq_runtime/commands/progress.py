@@ -44,8 +44,8 @@ class Display:
 
     def __init__(self, console: Console | None) -> None:
         self.console = console
-        self.bars: dict[str, TaskID] = {}
-        self.tenths: dict[str, tuple[int, int]] = {}
+        self.bars: list[TaskID] = []  # of the phases, which stay in their order
+        self.tenths: dict[int, tuple[int, int]] = {}
         self.progress: Progress | None = None
         if console is not None and console.is_terminal:
             self.progress = Progress(
@@ -61,23 +61,22 @@ class Display:
         """Draw the counters of the broker."""
         busy = sum(node.busy for node in status.nodes)
         slots = sum(node.slots for node in status.nodes)
-        for phase in status.phases:
+        for number, phase in enumerate(status.phases):
             note = f"busy {busy}/{slots}, {phase.received_bytes / 1e6:.1f} MB"
             if phase.retries:
                 note += f", {phase.retries} retried"
             if self.progress is not None:
-                if phase.name not in self.bars:
-                    self.bars[phase.name] = self.progress.add_task(
-                        phase.name, total=phase.total, note=note
-                    )
-                bar = self.bars[phase.name]
-                rate = self.progress.tasks[list(self.bars).index(phase.name)].speed
+                if number == len(self.bars):
+                    bar = self.progress.add_task(phase.name, total=phase.total, note=note)
+                    self.bars.append(bar)
+                bar = self.bars[number]
+                rate = self.progress.tasks[number].speed
                 rated = f"{rate:.1f}/s, {note}" if rate else note
                 self.progress.update(bar, completed=phase.done, total=phase.total, note=rated)
             elif self.console is not None:
                 step = (phase.done * 10 // max(phase.total, 1), phase.retries)
-                if self.tenths.get(phase.name) != step:
-                    self.tenths[phase.name] = step
+                if self.tenths.get(number) != step:
+                    self.tenths[number] = step
                     line = f"{phase.name}: {phase.done}/{phase.total} tasks, {note}"
                     self.console.print(line, markup=False, highlight=False)
 
