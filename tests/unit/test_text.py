@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oq_runtime.text import clean, clean_lines
+from oq_runtime.text import MOST_NAMES, clean, clean_lines, grouped
 
 
 @given(st.text(max_size=300), st.integers(1, 100))
@@ -38,3 +38,15 @@ def test_examples(words: str, shown: str) -> None:
 
 def test_lines_are_kept_where_they_are_wanted() -> None:
     assert clean_lines("a\x07\nb") == "a\\x07\nb"
+
+
+def test_who_shares_a_reason_shares_a_line() -> None:
+    pairs = [(f"n{number}", "no answer") for number in range(2000)]
+    pairs.insert(1, ("old", "another version"))
+    some = ", ".join(f"n{number}" for number in range(MOST_NAMES))
+    assert grouped(pairs) == [
+        f"{some} and {2000 - MOST_NAMES} more: no answer",
+        "old: another version",
+    ]
+    assert grouped(pairs[:3]) == ["n0, n1: no answer", "old: another version"]
+    assert grouped([]) == []

@@ -6,6 +6,10 @@ that turn the direction of writing; shown raw they would forge rows of a table o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+#: names in a line
+MOST_NAMES = 5
 #: characters of a name or a reason that are shown
 MOST_CHARACTERS = 500
 
@@ -23,6 +27,22 @@ def clean(words: str, most: int = MOST_CHARACTERS) -> str:
 def clean_lines(words: str, most: int = MOST_CHARACTERS) -> str:
     """Return the same with line ends kept: for a text of several lines, each bounded."""
     return "\n".join(clean(line, most) for line in words.splitlines())
+
+
+def grouped(reasons: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line per reason with those that have it, of which at most MOST_NAMES are named.
+
+    :param reasons: pairs of a name and its reason
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        rest = len(names) - MOST_NAMES
+        last = f" and {rest} more" if rest > 0 else ""
+        lines.append(f"{', '.join(names[:MOST_NAMES])}{last}: {reason}")
+    return lines
 
 
 def _escaped(character: str) -> str:

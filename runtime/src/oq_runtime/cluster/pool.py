@@ -12,6 +12,7 @@ import zmq
 from oq_runtime.cluster import remote
 from oq_runtime.config import Cluster
 from oq_runtime.errors import NoWorkers, ProtocolError
+from oq_runtime.text import grouped
 from oq_runtime.wire import protocol, security, transport
 from oq_runtime.wire.calls import Calls
 from oq_runtime.wire.monitor import Change
@@ -183,7 +184,7 @@ class Pool:
             if not missing:
                 return answers
             if time.monotonic() > deadline_s:
-                detail = "; ".join(f"{host}: {answer.reason}" for host, answer in missing)
+                detail = "; ".join(grouped((host, answer.reason) for host, answer in missing))
                 raise NoWorkers(f"after {seconds:g} s: {detail}")
             time.sleep(0.2)
 

@@ -36,7 +36,7 @@ from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import private
 from oq_runtime.node import memory
 from oq_runtime.session import launch
-from oq_runtime.text import clean
+from oq_runtime.text import clean, grouped
 from oq_runtime.wire.protocol import Status
 
 EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
@@ -157,8 +157,10 @@ class Run:
         self.jobs: list[int] = []
         self.finished: list[dict[str, Any]] = []
         self.error = ""
-        self.true_since_s: dict[str, float] = {}  # of what there is to be told, and what has been
-        self.told: set[str] = set()
+        self.true_since_s: dict[
+            tuple[str, str], float
+        ] = {}  # of what there is to be told, and what has been
+        self.told: set[tuple[str, str]] = set()
         self.interrupted_s: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.outcome: int | None = None  # exit code, as the engine process says itself
@@ -308,14 +310,20 @@ class Run:
     def _tell(self, status: Status) -> None:
         """Say what the job waits for, and which nodes it has to do without, once each."""
         now = time.monotonic()
-        lines = [f"waiting: {status.note}"] if status.note else []
-        lines += [f"without {node.host}: {node.reason}" for node in status.nodes if node.reason]
-        self.true_since_s = {line: self.true_since_s.get(line, now) for line in lines}
-        for line, since_s in self.true_since_s.items():
-            if line not in self.told and now - since_s >= TELL_SECS:
-                self._print(line)
-                self.told.add(line)
-        self.told &= set(lines)
+        found = [("", status.note)] if status.note else []
+        found += [(node.host, node.reason) for node in status.nodes if node.reason]
+        self.true_since_s = {fact: self.true_since_s.get(fact, now) for fact in found}
+        untold = [
+            fact
+            for fact, since_s in self.true_since_s.items()
+            if fact not in self.told and now - since_s >= TELL_SECS
+        ]
+        for host, note in untold:
+            if not host:
+                self._print(f"waiting: {note}")
+        for line in grouped((host, reason) for host, reason in untold if host):
+            self._print(f"without {line}")
+        self.told = self.told.union(untold).intersection(found)
 
     def _take(self, line: bytes) -> None:
         """Take a report of the engine process."""

@@ -26,6 +26,7 @@ from oq_runtime.config import SESSION_VARIABLE, Config
 from oq_runtime.files import crashes, private, spares
 from oq_runtime.session import launch
 from oq_runtime.session.blobs import Blobs
+from oq_runtime.text import grouped
 from oq_runtime.wire import payload, protocol, transport
 from oq_runtime.wire.payload import Buffer
 
@@ -111,7 +112,8 @@ class Session:
                 if message.note:
                     started_s = time.monotonic()
                 states = [node.state for node in message.nodes]
-                reasons = "; ".join(f"{n.host}: {n.reason}" for n in message.nodes if n.reason)
+                pairs = [(n.host, n.reason) for n in message.nodes if n.reason]
+                reasons = "; ".join(grouped(pairs))
                 if set(states) == {"refused"}:
                     raise errors.NoWorkers(f"no node takes this job: {reasons}")
                 if "leased" in states and ("calling" not in states or waited_s > OTHERS_SECS):
@@ -120,7 +122,8 @@ class Session:
                     return sum(node.slots for node in message.nodes)
             time.sleep(0.01)
             transport.send(self.socket, protocol.StatusQuery())
-        raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s: {reasons}")
+        why = reasons or "no agent has answered"
+        raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s: {why}")
 
     # ---- tasks out
 
