@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster attack conformance chaos bench bench-peers simulate \
+.PHONY: help demo test lint types unit local cluster attack coverage conformance chaos bench bench-peers simulate \
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster | attack    one test lane"
+	@echo "make coverage     which lines and branches these lanes reach, in all their processes"
 	@echo "make provisioning checks of the playbooks and roles without hosts"
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
 	@echo "make system-test  a cluster of real kernels, row by row (ROWS=expression: some of them)"
@@ -116,6 +117,15 @@ cluster: $(STAMP)
 
 attack: $(STAMP)
 	$(VENV)/bin/python -m pytest -rs -m attack tests/local tests/cluster
+
+# Slower than the lanes by half; a test that fails by time does not end it.
+coverage: $(STAMP)
+	@rm -rf build/coverage
+	-$(VENV)/bin/python -m coverage run -m pytest -q -m "not slow" \
+	  tests/unit tests/contract tests/local tests/cluster
+	@$(VENV)/bin/python -m coverage combine --quiet
+	$(VENV)/bin/python -m coverage report
+	$(VENV)/bin/python -m coverage report --include "*/oq_runtime/core/*" --fail-under 100
 
 conformance: $(STAMP)
 	$(VENV)/bin/python -m tests.conformance $(if $(SAMPLE),--sample $(SAMPLE)) \

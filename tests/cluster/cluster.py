@@ -184,7 +184,7 @@ class Cluster:
 
     def env(self, host: str, **more: str) -> dict[str, str]:
         """The environment of processes on this host."""
-        foreign = ("OQ_", "COVERAGE", "PYTEST_")
+        foreign = ("OQ_", "PYTEST_")
         env = {
             name: value
             for name, value in os.environ.items()

@@ -68,7 +68,7 @@ def test_task_that_no_node_can_hold(cluster: Cluster) -> None:
         found = result(drive(cluster, "hold", tasks))
     assert found["error"] == "OutOfMemory", found
     text = found["text"]
-    assert "task hold #3 was given up after 2 attempts" in text.splitlines()[-1], text
+    assert "task #3 (hold) was given up after 2 attempts" in text.splitlines()[-1], text
     assert text.count("killed to free memory") == 2, text
     most = re.escape(cluster.net.address["node3"])  # the node with most memory free
     assert re.search(rf"attempt 2: assigned to {most}, alone", text), text

@@ -30,7 +30,7 @@ def test_task_that_never_returns(env: dict[str, str], tmpdir: Path, tmp_path: Pa
     code, [row], err = run(env, tmpdir, NEVER_RETURNS)
     assert code == 0, err
     assert row["type"] == "WorkerDied", row
-    assert "task slow #1 was given up after 2 attempts" in row["text"].splitlines()[-1]
+    assert "task #1 (slow) was given up after 2 attempts" in row["text"].splitlines()[-1]
     assert row["text"].count("task_timeout_s is 2 s") == 2, row["text"]
 
 

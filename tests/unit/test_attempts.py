@@ -189,6 +189,16 @@ def test_a_fetch_without_answer_is_repeated_and_then_fails() -> None:
     assert DropBlob("j", A) in effects and not core.attempts and not core.blobs
 
 
+def test_two_fetches_without_answer_fail_their_attempt_once() -> None:
+    core = Checked()
+    core.handle(Given("j", 1, 1, ((A, 10), (B, 10))))
+    for asks in range(1, MOST_ASKS):
+        assert core.handle(Tick(), asks * SILENT_S) == [Fetch("j", A, 10), Fetch("j", B, 10)]
+    effects = core.handle(Tick(), MOST_ASKS * SILENT_S)
+    assert len([effect for effect in effects if isinstance(effect, TellDied)]) == 1
+    assert not core.blobs
+
+
 def test_a_fetch_that_goes_on_is_not_repeated() -> None:
     core = Checked()
     core.handle(Given("j", 1, 1, ((A, 10), (B, 10))), 0.0)

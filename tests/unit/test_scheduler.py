@@ -984,6 +984,16 @@ def test_all_nodes_lost_gives_up_after_the_limit_naming_the_hosts() -> None:
     assert core.handle(NodeJoined("alpha", 1), 92.0) == []  # nothing of it is left in the queue
 
 
+def test_a_node_that_cannot_come_back_is_not_waited_for() -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("private", 1), 0.0)
+    core.handle(Submitted(1, 0, 0), 0.0)
+    core.no_nodes_limit_s = 0.0
+    given_up = only(core.handle(NodeGone("private", "its process ended"), 1.0), GiveUp)
+    assert given_up.history[-1] == "attempt 1: no node is left (private: its process ended)"
+    assert core.handle(NodeResized("private", 1), 1.0) == [], "said before it was gone"
+
+
 def test_a_node_in_time_ends_the_wait() -> None:
     core = Scheduler(Limits(no_nodes_limit_s=60.0))
     core.handle(Submitted(1, 0, 0), 0.0)

@@ -84,6 +84,16 @@ def shares(node: Slots) -> dict[str, int]:
     return {job: lease.slots for job, lease in node.leases.items()}
 
 
+def test_what_is_told_of_workers_and_brokers() -> None:
+    node = leased(2, ready=False)
+    node.handle(WorkerReady(1), 1.0)
+    node.handle(LeaseAsked("k"), 3.0)
+    assert (node.ready, node.beat_age_s(10.0)) == (1, 10.0)
+    for job in "jk":
+        node.handle(Released(job), 10.0)
+    assert (node.ready, node.beat_age_s(10.0)) == (0, None)
+
+
 def test_two_leases_get_half_each() -> None:
     node = Slots(4)
     assert grants(node.handle(LeaseAsked("j"), 0.0)) == {"j": 4}
@@ -208,6 +218,14 @@ def test_alone_waits_for_an_empty_node_and_keeps_it() -> None:
     assert node.handle(WorkerGone(2, ""), 2.0) == [], "nor another one beside it"
     assert node.handle(WorkerFree(3), 3.0) == [Spawn(4, "j")]
     assert node.handle(WorkerReady(4), 4.0) == [RunOn(4, "j", 2, 1)]
+
+
+def test_alone_kills_no_worker_twice() -> None:
+    node = leased(2)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    assert node.handle(TaskTaken("j", 1, 1), 0.0) == [Kill(1)]
+    assert node.handle(TaskGiven("j", 2, 2, True), 0.0) == [RunOn(2, "j", 2, 2)]
+    node.check_invariants()
 
 
 def test_alone_that_is_aborted_holds_nothing_back() -> None:

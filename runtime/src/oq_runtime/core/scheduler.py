@@ -345,10 +345,11 @@ class Task:
 
     def swap(self) -> None:
         """Make the rival the attempt whose state counts, and that one the rival."""
-        if rival := self.rival:
-            self.rival = Rival(self.attempt, self.node, self.state, self.assigned_s)
-            self.attempt, self.node = rival.attempt, rival.node
-            self.state, self.assigned_s = rival.state, rival.assigned_s
+        rival = self.rival
+        assert rival is not None
+        self.rival = Rival(self.attempt, self.node, self.state, self.assigned_s)
+        self.attempt, self.node = rival.attempt, rival.node
+        self.state, self.assigned_s = rival.state, rival.assigned_s
 
 
 class Scheduler:
