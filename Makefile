@@ -120,7 +120,7 @@ attack: $(STAMP)
 
 # Slower than the lanes by half; a test that fails by time does not end it.
 coverage: $(STAMP)
-	@rm -rf build/coverage
+	@rm -rf build/coverage && mkdir -p build && mkdir -m 1777 build/coverage  # also of other users
 	-$(VENV)/bin/python -m coverage run -m pytest -q -m "not slow" \
 	  tests/unit tests/contract tests/local tests/cluster
 	@$(VENV)/bin/python -m coverage combine --quiet
