@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,3 +103,13 @@ def test_the_core_is_pure() -> None:
         and other.partition(".")[0] not in PURE
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_documents_show_the_house() -> None:
+    text = (Path(__file__).parents[2] / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", text, re.MULTILINE)
+    shown = {int(floor): set(re.findall(r"`(\w+)`", wings)) for floor, wings in rows}
+    assert shown == dict(enumerate(FLOORS))
+    known = {name.replace(".", "/") for name, _ in modules()}
+    named = set(re.findall(r"`([a-z]+/[a-z]+)`", text))
+    assert named and named <= known, named - known
