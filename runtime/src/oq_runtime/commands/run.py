@@ -33,7 +33,7 @@ from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
 from oq_runtime.engine import jobtable
 from oq_runtime.errors import ConfigError, OqRuntimeError
-from oq_runtime.files import private
+from oq_runtime.files import compiling, private
 from oq_runtime.node import memory
 from oq_runtime.session import launch
 from oq_runtime.text import clean, grouped
@@ -170,7 +170,7 @@ class Run:
         self.current: int | None = None  # the job that has its turn
         self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
         self.aborted = False  # from elsewhere
-        self.loaded = False  # the engine, or it was said that this takes long
+        self.loaded = compiling.done()  # the engine, or it was said that this takes long
         self.oom_kills = memory.oom_kills()
 
     def execute(self) -> int:

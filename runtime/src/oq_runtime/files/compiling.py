@@ -50,6 +50,14 @@ def once() -> Iterator[None]:
                 os.pwrite(descriptor, b"1", 0)
 
 
+def done() -> bool:
+    """Whether this user has imported the engine of this installation before."""
+    try:
+        return bool((place() / f"imported-{installation()}").lstat().st_size)
+    except (OSError, ConfigError, RuntimeError):
+        return False
+
+
 def place() -> Path:
     """Return the directory of the files, in the user's own cache directory, which is made.
 
