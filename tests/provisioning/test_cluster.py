@@ -48,6 +48,12 @@ def test_dead_worker_does_not_stop_the_others(cluster: Machines) -> None:
     assert "The master m1 does not answer to Ansible; nothing was changed" in done.stdout
 
 
+def test_more_cores_than_there_are(cluster: Machines) -> None:
+    done = cluster.play(VALIDATE, "-e", "openquake_cores=9999")
+    assert done.returncode != 0
+    assert "openquake_cores=9999 is more than the" in failures(done.stdout)[0]
+
+
 def test_clock_that_differs_is_named(cluster: Machines) -> None:
     cluster["w2"].sh("rm -f /etc/python3*/sitecustomize.py")
     cluster["w2"].sh("cat >/usr/lib/python3/dist-packages/sitecustomize.py", stdin=AHEAD)

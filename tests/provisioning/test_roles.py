@@ -63,6 +63,15 @@ def test_only_modules_of_ansible_core() -> None:
     assert {module for module in used if not module.startswith("ansible.builtin.")} == set()
 
 
+def test_packages_are_installed_in_one_way() -> None:
+    """The one that waits for other programs that install."""
+    pattern = re.compile(r"ansible\.builtin\.(package|apt|dnf|yum):")
+    files = [*(ROOT / "roles").glob("*/tasks/*.yml"), *(ROOT / "playbooks").rglob("*.yml")]
+    found = [path for path in files if pattern.search(path.read_text())]
+    assert found == [ROOT / "roles/openquake/tasks/package.yml"]
+    assert "lock_timeout: 600" in found[0].read_text()
+
+
 def test_requirements_name_the_collection_for_enterprise_linux() -> None:
     found = yaml.safe_load((ROOT / "requirements.yml").read_text())
     assert [collection["name"] for collection in found["collections"]] == ["ansible.posix"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -100,6 +101,46 @@ def test_mounts_of_other_settings_go(machine: Machine) -> None:
     done = machine.play(role("openquake_nfs_client", "remove"), host="w1")
     assert done.returncode == 0, done.stdout
     assert automounts(machine) == []
+
+
+# ---- the server of NFS
+
+#: stands in for the server, which a kernel without NFS has not
+NFS = """
+printf '#!/bin/sh\\n' >/usr/sbin/exportfs
+chmod +x /usr/sbin/exportfs
+printf '[Service]\\nExecStart=sleep infinity\\n[Install]\\nWantedBy=spare.target\\n' \
+    >/etc/systemd/system/nfs-server.service
+printf '[Socket]\\nListenStream=127.0.0.1:111\\n' >/usr/lib/systemd/system/rpcbind.socket
+printf '[Service]\\nExecStart=sleep infinity\\n' >/usr/lib/systemd/system/rpcbind.service
+systemctl daemon-reload
+systemctl start rpcbind.socket
+"""
+
+
+def test_server_speaks_one_version_and_is_restarted_for_its_settings_alone(
+    machine: Machine,
+) -> None:
+    machine.sh(NFS)
+    pid = "systemctl show --value --property=MainPID nfs-server"
+    done = machine.play(role("openquake_nfs_server"))
+    assert done.returncode == 0, done.stdout
+    assert not machine.can("systemctl is-active rpcbind.socket", "root")
+    assert machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout == "masked\n"
+    conf = machine.sh("cat /etc/nfs.conf.d/openquake.conf")
+    assert {"vers2 = n", "vers3 = n", "vers4.2 = y"} <= {*conf.splitlines()}
+    first = machine.sh(pid)
+    # its exports are read again, as they are not there; nothing else happens, nor for more workers
+    more = {"openquake_worker_hosts": ["w1", "w2"]}
+    done = machine.play(role("openquake_nfs_server"), args=("-e", json.dumps(more)))
+    assert done.returncode == 0, done.stdout
+    assert machine.sh(pid) == first
+    machine.sh("touch /etc/nfs.conf.d/openquake.conf")  # as by a run that was killed
+    machine.play(role("openquake_nfs_server"))
+    assert machine.sh(pid) != first
+    done = machine.play(role("openquake_nfs_server", "remove"))
+    assert done.returncode == 0, done.stdout
+    assert machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout == "static\n"
 
 
 # ---- the agent

@@ -1,5 +1,7 @@
 """A change of the environment: done whole or taken back, whatever fails, dies or is killed.
 
+And one of the secret.
+
 The environments are stand-ins that note in the job database which of them has upgraded it; Ansible,
 systemd and the database are real.
 """
@@ -238,3 +240,13 @@ def test_environment_of_another_installer_is_taken_over(cluster: Machines) -> No
     assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
     assert database(cluster, f"{DATABASE}.of-venv.kept") == (500, "")
     assert running(cluster, "m1") == []
+
+
+def test_new_secret_with_a_dead_worker(cluster: Machines) -> None:
+    cluster.sh("mkdir -p /etc/openquake; echo the-secret-of-yesterday >/etc/openquake/authkey")
+    cluster.cut("w2")
+    done = cluster.play("playbooks/rotate_authkey.yml")
+    assert done.stdout.count("failed=0") == 4, done.stdout
+    secrets = cluster.sh("cat /etc/openquake/authkey")
+    assert secrets["m1"] == secrets["w1"] != secrets["w2"] == "the-secret-of-yesterday"
+    assert running(cluster, "m1", "w1") == ["m1", "w1"]
