@@ -60,6 +60,22 @@ class Machines:
     def __getitem__(self, name: str) -> Machine:
         return self.all[name]
 
+    def connect(self) -> None:
+        """Let the machines reach each other: m1 has a bridge to which the others are wired."""
+        switch = self.all["m1"]
+        switch.sh("ip link add wire type bridge; ip link set wire up")
+        for number, (name, machine) in enumerate(self.all.items(), start=1):
+            if machine is not switch:
+                ends = ["name", "wire", "netns", machine.inside, "type", "veth"]
+                ends += ["peer", "name", name, "netns", switch.inside]
+                subprocess.run(["ip", "link", "add", *ends], check=True)
+                switch.sh(f"ip link set {name} master wire up")
+            address = f"192.0.2.{number}/24"
+            machine.sh(
+                f"ip address del {address} dev lo; ip address add {address} dev wire;"
+                "ip link set wire up"
+            )
+
     def join(self, name: str) -> None:
         """Let a machine answer."""
         (self.folder / f"{name}.pid").write_text(f"{self.all[name].inside}\n")

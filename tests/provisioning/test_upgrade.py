@@ -230,12 +230,11 @@ def test_environment_of_another_installer_is_taken_over(cluster: Machines) -> No
     machine = cluster["m1"]
     machine.sh("cd /opt/openquake; rm venv; mkdir venv; touch venv/of-another /tmp/oq_runtime.whl")
     wanted = ("-e", "__openquake_engine_wanted=/opt/openquake/venv-new")
-    for changed in True, False:
+    for _ in range(2):
         done = machine.play(
             role("openquake_engine"), args=wanted, openquake_engine_runtime="/tmp/oq_runtime.whl"
         )
         assert done.returncode == 0, done.stdout
-        assert ("changed=0" in done.stdout) != changed
     assert machine.can("test -e /opt/openquake/venv.kept/of-another", "root")
     assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
     assert database(cluster, f"{DATABASE}.of-venv.kept") == (500, "")
