@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from pathlib import Path
 
@@ -30,12 +31,19 @@ def test_parts_come_back(parts: list[list[bytes]]) -> None:
 @given(parts, st.data())
 def test_a_body_that_was_cut_is_refused(parts: list[list[bytes]], data: st.DataObject) -> None:
     body = body_of(parts)
-    cut = body[: data.draw(st.integers(0, len(body)))]
+    ends = list(itertools.accumulate((len(body_of([frames])) for frames in parts), initial=0))
+    length = data.draw(st.integers(0, len(body)))
+    whole = max(number for number, end in enumerate(ends) if end <= length)
     try:
-        found = [[bytes(frame) for frame in frames] for frames in payload.parts(cut)]
+        found = [[bytes(frame) for frame in frames] for frames in payload.parts(body[:length])]
     except ProtocolError:
+        assert length != ends[whole], "it was cut between two parts"
         return
-    assert found == parts[: len(found)]  # cut between two parts, or in the last padding
+    assert found == parts[: len(found)]
+    if len(found) > whole:  # of the last one only what fills it up is missing
+        assert len(found) == whole + 1 and ends[whole + 1] - length < payload.ALIGN
+    else:
+        assert length == ends[whole], "bytes of a part were passed over"
 
 
 def test_big_arrays_travel_beside_the_pickle_and_small_ones_in_it() -> None:
