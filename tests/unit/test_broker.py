@@ -68,7 +68,9 @@ class Stage:
     :param remote: whether the node is on another host, so that bodies and blobs travel
     """
 
-    def __init__(self, directory: Path, *, remote: bool = False, slots: int = 2) -> None:
+    def __init__(
+        self, directory: Path, *, remote: bool = False, slots: int = 2, limits: Limits = LIMITS
+    ) -> None:
         self.directory = directory
         directory.mkdir(mode=0o700)
         self.context: zmq.Context[Any] = zmq.Context()
@@ -82,7 +84,7 @@ class Stage:
             agent_pid=None,
             owner=os.getpid(),
             window_bytes=WINDOW,
-            limits=LIMITS,
+            limits=limits,
             own_facts=protocol.Facts(engine="x"),
         )
         assert self.broker.peers.data is not None
@@ -144,7 +146,6 @@ class Stage:
 
     def close(self) -> None:
         self.broker.stop()
-        self.engine.send(protocol.StatusQuery())
         self.thread.join(ANSWER_S)
         assert not self.thread.is_alive()
         self.context.destroy(linger=0)
@@ -184,6 +185,16 @@ def test_a_task_goes_to_a_node_and_its_body_comes_back(here: Stage) -> None:
     here.end(given, b"body")
     delivered = here.engine.expect(protocol.Delivered)
     assert (delivered.task, delivered.map, delivered.body) == (7, 1, b"body")
+
+
+def test_a_broker_that_is_stopped_releases_at_once_whatever_the_beat(tmp_path: Path) -> None:
+    slow = Limits(beat_s=20.0, suspect_s=30.0, lost_s=60.0)
+    with stage(tmp_path, limits=slow) as found:
+        found.asked()
+        threading.Timer(0.2, found.broker.stop).start()  # it waits for the next beat by then
+        found.thread.join(3)
+        assert not found.thread.is_alive()
+        found.node.expect(protocol.Release)
 
 
 def test_results_of_a_map_that_was_cancelled_leave_the_window(away: Stage) -> None:

@@ -101,6 +101,7 @@ class Broker:
         self.sources: dict[Any, Callable[[], None]] = {}
         self.poller: zmq.Poller | None = None  # of these; None when they have changed
         self.running = True
+        self.stopped = os.eventfd(0)  # ends a wait, which a signal alone does not (PEP 475)
         self.submissions: dict[int, Submission] = {}
         self.numbers: dict[tuple[bytes, int], int] = {}  # (client, its task) -> ours
         self.groups: dict[tuple[bytes, int], int] = {}  # (client, its map) -> ours
@@ -148,7 +149,9 @@ class Broker:
             self.context.destroy(linger=LINGER_MS)
 
     def stop(self) -> None:
+        """Have the leases released and the broker end; for signal handlers and other threads."""
         self.running = False
+        os.eventfd_write(self.stopped, 1)
 
     def _watch(self, pid: int, ended: Callable[[], None]) -> None:
         descriptor = processes.pidfd(pid)
@@ -198,6 +201,7 @@ class Broker:
             descriptor: functools.partial(self._ended, descriptor) for descriptor in self.watched
         }
         self.sources |= self.peers.sources()
+        self.sources[self.stopped] = lambda: None
         self.sources[self.engine] = self._read_engine
         poller = zmq.Poller()
         for source in self.sources:
