@@ -19,7 +19,7 @@ class Calls:
     """Pickles as the call of a function."""
 
     def __init__(self, function: Any, *args: Any) -> None:
-        self.call = function, args
+        self.call: tuple[Any, ...] = function, args
 
     def __reduce__(self) -> Any:
         return self.call
@@ -113,9 +113,9 @@ def written_by_hand(path: str) -> Iterator[tuple[str, bytes]]:
         ("__main__", "__builtins__"),
     ]:
         yield f"{module}:{name}", b"\x80\x04" + text(module) + text(name) + b"\x93."
-    name = b"\x80\x04" + text("openquake.baselib") + text("DotDict") + b"\x93"
-    yield "state of a class", name + b"}" + text("items") + b"Nsb."
-    yield "slots of a class", name + b"N}" + text("items") + b"Ns\x86b."
+    cls = b"\x80\x04" + text("openquake.baselib") + text("DotDict") + b"\x93"
+    yield "state of a class", cls + b"}" + text("items") + b"Nsb."
+    yield "slots of a class", cls + b"N}" + text("items") + b"Ns\x86b."
     yield "list as class", b"\x80\x04](K\x01e)\x81."
 
 

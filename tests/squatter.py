@@ -80,7 +80,7 @@ def _start(*command: str) -> subprocess.Popen[str]:
 
 def _await(process: subprocess.Popen[str], word: str) -> None:
     assert process.stdout is not None
-    assert process.stdout.readline() == f"{word}\n", f"{process.args} has ended"
+    assert process.stdout.readline() == f"{word}\n", f"{process.args!r} has ended"
 
 
 def main() -> None:

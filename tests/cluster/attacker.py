@@ -27,6 +27,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import zmq
@@ -105,12 +106,12 @@ def strangers(host: str, port: int, count: int) -> int:
     return sent
 
 
-def member(context: zmq.Context, host: str, port: int) -> zmq.Socket:
+def member(context: zmq.Context[Any], host: str, port: int) -> zmq.Socket[Any]:
     cluster = config.Config.from_sections(config.read()).cluster
     assert cluster is not None
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
 
-    def secure(sock: zmq.Socket) -> None:
+    def secure(sock: zmq.Socket[Any]) -> None:
         security.secure_client(sock, keys)
 
     sock = transport.dealer(context, f"tcp://{host}:{port}", secure=secure)

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -133,7 +133,7 @@ class Cluster:
         self.cfg.touch(mode=0o640)  # before the secret is in it
         self.configure()
 
-    def configure(self, serialize_jobs: int = 1, **settings: object) -> None:
+    def configure(self, serialize_jobs: Any = 1, **settings: Any) -> None:
         """Write openquake.cfg; ``start_agents`` then starts those anew that have read another.
 
         :param settings: of the section [oq_runtime], besides the defaults

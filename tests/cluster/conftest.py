@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def cluster(request: pytest.FixtureRequest, master: Cluster) -> Cluster:
     The mark ``settings(name=value, ...)`` sets [oq_runtime] of openquake.cfg. Calculators, which
     take seconds to import, are there for tests of ``undisturbed`` ones.
     """
-    settings: dict[str, object] = {} if "undisturbed" in request.fixturenames else {"preload": ""}
+    settings: dict[str, Any] = {} if "undisturbed" in request.fixturenames else {"preload": ""}
     for mark in reversed(list(request.node.iter_markers("settings"))):  # the nearest is the last
         settings |= mark.kwargs
     master.configure(**settings)

@@ -14,11 +14,11 @@ import logging
 import sys
 
 import numpy
-import tasks
+import tasks  # type: ignore[import-not-found]  # on the path of the cluster
 from openquake.baselib import parallel
 from openquake.baselib.general import AccumDict
 
-from oq_runtime.engine.adapter import Session
+from oq_runtime.session.client import Session
 
 #: float64 values of the shared array: 8 MB
 SHARED = 1_000_000

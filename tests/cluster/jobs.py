@@ -37,7 +37,12 @@ TAIL_CHARS = 3000
 STATUS_PAUSE_S = 0.3
 
 #: [oq_runtime] for tests that need not wait for the defaults of 2, 10, 30, 30 and 60 s
-SHORT_BEATS = {"beat_s": 0.5, "suspect_s": 1.5, "lost_s": 4, "no_nodes_limit_s": 6}
+SHORT_BEATS: dict[str, float] = {
+    "beat_s": 0.5,
+    "suspect_s": 1.5,
+    "lost_s": 4,
+    "no_nodes_limit_s": 6,
+}
 
 
 def job_file(cluster: Cluster) -> Path:
@@ -85,7 +90,8 @@ def result(run: Process, limit_s: float = JOB_LIMIT_S) -> dict[str, Any]:
     out, _ = run.communicate(timeout=limit_s)
     log = run.log.read_text(errors="replace")[-TAIL_CHARS:]
     assert out.strip(), f"the job said nothing, exit code {run.returncode}\n{log}"
-    return json.loads(out) | {"log": log}
+    found: dict[str, Any] = json.loads(out)
+    return found | {"log": log}
 
 
 def datastore(calculation: dict[str, Any]) -> Path:
@@ -131,7 +137,7 @@ def under_way(cluster: Cluster, run: Process, *nodes: str, least: int = 1) -> Pr
     def reached() -> bool:
         rows = status(cluster)
         if not nodes:
-            return sum(row.get("busy", 0) for row in rows.values()) >= least
+            return bool(sum(row.get("busy", 0) for row in rows.values()) >= least)
         return all(rows[node].get("busy", 0) >= least for node in nodes)
 
     found = wait_for(lambda: run.poll() is not None or reached(), 120, STATUS_PAUSE_S)

@@ -83,7 +83,7 @@ def test_oq_engine_run(cluster: Cluster, undisturbed: Path) -> None:
 def post(cluster: Cluster, path: str, fields: dict[str, str], *files: Path) -> int:
     """Send files from a node's browser or program; returns the number of the calculation."""
     url = urllib.parse.urljoin(f"http://{cluster.net.address[MASTER]}:{WEBUI_PORT}", path)
-    argv = [sys.executable, "-c", POST, url, json.dumps(fields), *files]
+    argv: list[str | Path] = [sys.executable, "-c", POST, url, json.dumps(fields), *files]
     done = cluster.net.run("node1", argv, limit_s=120)
     assert done.returncode == 0, (done.stdout, done.stderr)
     return int(json.loads(done.stdout)["job_id"])

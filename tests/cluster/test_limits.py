@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ NO_SHM = ("unshare", "--mount", "sh", "-c",
           'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh")  # fmt: skip
 
 
-def failed(found: dict, *words: str) -> None:
+def failed(found: dict[str, Any], *words: str) -> None:
     """The error names the task with its whole history, and every one of the words."""
     for word in ("#3", socket.gethostname(), "3 attempts", *words):
         assert word in found.get("text", ""), (word, found)
@@ -100,13 +102,14 @@ def small_disk(
             path = cluster.tmpdir(node)
             options = f"size={nbytes},mode=0700"
             subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=True)
-            stack.callback(subprocess.run, ["umount", "--lazy", path], check=True)
+            unmount = functools.partial(subprocess.run, ["umount", "--lazy", path], check=True)
+            stack.callback(unmount)
             cluster.start_agent(node, prefix=prefix)
             stack.callback(cluster.stop_agent, node)
         yield
 
 
-def arrays(cluster: Cluster, tasks: int) -> dict:
+def arrays(cluster: Cluster, tasks: int) -> dict[str, Any]:
     """The end of a job whose results outgrow what may lie in shared memory."""
     return result(drive(cluster, "array", [(x, VALUES) for x in range(tasks)]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_two_users_of_whom_one_aborts(cluster: Cluster) -> None:
     anna = calculate(cluster, "-p", MANY_YEARS, LOGNAME="anna")
     boris = stream(cluster, TASKS, LOGNAME="boris")
     for run in (anna, boris):
-        cluster.wait_for(lambda run=run: run.poll() is not None or busy_of(run), 200)
+        cluster.wait_for(functools.partial(is_under_way, run), 200)
         assert run.poll() is None, result(run)
     argv = [sys.executable, "-m", "openquake.commands", "abort", str(number(anna))]
     done = cluster.net.run(MASTER, argv, cluster.env(MASTER, LOGNAME="anna"), limit_s=60)
@@ -42,6 +43,10 @@ def test_two_users_of_whom_one_aborts(cluster: Cluster) -> None:
     assert boris.poll() is None, "the other job ended before the abort"
     assert check_stream(boris, TASKS)["retries"] == 0
     assert result(anna)["exit"] == 130
+
+
+def is_under_way(run: Process) -> bool:
+    return run.poll() is not None or busy_of(run) > 0
 
 
 def busy_of(run: Process) -> int:

@@ -68,14 +68,14 @@ daemon()
 
 
 def workers(
-    cluster: Cluster, *args: str, prefix: tuple[str, ...] = (), **env: str
+    cluster: Cluster, *args: str, prefix: tuple[str, ...] = (), **env: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run ``oq-workers args`` on the master."""
     argv = [*prefix, sys.executable, "-m", "oq_runtime.commands.workers", *args]
     return cluster.net.run(MASTER, argv, cluster.env(MASTER, **env), limit_s=120)
 
 
-def rows(cluster: Cluster, *args: str, **env: str) -> dict[str, dict[str, Any]]:
+def rows(cluster: Cluster, *args: str, **env: Any) -> dict[str, dict[str, Any]]:
     """Per node what ``oq-workers args --json`` says; it must not fail."""
     done = workers(cluster, *args, "--json", **env)
     assert done.returncode == 0, (done.stdout, done.stderr)

@@ -14,6 +14,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -125,7 +126,7 @@ def _table(path: str, one: h5py.Group, two: h5py.Group, columns: list[str]) -> l
     return [diff for name in columns for diff in _values(f"{path}/{name}", left[name], right[name])]
 
 
-def _sorted_rows(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _sorted_rows(table: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
     """Sort the rows by the exact columns first, so that rounding cannot reorder them."""
     exact, floats = [], []
     for column in table.values():
@@ -171,7 +172,7 @@ def _dataset(
     return _values(path, np.asarray(left), np.asarray(right))
 
 
-def _fields(path: str, array: np.ndarray) -> dict[str, np.ndarray]:
+def _fields(path: str, array: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
     return {n: array[n] for n in array.dtype.names or () if not ignored(f"{path}.{n}")}
 
 
@@ -184,7 +185,7 @@ def _oqparam(left: bytes, right: bytes) -> list[str]:
     ]
 
 
-def _values(path: str, a: np.ndarray, b: np.ndarray) -> list[str]:
+def _values(path: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> list[str]:
     if a.shape != b.shape:
         return [f"{path}: shapes {a.shape} and {b.shape}"]
     if a.dtype != b.dtype and not (a.dtype.kind == b.dtype.kind and a.dtype.kind in "OUS"):

@@ -17,10 +17,14 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+Report = Callable[[dict[str, Any]], None]
 
 
-def run_all(mode: str, out: Path, cases: list[list[str | None]], report) -> None:
+def run_all(mode: str, out: Path, cases: list[tuple[str, str, str | None]], report: Report) -> None:
     from openquake.baselib import parallel, performance  # noqa: F401
     from openquake.commonlib import logs
     from openquake.engine import engine
@@ -35,7 +39,7 @@ def run_all(mode: str, out: Path, cases: list[list[str | None]], report) -> None
         started = time.monotonic()
         target = out / f"{key}.hdf5"
         log_file = out / f"{key}.log"
-        row = {"key": key, "state": "complete", "error": ""}
+        row: dict[str, Any] = {"key": key, "state": "complete", "error": ""}
         report({"key": key, "state": "started"})
         parallel.Starmap.expected_outputs = 0
         try:
@@ -66,7 +70,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with os.fdopen(args.report_fd, "w") as stream:
 
-        def report(row: dict) -> None:
+        def report(row: dict[str, Any]) -> None:
             stream.write(json.dumps(row) + "\n")
             stream.flush()
 

@@ -1,64 +1,68 @@
 """Task functions; the workers import this module (PYTHONPATH), so it must stay free of pytest."""
 
+from __future__ import annotations
+
 import math
 import os
 import signal
 import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import numpy
 
 
-def square(x, mon=None):
+def square(x: Any, mon: Any = None) -> dict[str, Any]:
     return {"sum": x * x}
 
 
-def parts(x, monitor):
+def parts(x: Any, monitor: Any) -> Iterator[Any]:
     """Three partial results."""
     for i in range(3):
         yield {"sum": x * (i + 1)}
 
 
-def splits(x, monitor):
+def splits(x: Any, monitor: Any) -> Iterator[Any]:
     """A result and two subtasks, one of them a generator."""
     yield {"sum": x}
     yield square, x
     yield parts, x
 
 
-def fails(x, monitor):
+def fails(x: Any, monitor: Any) -> dict[str, Any]:
     if x == 3:
         raise ValueError(f"task with x={x} went wrong")
     return {"sum": x}
 
 
-def unpicklable(x, monitor):
+def unpicklable(x: Any, monitor: Any) -> dict[str, Any]:
     return {"sum": lambda: x}
 
 
-def poison(x, monitor):
+def poison(x: Any, monitor: Any) -> dict[str, Any]:
     if x == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return {"sum": x}
 
 
-def crash(x, monitor):
+def crash(x: Any, monitor: Any) -> dict[str, Any]:
     """A crash in native code."""
     if x == 3:
         os.kill(os.getpid(), signal.SIGSEGV)
     return {"sum": x}
 
 
-def slow(x, seconds, monitor):
+def slow(x: Any, seconds: Any, monitor: Any) -> dict[str, Any]:
     time.sleep(seconds)
     return {"sum": x}
 
 
-def grow(x, data, nbytes, monitor):
+def grow(x: Any, data: Any, nbytes: Any, monitor: Any) -> dict[str, Any]:
     """Checksum of a big argument and a big result."""
     return {"in": sum(data[::4099]), f"out{x}": bytes([x]) * nbytes}
 
 
-def stream(x, parts, seconds, monitor):
+def stream(x: Any, parts: Any, seconds: Any, monitor: Any) -> Iterator[Any]:
     """Partial results over some time, when it was, and a subtask."""
     start = time.time()
     for i in range(parts):
@@ -68,12 +72,12 @@ def stream(x, parts, seconds, monitor):
     yield square, x
 
 
-def until(x, path, monitor):
+def until(x: Any, path: Any, monitor: Any) -> dict[str, Any]:
     """Wait for a file."""
     return unless(x, math.inf, path, monitor)
 
 
-def unless(x, seconds, path, monitor):
+def unless(x: Any, seconds: Any, path: Any, monitor: Any) -> dict[str, Any]:
     """Take some seconds, unless there is a file."""
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s and not os.path.exists(path):
@@ -81,13 +85,13 @@ def unless(x, seconds, path, monitor):
     return {"sum": x}
 
 
-def hang(x, monitor):
+def hang(x: Any, monitor: Any) -> dict[str, Any]:
     while x == 3:
         time.sleep(1)
     return {"sum": x}
 
 
-def array(x, values, monitor):
+def array(x: Any, values: Any, monitor: Any) -> dict[str, Any]:
     """A big result: 8 bytes per value."""
     return {"array": numpy.full(values, float(x))}
 
@@ -95,15 +99,17 @@ def array(x, values, monitor):
 class Refused:
     """Pickles, but cannot be unpickled."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return _refuse, ()
 
 
-def _refuse():
+def _refuse() -> NoReturn:
     raise RuntimeError("this argument cannot be unpickled")
 
 
-def hold(x, mbytes, at_once, mbytes_per_s, seconds, monitor):
+def hold(
+    x: Any, mbytes: Any, at_once: Any, mbytes_per_s: Any, seconds: Any, monitor: Any
+) -> dict[str, Any]:
     """Take memory, some MB at once and the rest in steps of 10; then hold it for some seconds."""
     taken = [b"x" * (min(at_once, mbytes) * 1_000_000)]
     for _ in range((mbytes - at_once) // 10):
@@ -113,20 +119,20 @@ def hold(x, mbytes, at_once, mbytes_per_s, seconds, monitor):
     return {"sum": x}
 
 
-def oom_score(x, monitor):
+def oom_score(x: Any, monitor: Any) -> dict[str, Any]:
     """How willingly the kernel kills this worker."""
     with open("/proc/self/oom_score_adj") as file:
         return {"sum": int(file.read())}
 
 
-def no_memory(x, path, monitor):
+def no_memory(x: Any, path: Any, monitor: Any) -> NoReturn:
     """Fail as Python does for lack of memory, and leave a line per attempt."""
     with open(path, "a") as file:
         file.write(f"{x}\n")
     raise MemoryError(f"task with x={x} found no room")
 
 
-def spoils(x, array, monitor):
+def spoils(x: Any, array: Any, monitor: Any) -> Iterator[Any]:
     """Changes its argument in place: nobody else may see it. The result is as big."""
     before = array.sum()
     array += x
@@ -134,7 +140,7 @@ def spoils(x, array, monitor):
     yield {"array": array}
 
 
-def many(n, monitor):
+def many(n: Any, monitor: Any) -> Iterator[Any]:
     """So many small results."""
     for _ in range(n):
         yield {"sum": 1}

@@ -104,7 +104,7 @@ class Server:
             client.linger = 0
             client.connect(f"tcp://127.0.0.1:{self.port}")
             client.send_multipart(frames)
-            assert client.poll(ANSWER_S * 1000), "no answer"
+            assert client.poll(int(ANSWER_S * 1000)), "no answer"
             return client.recv()
 
     def refused(self) -> int:

@@ -14,11 +14,14 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import session_processes, wait_for
+from tests.leftovers import wait_for
+
+from .conftest import session_processes
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -97,7 +100,9 @@ def example(tmp_path: Path, name: str = "hazard_classical") -> Path:
     ],
     ids=["missing", "empty", "blank", "directory", "binary", "zeros", "latin-1", "utf-16"],
 )
-def test_bad_file(env: dict[str, str], tmp_path: Path, make, word: str) -> None:
+def test_bad_file(
+    env: dict[str, str], tmp_path: Path, make: Callable[[Path], object], word: str
+) -> None:
     path = tmp_path / "job.ini"
     make(path)
     code, out, err = run(env, path)

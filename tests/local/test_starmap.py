@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import leftovers_of, session_processes, sessions, wait_for
+from tests.leftovers import wait_for
+
+from .conftest import leftovers_of, session_processes, sessions
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.light]
 
@@ -66,9 +68,9 @@ def start(
     env: dict[str, str],
     tmpdir: Path,
     body: str,
-    stdin: int | None = None,
     prefix: Sequence[str] = (),
-    **more: str,
+    stdin: int | None = None,
+    **more: Any,
 ) -> subprocess.Popen[str]:
     path = tmpdir / "script.py"
     path.write_text(script(body))
@@ -84,7 +86,7 @@ def start(
 
 
 def run(
-    env: dict[str, str], tmpdir: Path, body: str, prefix: Sequence[str] = (), **more: str
+    env: dict[str, str], tmpdir: Path, body: str, prefix: Sequence[str] = (), **more: Any
 ) -> tuple[int, list[Any], str]:
     """Run a script to its end: exit code, the rows that it said, stderr."""
     process = start(env, tmpdir, body, prefix=prefix, **more)

@@ -87,7 +87,8 @@ class Site:
                 stderr=log,
                 start_new_session=True,
             )
-        assert wait_for(lambda: self.answers() or self.process.poll() is not None, START_S)
+        process = self.process
+        assert wait_for(lambda: self.answers() or process.poll() is not None, START_S)
         assert self.answers(), self.log.read_text()
 
     def answers(self) -> bool:

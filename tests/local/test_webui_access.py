@@ -99,7 +99,8 @@ def site(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def routes(site: Sites) -> list[tuple[str, str, str | None]]:
-    return json.loads(site.output(ROUTES).splitlines()[-1])
+    found: list[tuple[str, str, str | None]] = json.loads(site.output(ROUTES).splitlines()[-1])
+    return found
 
 
 def test_every_route_has_a_rule(routes: list[tuple[str, str, str | None]]) -> None:
@@ -248,7 +249,7 @@ def test_login_behind_a_proxy_with_tls(site: Sites) -> None:
                "X-Forwarded-For": "192.0.2.7"}  # fmt: skip
     form = {"username": "alice", "password": PASSWORD}
     form["csrfmiddlewaretoken"] = token(client, page, headers)
-    cookies = {"csrftoken": client.cookies["csrftoken"]}  # it goes by https only
+    cookies = {"csrftoken": str(client.cookies["csrftoken"])}  # it goes by https only
     for origin, code in [("https://hazard.example", 302), ("https://elsewhere.example", 403)]:
         headers |= {"Origin": origin, "Referer": f"{origin}/"}
         answer = requests.post(page, form, headers=headers, cookies=cookies, allow_redirects=False)

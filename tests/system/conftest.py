@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def cluster(provisioned: Cluster) -> Cluster:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     hosts = item.funcargs.get("hosts") or item.funcargs.get("provisioned")
     if report.failed and isinstance(hosts, Cluster):

@@ -76,7 +76,8 @@ def base(suite: str) -> Path:
                 image.truncate(DISK_BYTES)
             subprocess.run(("mkfs.ext4", "-q", "-F", "-d", root, target), check=True)
 
-    recipe = (sources, options, pip, *(path.read_bytes() for path in certificates))
+    recipe: list[str | bytes] = [sources, options, pip]
+    recipe += [path.read_bytes() for path in certificates]
     name = store.digest(*OPTIONS, *custom, str(DISK_BYTES), *recipe)
     return store.kept(f"debian-{suite}-{name}", make)
 

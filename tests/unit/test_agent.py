@@ -149,7 +149,7 @@ class Stage:
 
     def give(self, task: int, name: str, *arguments: Any) -> protocol.Task:
         """Give an attempt of a function of tests/local/tasks; a blob stands for its argument."""
-        import tasks  # see ``light``
+        import tasks  # type: ignore[import-not-found]  # see ``light``
         from openquake.baselib import performance
 
         blobs = [one for one in arguments if isinstance(one, protocol.Blob)]

@@ -46,7 +46,7 @@ def test_a_message_must_end(context: Context) -> None:
     def cut_off() -> bool:
         nonlocal sent
         good.send(MIB)
-        assert server.poll(LIMIT_S * 1000), "messages that end come through"
+        assert server.poll(int(LIMIT_S * 1000)), "messages that end come through"
         assert transport.receive(server)
         try:
             bad.sendall(MORE_LONG + struct.pack(">Q", len(MIB)) + MIB)

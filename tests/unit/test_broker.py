@@ -37,7 +37,7 @@ class Peer:
 
     def expect(self, kind: type[Kind], which: Callable[[Kind], object] = lambda _: True) -> Kind:
         """Return the next message of this kind; others are passed over."""
-        while self.socket.poll(ANSWER_S * 1000):
+        while self.socket.poll(int(ANSWER_S * 1000)):
             frames = transport.receive(self.socket)
             assert frames is not None
             if self.socket.type == zmq.ROUTER:

@@ -29,7 +29,7 @@ def close(*channels: Channel) -> None:
 @given(MESSAGES)
 def test_messages_arrive_whole_and_in_order(messages: list[bytes]) -> None:
     ours, theirs = pair()
-    found = []
+    found: list[bytes] = []
     for message in messages:
         ours.send(message)
     while ours.unsent or len(found) < len(messages):

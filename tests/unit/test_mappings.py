@@ -91,7 +91,7 @@ def test_where_the_kernel_does_not_tell_a_mapping_counts_as_written(
     del kept.views([str(file)])[:]
     mapping, _ = kept.kept[str(file)]
     assert not written(mapping)
-    monkeypatch.setattr(mappings.os, "pread", lambda *_: b"")
+    monkeypatch.setattr("oq_runtime.node.mappings.os.pread", lambda *_: b"")
     assert written(mapping)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -117,11 +118,11 @@ def test_no_room(code: int) -> None:
         try:
             raise OSError(code, "no matter", "/data/calc_1.hdf5")
         except OSError as exc:
-            exc.strerror = messages.os.strerror(code)
+            exc.strerror = os.strerror(code)
             raise RuntimeError("Can't decrement id ref count") from exc
     except RuntimeError as exc:
         text = messages.no_room(exc)
-    assert re.fullmatch(rf"{messages.os.strerror(code)}: /data/calc_1.hdf5; free space or .*", text)
+    assert re.fullmatch(rf"{os.strerror(code)}: /data/calc_1.hdf5; free space or .*", text)
     assert messages.no_room(ValueError("wrong")) == ""
 
 

@@ -91,4 +91,4 @@ def test_pickled_survives_an_ordinary_pickle() -> None:
 
 def test_what_cannot_be_pickled_is_named() -> None:
     with pytest.raises(TypeError, match="generator"):
-        payload.Pickled(x for x in ())
+        payload.Pickled(iter(()) for _ in ())

@@ -151,6 +151,9 @@ class Bench:
     def state(self, name: str = "a") -> State:
         return self.peers.lines[name].peer.state
 
+    def is_leased(self, name: str) -> bool:
+        return self.state(name) is State.LEASED
+
     def reason(self, name: str = "a") -> str:
         return self.peers.lines[name].peer.reason
 
@@ -158,11 +161,11 @@ class Bench:
         """Bring agents to a lease."""
         for name in names:
             agent = self.agents[name]
-            self.until(lambda agent=agent: agent.last(protocol.Hello))
+            self.until(functools.partial(agent.last, protocol.Hello))
             agent.welcome()
-            self.until(lambda agent=agent: agent.last(protocol.Lease))
+            self.until(functools.partial(agent.last, protocol.Lease))
             agent.grant()
-            self.until(lambda name=name: self.state(name) is State.LEASED)
+            self.until(functools.partial(self.is_leased, name))
 
     def close(self) -> None:
         self.peers.close(0)

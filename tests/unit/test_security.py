@@ -123,7 +123,7 @@ def test_a_gate_that_does_not_work_is_found_out(
 
 
 def test_libzmq_without_curve(context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(security.zmq, "has", lambda _: False)
+    monkeypatch.setattr("oq_runtime.wire.security.zmq.has", lambda _: False)
     with pytest.raises(SecurityError, match="CURVE"):
         Gate(context, KEYS)
 

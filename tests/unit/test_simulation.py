@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks.simulation import Scenario, Simulation
 
-FAULTS = {"lost": 0.5, "dying": 0.05, "straggling": 0.05}
+FAULTS: dict[str, Any] = {"lost": 0.5, "dying": 0.05, "straggling": 0.05}
 
 
 @pytest.mark.parametrize("speculation", [False, True])
@@ -21,7 +23,7 @@ def test_every_task_ends_whatever_happens(seed: int, speculation: bool) -> None:
 
 
 def test_without_faults_the_makespan_is_near_the_bound() -> None:
-    quiet = dict.fromkeys(FAULTS, 0.0)
+    quiet: dict[str, Any] = dict.fromkeys(FAULTS, 0.0)
     simulation = Simulation(Scenario(nodes=10, slots=8, tasks=2000, weight_sigma=0.0, **quiet))
     simulation.run()
     assert simulation.now <= 1.02 * simulation.bound_s

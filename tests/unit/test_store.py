@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_many_buffers_are_written_in_order(tmp_path: Path) -> None:
 # ---- blobs
 
 
-def frames(array: np.ndarray) -> list[payload.Buffer]:
+def frames(array: np.ndarray[Any, Any]) -> list[payload.Buffer]:
     return payload.dump(array)
 
 
@@ -88,7 +89,7 @@ def test_bytes_with_the_same_checksum_are_different_blobs(
         def digest(self) -> bytes:
             return b"c" * 16
 
-    monkeypatch.setattr(blobs.xxhash, "xxh3_128", Constant)
+    monkeypatch.setattr("oq_runtime.session.blobs.xxhash.xxh3_128", Constant)
     kept = Blobs(*places)
     arrays = [np.full(100_000, float(n)) for n in range(2)]
     found = [kept.add(frames(array), array) for array in [*arrays, *arrays]]

@@ -59,7 +59,7 @@ def member(context: Context, server: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
 
 def hears(server: zmq.Socket[bytes], sock: zmq.Socket[bytes]) -> bool:
     transport.send(sock, protocol.Beat())
-    return bool(server.poll(LIMIT_S * 1000)) and bool(transport.receive(server))
+    return bool(server.poll(int(LIMIT_S * 1000))) and bool(transport.receive(server))
 
 
 def stranger(server: zmq.Socket[bytes], says: bytes) -> socket.socket:
