@@ -31,17 +31,21 @@ TASKS = 100
 
 
 @pytest.mark.settings(serialize_jobs=2)
-def test_two_users_of_whom_one_aborts(cluster: Cluster) -> None:
+def test_two_users_of_whom_one_aborts(cluster: Cluster, tmp_path: Path) -> None:
+    go = tmp_path / "go"
     anna = calculate(cluster, "-p", MANY_YEARS, LOGNAME="anna")
-    boris = stream(cluster, TASKS, LOGNAME="boris")
-    for run in (anna, boris):
-        cluster.wait_for(functools.partial(is_under_way, run), 200)
-        assert run.poll() is None, result(run)
-    argv = [sys.executable, "-m", "openquake.commands", "abort", str(number(anna))]
-    done = cluster.net.run(MASTER, argv, cluster.env(MASTER, LOGNAME="anna"), limit_s=60)
-    assert "aborted" in done.stdout, done
-    assert boris.poll() is None, "the other job ended before the abort"
-    assert check_stream(boris, TASKS)["retries"] == 0
+    boris = drive(cluster, "until", [(x, str(go)) for x in range(TASKS)], LOGNAME="boris")
+    try:
+        for run in (anna, boris):
+            cluster.wait_for(functools.partial(is_under_way, run), 200)
+            assert run.poll() is None, result(run)
+        argv = [sys.executable, "-m", "openquake.commands", "abort", str(number(anna))]
+        done = cluster.net.run(MASTER, argv, cluster.env(MASTER, LOGNAME="anna"), limit_s=60)
+        assert "aborted" in done.stdout, done
+    finally:
+        go.touch()
+    found = result(boris)
+    assert (found["value"]["sum"], found["retries"]) == (sum(range(TASKS)), 0), found
     assert result(anna)["exit"] == 130
 
 
