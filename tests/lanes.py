@@ -34,7 +34,7 @@ class Lane:
     beside: bool = False  # it may run at the same time as others
 
 
-PROVISIONING = (("pytest", "tests/provisioning"),)
+PROVISIONING = (("pytest", "-rs", "-m", "not slow", "tests/provisioning"),)
 CONTRACT = (("pytest", "tests/contract"),)
 CONFORMANCE = (("tests.conformance", "--fixed"),)
 MOLECULE = (("molecule/run", "test"),)

@@ -80,12 +80,12 @@ def test_killed_agent(cluster: Cluster) -> None:
 
 @short_beats
 def test_restarted_agent_is_used_again(cluster: Cluster) -> None:
-    run = under_way(cluster, stream(cluster, 40), "node3")
+    run = under_way(cluster, stream(cluster, 80), "node3")
     cluster.agents["node3"].kill()
     cluster.agents["node3"].wait()
     cluster.start_agent("node3")
     under_way(cluster, run, "node3")
-    check_stream(run, 40)
+    check_stream(run, 80)
 
 
 def hang(cluster: Cluster, tasks: int, seconds: float) -> None:
@@ -102,7 +102,7 @@ def hang(cluster: Cluster, tasks: int, seconds: float) -> None:
 
 @short_beats
 def test_agent_that_hangs_is_lost_and_its_attempts_are_refused(cluster: Cluster) -> None:
-    hang(cluster, 50, LOST_S + 3)
+    hang(cluster, 90, LOST_S + 3)
 
 
 @pytest.mark.slow

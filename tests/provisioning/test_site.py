@@ -17,7 +17,7 @@ import pytest
 from tests.leftovers import wait_for
 from tests.provisioning.machines import Machines
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 AGENT = """\
 #!/usr/bin/python3

@@ -635,7 +635,7 @@ class Scheduler:
             gone = "; ".join(self.losses) or "none ever joined"
             note = f"no node is left ({gone})"
             if self.no_nodes_limit_s:
-                note = f"no node for {waited_s:.0f} s ({gone})"
+                note = f"no node left for {waited_s:.0f} s ({gone})"
             for task in list(self.tasks.values()):
                 self._give_up(task, "NoWorkers", note, effects)
 
