@@ -53,9 +53,11 @@ def end(table: JobTable, number: int) -> str:
     try:
         signal.pidfd_send_signal(descriptor, signal.SIGINT)
         table.call("set_status", job.id, Status.ABORTED.value)
-        if not select.select([descriptor], [], [], END_SECS)[0]:
+        end = select.poll()
+        end.register(descriptor, select.POLLIN)
+        if not end.poll(END_SECS * 1000):
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            select.select([descriptor], [], [], END_SECS)
+            end.poll(END_SECS * 1000)
     except PermissionError:
         return f"Job {job.id} belongs to {clean(job.user)}; only they or root can abort it"
     except ProcessLookupError:
