@@ -34,6 +34,8 @@ REMEDIES = {
 
 
 class BadInput(click.ClickException):
+    """What the user gave cannot be used; ends the command with exit code 2 and one line."""
+
     exit_code = EXIT_INPUT
 
     def show(self, file: IO[Any] | None = None) -> None:

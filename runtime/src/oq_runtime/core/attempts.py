@@ -31,6 +31,8 @@ BlobKey = tuple[str, bytes]
 
 
 class State(Enum):
+    """Where an attempt is; the value is for people."""
+
     FETCHING = "its big arguments are on their way"
     PENDING = "waits for a worker"
     RUNNING = "a worker has it"
@@ -119,6 +121,8 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class BlobCame:
+    """The file of a big argument is whole."""
+
     job: str
     digest: bytes
 
@@ -173,6 +177,8 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class AbortAsked:
+    """The broker does not want the attempt any more."""
+
     job: str
     task: int
     attempt: int
@@ -220,6 +226,8 @@ class DropBlob:
 
 @dataclass(frozen=True, slots=True)
 class TellStarted:
+    """Tell the broker that a worker has had the attempt for a while."""
+
     job: str
     task: int
     attempt: int
@@ -227,6 +235,8 @@ class TellStarted:
 
 @dataclass(frozen=True, slots=True)
 class TellDied:
+    """Tell the broker why there are no results; the rest as in ``wire.protocol.Died``."""
+
     job: str
     task: int
     attempt: int
@@ -237,6 +247,8 @@ class TellDied:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
+    """Send the results to the broker, which has room for them."""
+
     job: str
     task: int
     attempt: int

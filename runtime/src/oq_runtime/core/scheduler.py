@@ -34,6 +34,8 @@ HISTORY_LINES, LOSSES = 50, 5
 
 
 class State(StrEnum):
+    """Where a task is; the value is for people."""
+
     QUEUED = "queued"
     ASSIGNED = "assigned"
     RUNNING = "running"
@@ -110,6 +112,8 @@ TRANSITIONS: dict[State, dict[Move, State]] = {
 
 @dataclass(frozen=True, slots=True)
 class NodeJoined:
+    """A node has granted a lease of so many slots."""
+
     node: str
     slots: int
 
@@ -133,6 +137,8 @@ class NodeSeen:
 
 @dataclass(frozen=True, slots=True)
 class NodeGone:
+    """A node has no lease any more."""
+
     node: str
     reason: str
 
@@ -149,6 +155,8 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptStarted:
+    """A worker of the node has it."""
+
     node: str
     task: int
     attempt: int
@@ -178,6 +186,8 @@ class AttemptDied:
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
+    """All bytes of its body have come; ``intact``: they are those that the node has announced."""
+
     node: str
     task: int
     attempt: int
@@ -218,7 +228,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """Time has passed, and all that had come by then was read."""
 
 
 Event = (
@@ -242,6 +252,8 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class GrantUpload:
+    """There is room for the body: let the node send it."""
+
     node: str
     task: int
     attempt: int
@@ -258,6 +270,8 @@ class AbortAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
+    """The body is whole: it is the result of the task."""
+
     node: str
     task: int
     attempt: int

@@ -34,6 +34,8 @@ STUCK_SECS = 5.0
 
 
 class WorkerState(Enum):
+    """What a worker does; the value is for people."""
+
     STARTING = "starting"
     IDLE = "idle"
     BUSY = "busy"
@@ -72,6 +74,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LeaseAsked:
+    """A broker wants a share of the slots."""
+
     job: str
 
 
@@ -94,11 +98,15 @@ class MemoryUsed:
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
+    """An administrator wants no new attempts on this node, or has them again."""
+
     on: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
+    """A broker gives its lease back, or has lost it."""
+
     job: str
     reason: str = "released"
 
@@ -124,6 +132,8 @@ class TaskTaken:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
+    """A worker has started; ``nbytes``: the memory that it has for itself."""
+
     worker: int
     nbytes: int = 0
 
@@ -160,7 +170,7 @@ class WorkerRefused:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """Time has passed."""
 
 
 Event = (
@@ -174,18 +184,24 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class GrantLease:
+    """Tell the broker how many slots it has from now on."""
+
     job: str
     slots: int
 
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
+    """Start a worker for a job."""
+
     worker: int
     job: str
 
 
 @dataclass(frozen=True, slots=True)
 class RunOn:
+    """Give a worker an attempt."""
+
     worker: int
     job: str
     task: int
@@ -194,6 +210,8 @@ class RunOn:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
+    """Kill a worker, whose end is still to come."""
+
     worker: int
 
 
@@ -226,6 +244,8 @@ class Fewer:
 
 @dataclass(frozen=True, slots=True)
 class LeaseEnded:
+    """Forget all that is held for a job."""
+
     job: str
     reason: str
 

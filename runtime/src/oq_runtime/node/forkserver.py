@@ -51,6 +51,8 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
 
 
 class Kill(msgspec.Struct, frozen=True, tag="kill"):
+    """The worker is to be killed."""
+
     worker: int
 
 

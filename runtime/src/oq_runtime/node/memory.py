@@ -26,6 +26,8 @@ OOM_SCORE = 500
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Bytes in use, of those that may be."""
+
     used_bytes: int
     limit_bytes: int
 

@@ -18,6 +18,8 @@ CALL_SECS, GROWTH = 0.05, 1.5
 
 
 class State(Enum):
+    """How far a broker is with an agent; the value is for people."""
+
     RESTING = "between two calls"
     SHUN = "between two calls, after a refusal"
     CALLED = "called"
@@ -31,6 +33,8 @@ RESTS, ANSWERS = (State.RESTING, State.SHUN), (State.CALLED, State.ASKED)
 
 
 class Event(Enum):
+    """What may become of a call or a lease; the value is for people."""
+
     DUE = "the time is up"
     WELCOMED = "it has said who it is"
     LEASED = "it has granted a lease, and its way for results is open"

@@ -33,6 +33,8 @@ MOST_ROWS = 2**63 - 1
 
 
 class Rule(Enum):
+    """Who may call a view."""
+
     ANYONE = auto()  # before a login, too
     LOGIN = auto()  # takes a password: so many times
     MEMBER = auto()  # has logged in; what it may see or change the view itself asks

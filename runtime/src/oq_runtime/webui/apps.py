@@ -20,6 +20,8 @@ def fail_lost_jobs(db: Any) -> None:
 
 
 class ServerConfig(apps.ServerConfig):  # type: ignore[misc]
+    """The engine's application, whose start leaves running jobs alone."""
+
     def ready(self) -> None:
         # The engine's sets every executing job to failed, also when only `manage.py` is run.
         reset = actions.reset_is_running

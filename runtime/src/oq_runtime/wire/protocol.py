@@ -104,6 +104,8 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
+    """The answer to Hello: who it is that was called, and what is to be compared."""
+
     pid: int
     host: Words = ""
     slots: int = 0
@@ -141,6 +143,8 @@ class Submit(Message, frozen=True, tag="submit"):
 
 
 class Consumed(Message, frozen=True, tag="consumed"):
+    """The engine has the results of these tasks, or has been told that there are none."""
+
     tasks: list[int]
 
 
@@ -160,6 +164,8 @@ class Delivered(Message, frozen=True, tag="delivered"):
 
 
 class Failed(Message, frozen=True, tag="failed"):
+    """The task was given up; ``error`` is the name of a class of ``errors``."""
+
     task: int
     map: int
     error: str
@@ -173,7 +179,7 @@ class Title(Message, frozen=True, tag="title"):
 
 
 class StatusQuery(Message, frozen=True, tag="status?"):
-    pass
+    """Ask for a Status."""
 
 
 class Phase(msgspec.Struct, kw_only=True):
@@ -238,7 +244,7 @@ class NoLease(Message, frozen=True, tag="nolease"):
 
 
 class Release(Message, frozen=True, tag="release"):
-    pass
+    """The job does not need the node any more."""
 
 
 class Task(Message, frozen=True, tag="task"):
@@ -258,6 +264,8 @@ class Task(Message, frozen=True, tag="task"):
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
+    """Ask for the bytes of a blob, which come as chunks."""
+
     digest: bytes
 
 
@@ -307,11 +315,15 @@ class Placed(Message, frozen=True, tag="placed"):
 
 
 class Grant(Message, frozen=True, tag="grant"):
+    """The results of this attempt may be sent."""
+
     task: int
     attempt: int
 
 
 class Abort(Message, frozen=True, tag="abort"):
+    """The attempt is not wanted any more."""
+
     task: int
     attempt: int
 
@@ -383,6 +395,8 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
 
 
 class Ready(Message, frozen=True, tag="ready"):
+    """A worker is there for tasks."""
+
     pid: int
 
 
