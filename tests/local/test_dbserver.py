@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,7 @@ class Thief:
 
 CLIENT = """
 import sys
+import threading
 from openquake.commonlib.logs import dbcmd
 for _ in range(int(sys.argv[1])):
     try:
@@ -333,6 +335,32 @@ def test_stops_at_a_signal(engine_home: dict[str, str], tmp_path: Path) -> None:
     server.stop()
     assert server.process.wait() == 0
     assert os.path.exists(server.database)
+
+
+def test_a_signal_in_the_midst_of_messages_is_not_missed(
+    engine_home: dict[str, str], tmp_path: Path
+) -> None:
+    """A client asks all the time, so that the server hardly waits when the signal comes."""
+    server = Server(engine_home | {"TMPDIR": str(tmp_path)}, tmp_path)
+    ended = threading.Event()
+
+    def ask() -> None:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+            client.linger = 0
+            client.connect(f"tcp://127.0.0.1:{server.port}")
+            while not ended.is_set():
+                if client.poll(10, zmq.POLLOUT):  # not when the server has ended
+                    client.send_multipart([b"", b""])
+                client.poll(1)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        server.stop()
+    finally:
+        ended.set()
+        thread.join()
+    assert server.process.wait() == 0
 
 
 def test_job_whose_process_is_gone_has_failed(server: Server) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
+import socket
 import sqlite3
 import traceback
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ MAX_PART_BYTES = 64 << 20
 #: what the engine's client asks the server to do with the workers: before a job it starts them
 WORKERS_ACTION = "workers_start"
 
+#: milliseconds in which answers may still go out when the server ends
+LINGER_MS = 1000
 #: seconds after which a thread of the server notices that it is to end
 POLL_SECS = 1
 #: settings of SQL that name directories, or let the database be damaged
@@ -113,10 +117,36 @@ class Context(zmq.Context[Any]):
     def socket(self, socket_type: int, *args: Any, **kwargs: Any) -> Any:
         if socket_type == zmq.REQ:
             return super().socket(socket_type, socket_class=Asking)
-        socket = super().socket(socket_type, *args, **kwargs)
+        made = super().socket(socket_type, *args, **kwargs)
+        made.linger = LINGER_MS
         if socket_type == zmq.ROUTER:
-            socket.maxmsgsize = MAX_PART_BYTES
-        return socket
+            made.maxmsgsize = MAX_PART_BYTES
+        return made
+
+
+def proxy(frontend: Any, backend: Any) -> None:
+    """Pass messages on, both ways, until a signal raises an exception.
+
+    That of libzmq misses a signal that comes between two of its waits, and never ends then. To be
+    called by the main thread, which is the one that gets signals.
+    """
+    woken, waker = socket.socketpair()
+    with woken, waker:
+        waker.setblocking(False)
+        poller = zmq.Poller()
+        for source in (frontend, backend, woken):
+            poller.register(source, zmq.POLLIN)
+        before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        try:
+            while True:
+                for source, _ in poller.poll():
+                    if source == woken.fileno():
+                        woken.recv(4096)  # the handlers of what has come have been called by now
+                    else:
+                        other = backend if source is frontend else frontend
+                        other.send_multipart(source.recv_multipart(copy=False), copy=False)
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 def install_zeromq(zeromq: Any) -> None:
@@ -204,6 +234,7 @@ def install_dbserver(dbserver: Any) -> None:
         """Serve, once the jobs that went down with the machine have their last status."""
         for job in JobTable(lambda *command: perform(self, *command)).mend():
             log.warning("job %d has failed: its process is gone", job.id)
+        zmq.proxy = proxy  # type: ignore[assignment]  # which the engine calls
         engines_start(self)
 
     dbserver.DbServer.dworker = dworker
