@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +41,11 @@ class Importer:
 
     def is_waiting(self) -> bool:
         """Whether it has opened the file, and has not begun."""
-        descriptors = Path(f"/proc/{self.process.pid}/fd")
-        return any("imported-" in str(link.readlink()) for link in descriptors.iterdir())
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if "imported-" in str(link.readlink()):
+                    return True
+        return False
 
     def end(self) -> None:
         self.process.communicate(timeout=30)
