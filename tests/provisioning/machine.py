@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.leftovers import wait_for
@@ -93,6 +94,8 @@ class Machine:
     """
 
     def __init__(self, folder: Path, services: bool = False, address: str = "") -> None:
+        if os.geteuid() != 0:
+            pytest.skip("a spare machine needs root")
         self.folder = folder
         self.cgroup = f"spare-{os.getpid()}-{folder.name}" if services else ""
         seen = sorted({str(ROOT), sys.prefix, sys.base_prefix, str(Path(sys.prefix).resolve())})

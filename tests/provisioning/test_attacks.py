@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,6 @@ SHARED = {"openquake_shared_dir": "/oq_shared", "openquake_users": ["alice", "bo
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     """A machine with the accounts of a cluster: openquake, alice and bob of its group, mallory."""
-    if os.geteuid() != 0:
-        pytest.skip("a spare machine needs root")
     made = Machine(tmp_path)
     try:
         made.sh("groupadd --system --gid 880 openquake")

@@ -157,9 +157,8 @@ class Run:
         self.jobs: list[int] = []
         self.finished: list[dict[str, Any]] = []
         self.error = ""
-        self.true_since_s: dict[
-            tuple[str, str], float
-        ] = {}  # of what there is to be told, and what has been
+        # of a node and its reason, or of what is waited for; and what of it has been told
+        self.true_since_s: dict[tuple[str, str], float] = {}
         self.told: set[tuple[str, str]] = set()
         self.interrupted_s: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
