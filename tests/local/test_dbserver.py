@@ -5,6 +5,7 @@ A real server on a port of loopback, for the user openquake, as whom ``getpass``
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -31,6 +32,16 @@ pytestmark = pytest.mark.timeout(300)
 START_S, ANSWER_S, END_S = 120.0, 30.0, 20.0
 GROWTH_BYTES = 300 << 20
 EMPTY: list[Any] = []
+#: with which a connection of ZeroMQ 3.1 without keys begins, and what says which socket it is of:
+#: RFC 23
+GREETING = (
+    b"\xff"
+    + bytes(8)
+    + b"\x7f\x03\x01"
+    + b"NULL".ljust(20, b"\0")
+    + bytes(32)
+    + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\3REQ"
+)
 
 
 def heed_interrupts() -> None:
@@ -107,6 +118,11 @@ class Server:
             client.send_multipart(frames)
             assert client.poll(int(ANSWER_S * 1000)), "no answer"
             return client.recv()
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that the server has had."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
     def refused(self) -> int:
         return self.log.read_text().count("refused a message")
@@ -201,6 +217,38 @@ def test_big_messages_are_refused(server: Server, attacks: Attacks) -> None:
         attacks.tried(3)
     assert server.ask("getpid") == server.process.pid
     assert server.process.memory_info().rss - before < GROWTH_BYTES
+
+
+@pytest.mark.attack
+def test_parts_without_end_are_not_kept(server: Server, attacks: Attacks) -> None:
+    """Of one message, which libzmq hands over when it is whole."""
+    before = server.peak_bytes()
+    with socket.create_connection(("127.0.0.1", server.port), ANSWER_S) as sender:
+        sender.sendall(GREETING)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1200):
+                sender.sendall(b"\x03" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20))
+    attacks.tried(successes=int(server.peak_bytes() - before > 2 * GROWTH_BYTES))
+    assert server.ask("getpid") == server.process.pid
+
+
+@pytest.mark.attack
+def test_silent_connections_beyond_the_limit_of_open_files(
+    server: Server, attacks: Attacks
+) -> None:
+    before = server.process.rlimit(psutil.RLIMIT_NOFILE)
+    server.process.rlimit(psutil.RLIMIT_NOFILE, (1024, before[1]))
+    try:
+        with contextlib.ExitStack() as opened:
+            for _ in range(1500):
+                silent = socket.create_connection(("127.0.0.1", server.port), ANSWER_S)
+                silent.sendall(GREETING)
+                opened.enter_context(silent)
+                attacks.tried()
+            assert server.ask("getpid") == server.process.pid
+            assert wait_for(lambda: server.process.num_fds() < 1024 / 2, ANSWER_S)
+    finally:
+        server.process.rlimit(psutil.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.attack

@@ -21,8 +21,12 @@ from typing import Any
 
 import zmq
 
+from oq_runtime.descriptors import raise_limit
 from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.engine.unpickler import Names, Refused, Section, check_size, loads
+from oq_runtime.wire import bombs
+from oq_runtime.wire.bombs import Bombs
+from oq_runtime.wire.strangers import Strangers
 
 #: bytes of a message to the server; those of the engine have some thousand, a long text more
 MAX_BYTES = 4 << 20
@@ -121,6 +125,7 @@ class Context(zmq.Context[Any]):
         made.linger = LINGER_MS
         if socket_type == zmq.ROUTER:
             made.maxmsgsize = MAX_PART_BYTES
+            Strangers(made, keys=False)  # clients connect for one question
         return made
 
 
@@ -232,6 +237,8 @@ def install_dbserver(dbserver: Any) -> None:
 
     def start(self: Any) -> None:
         """Serve, once the jobs that went down with the machine have their last status."""
+        raise_limit()
+        Bombs(bombs.MOST_BYTES)
         for job in JobTable(lambda *command: perform(self, *command)).mend():
             log.warning("job %d has failed: its process is gone", job.id)
         zmq.proxy = proxy  # type: ignore[assignment]  # which the engine calls

@@ -34,12 +34,17 @@ class Strangers:
     """Watches a socket that is going to be bound to a TCP port, until it is closed.
 
     :param closed: called in another thread whenever a connection has ended
+    :param keys: whether the other ends have any; else they stay strangers
     """
 
     def __init__(
-        self, watched: zmq.Socket[Any], closed: Callable[[], object] = lambda: None
+        self,
+        watched: zmq.Socket[Any],
+        closed: Callable[[], object] = lambda: None,
+        keys: bool = True,
     ) -> None:
         self.closed = closed
+        self.keys = keys
         self.monitor = Monitor(watched)
         self.waiting: dict[int, None] = {}  # descriptors; the first has waited for the longest time
         self.thread = threading.Thread(target=self._watch, name="strangers", daemon=True)
@@ -79,7 +84,7 @@ class Strangers:
         with contextlib.suppress(OSError), tcp.borrowed(descriptor) as connection:
             port = connection.getsockname()[1]
             acked, _ = tcp.counters(connection)
-            if not url.endswith(f":{port}") or acked >= KNOWN_BYTES:
+            if not url.endswith(f":{port}") or (self.keys and acked >= KNOWN_BYTES):
                 return
             address = connection.getpeername()[0]
             connection.shutdown(socket.SHUT_RDWR)
