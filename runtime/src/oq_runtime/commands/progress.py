@@ -1,15 +1,32 @@
-"""What the user sees while a job runs: one bar per phase on a terminal, else plain lines."""
+"""What the user sees while jobs run: a frame at the foot of a terminal, else plain lines.
+
+The frame has a line per phase and one for the whole. It is drawn by hand: a display that hides the
+cursor leaves it hidden at Ctrl-Z, and one that does not know that a narrower terminal wraps what it
+has drawn leaves pieces of it behind.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zmq
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from oq_runtime.text import clean
 from oq_runtime.wire import protocol, transport
+
+#: columns of the bar on a narrow terminal and on others, and which one is narrow
+BAR_COLUMNS, WIDE_BAR_COLUMNS, NARROW_COLUMNS = 10, 24, 80
+#: columns for the name of a phase
+NAME_COLUMNS = 18
+#: clears from the cursor to the end of the screen (ED, ECMA-48 8.3.39)
+CLEAR_BELOW = "\x1b[J"
 
 
 class StatusReader:
@@ -32,54 +49,205 @@ class StatusReader:
             self.asked = True
         return status
 
+    def last(self, limit_s: float) -> protocol.Status | None:
+        """Ask once more, and wait for the answer, so long at most."""
+        status = self.poll()
+        for _ in range(2):  # the first one may be on its way since before
+            if self.socket.poll(int(limit_s * 1000)):
+                status = self.poll() or status
+        return status
+
     def close(self) -> None:
         self.context.destroy(linger=0)
 
 
-class Display:
-    """Bars on a terminal; otherwise a line whenever a phase has gained a tenth of its tasks.
+@dataclass(slots=True)
+class Pace:
+    """How fast a phase is. ``left_s``: seconds to its end, None where that is not known."""
 
-    :param console: where to draw, or None to show nothing
+    began_s: float
+    total: int = 0
+    done: int = 0
+    took_s: float = 0.0
+    left_s: float | None = None
+
+    def advance(self, phase: protocol.Phase, now: float) -> None:
+        """Take the counters of the phase.
+
+        What is left is reckoned anew when tasks have ended, where one that runs counts as half
+        done, and does not grow unless there are more tasks than before.
+        """
+        done, total = phase.done, phase.total
+        if total != self.total:
+            self.left_s = None
+        if done < total or done != self.done:
+            self.took_s = now - self.began_s
+        if done and (done, total) != (self.done, self.total):
+            worth = done + phase.running / 2
+            left_s = self.took_s * (total - worth) / worth
+            self.left_s = left_s if self.left_s is None else min(left_s, self.left_s)
+        self.done, self.total = done, total
+
+
+def duration(seconds: float) -> str:
+    """Return a time as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rate(done: int, seconds: float) -> str:
+    """Return tasks per second, or seconds per task where that is the larger number."""
+    if not done or seconds <= 0:
+        return ""
+    figure, unit = (seconds / done, "s/task") if seconds > done else (done / seconds, "tasks/s")
+    return f"{figure:.{figure < 10:d}f} {unit}"
+
+
+def fitting(parts: Iterable[str], columns: int) -> str:
+    """Join as many of the parts as a line has room for; the first ones count most."""
+    line = ""
+    for part in filter(None, parts):
+        longer = f"{line}  {part}" if line else part
+        if cell_len(longer) > columns:
+            break
+        line = longer
+    return line or clean("".join(parts), columns)
+
+
+class Display:
+    """A frame on a terminal; otherwise a line whenever a phase has gained a tenth of its tasks.
+
+    :param console: where to draw, and to print lines
+    :param quiet: print lines only
     """
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Console, *, quiet: bool) -> None:
         self.console = console
-        self.bars: list[TaskID] = []  # of the phases, which stay in their order
+        self.quiet = quiet
+        self.framed = console.is_terminal and not console.is_dumb_terminal and not quiet
+        self.began_s = self.stage_s = time.monotonic()
+        self.title = ""
+        self.stage = ""  # what is done besides tasks
+        self.paces: list[Pace] = []  # of the phases, which stay in their order
         self.tenths: dict[int, tuple[int, int]] = {}
-        self.progress: Progress | None = None
-        if console is not None and console.is_terminal:
-            self.progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self.progress.start()
+        self.status = protocol.Status(phases=[], nodes=[])
+        self.drawn: list[str] = []  # the lines of the frame that is on the screen
 
-    def show(self, status: protocol.Status) -> None:
-        """Draw the counters of the broker."""
-        busy = sum(node.busy for node in status.nodes)
-        slots = sum(node.slots for node in status.nodes)
-        for number, phase in enumerate(status.phases):
-            note = f"busy {busy}/{slots}, {phase.received_bytes / 1e6:.1f} MB"
-            if phase.retries:
-                note += f", {phase.retries} retried"
-            if self.progress is not None:
-                if number == len(self.bars):
-                    bar = self.progress.add_task(phase.name, total=phase.total, note=note)
-                    self.bars.append(bar)
-                bar = self.bars[number]
-                rate = self.progress.tasks[number].speed
-                rated = f"{rate:.1f}/s, {note}" if rate else note
-                self.progress.update(bar, completed=phase.done, total=phase.total, note=rated)
-            elif self.console is not None:
-                step = (phase.done * 10 // max(phase.total, 1), phase.retries)
-                if self.tenths.get(number) != step:
-                    self.tenths[number] = step
-                    line = f"{phase.name}: {phase.done}/{phase.total} tasks, {note}"
-                    self.console.print(line, markup=False, highlight=False)
+    def enter(self, stage: str, title: str = "") -> None:
+        """Say what happens now, and in which job."""
+        self.stage, self.stage_s = stage, time.monotonic()
+        self.title = title or self.title
+
+    def print(self, line: str) -> None:
+        """Print a line, above the frame."""
+        frame = self.drawn
+        self.clear()
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._draw(frame)
+
+    def show(self, status: protocol.Status | None = None) -> None:
+        """Draw the counters of the broker; None: it has not answered anew."""
+        now = time.monotonic()
+        self.status = status or self.status
+        for number, phase in enumerate(self.status.phases):
+            if number == len(self.paces):
+                self.paces.append(Pace(now))
+            self.paces[number].advance(phase, now)
+        if self.framed:
+            self.clear(erase=False)
+            self._draw(self._frame(now))
+        elif not self.quiet:
+            self._tell()
+
+    def clear(self, *, erase: bool = True) -> None:
+        """Take the frame away.
+
+        :param erase: False where another one comes at once, so that nothing flickers
+        """
+        if self.drawn:
+            # a terminal that has become narrower meanwhile has wrapped the lines
+            rows = sum(-(-cell_len(line) // self.console.width) for line in self.drawn)
+            self.console.file.write(f"\x1b[{rows}A\r" + (CLEAR_BELOW if erase else ""))
+            self.console.file.flush()
+            self.drawn = []
 
     def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        """Leave the phases on the screen, with their times."""
+        if self.framed:
+            self.clear()
+            self._draw(self._frame(time.monotonic())[:-1])
+            self.framed = False
+
+    def _draw(self, lines: Sequence[str]) -> None:
+        if not lines:
+            return
+        with self.console.capture() as frame:
+            for line in lines:
+                self.console.print(self._styled(line), no_wrap=True, crop=False, highlight=False)
+        self.console.file.write(frame.get().replace("\n", "\x1b[K\n") + CLEAR_BELOW)
+        self.console.file.flush()
+        self.drawn = list(lines)
+
+    def _styled(self, line: str) -> Text:
+        text = Text(line)
+        text.highlight_regex(r"\u2501+", "green")
+        return text
+
+    def _frame(self, now: float) -> list[str]:
+        columns = self.console.width - 1
+        phases = [
+            fitting(
+                (
+                    f"{clean(phase.name, NAME_COLUMNS):<{NAME_COLUMNS}}",
+                    f"{f'{phase.done}/{phase.total} tasks':>16}",
+                    f"{duration(pace.took_s):>7}",
+                    f"{phase.retries} retried" if phase.retries else "",
+                    f"{rate(phase.done, pace.took_s):>12}",
+                    f"{phase.received_bytes / 1e6:.1f} MB",
+                ),
+                columns,
+            )
+            for phase, pace in zip(self.status.phases, self.paces, strict=True)
+        ]
+        room = max(self.console.height - 2, 1)
+        return [*phases[-room:], self._whole(now, columns)]
+
+    def _whole(self, now: float, columns: int) -> str:
+        done = sum(phase.done for phase in self.status.phases)
+        total = sum(phase.total for phase in self.status.phases)
+        passed = duration(now - self.began_s)
+        if done == total:  # the engine computes by itself, or something is waited for
+            stage = f"{self.stage} {duration(now - self.stage_s)}"
+            return fitting((self.title, stage, f"{passed} in all" if total else ""), columns)
+        left_s = max((pace.left_s or 0.0 for pace in self.paces), default=0.0)
+        if left_s:
+            passed += f", about {duration(left_s)} left"
+        wide = WIDE_BAR_COLUMNS if columns >= NARROW_COLUMNS else BAR_COLUMNS
+        filled = wide * done // total
+        full, empty = "\u2501\u2500" if self.console.encoding.startswith("utf") else "#-"
+        bar = full * filled + empty * (wide - filled)
+        return fitting((self.title, bar, f"{done}/{total} tasks", passed, self._busy()), columns)
+
+    def _busy(self) -> str:
+        nodes = self.status.nodes
+        return f"{sum(n.busy for n in nodes)}/{sum(n.slots for n in nodes)} slots busy"
+
+    def _tell(self) -> None:
+        """Print a line for each phase that has advanced by a tenth."""
+        for number, (phase, pace) in enumerate(zip(self.status.phases, self.paces, strict=True)):
+            step = (phase.done * 10 // max(phase.total, 1), phase.retries)
+            if self.tenths.get(number) != step:
+                self.tenths[number] = step
+                left = f"about {duration(pace.left_s)} left" if pace.left_s else ""
+                retried = f"{phase.retries} retried" if phase.retries else ""
+                parts = (
+                    f"{clean(phase.name)}: {phase.done}/{phase.total} tasks",
+                    duration(pace.took_s),
+                    left,
+                    rate(phase.done, pace.took_s),
+                    self._busy(),
+                    f"{phase.received_bytes / 1e6:.1f} MB",
+                    retried,
+                )
+                self.print(", ".join(filter(None, parts)))

@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
 import contextlib
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import compiling, private
 from oq_runtime.node import memory
 from oq_runtime.session import launch
-from oq_runtime.text import clean, grouped
+from oq_runtime.text import MOST_NAMES, clean, grouped
 from oq_runtime.wire.protocol import Status
 
 EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
@@ -54,8 +55,13 @@ LOOK_SECS, ENDED_SECS = 1.0, 10.0
 STATUS_SECS = 0.3
 #: seconds to wait for a locked database in which a job is to be ended
 LOCK_SECS = 1.5
-#: characters of a line of the engine's log that are shown
-LINE_CHARACTERS = 2000
+#: characters of a line of the engine's log, and of a job's description, that are shown
+LINE_CHARACTERS, DESCRIPTION_CHARACTERS = 2000, 100
+#: lines of the engine's log that say what the display says, or nothing; and rows of its tables
+PERCENT = re.compile(r" \d+% \[\d+ submitted, \d+ queued\]$")
+EMPTY = re.compile(r"\[[^]]*\]\s*")
+ROW = re.compile(r"\s*[|+]|.* \| ")
+STOPPED = "oq-run is stopped, the tasks go on; fg shows them again"
 
 
 def parse_params(params: tuple[str, ...]) -> dict[str, str]:
@@ -127,6 +133,7 @@ def main(
         raise BadInput(f"--{exc}" if ours else str(exc)) from exc
     spec["cluster"] = settings.cluster is not None
     run = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
+    run.announce()
     code = run.execute()
     if as_json:
         retries = sum(row["retries"] for row in run.finished)
@@ -135,6 +142,31 @@ def main(
     else:
         run.print_summary()
     sys.exit(code)
+
+
+def describe(path: Path) -> str:
+    """Return the name of a job file with the description that is in it."""
+    name = str(Path(path.parent.name, path.name))
+    text = "" if path.suffix == ".zip" else path.read_text(errors="replace")
+    found = re.search(r"^\s*description\s*[=:](.*)$", text, re.MULTILINE)
+    words = clean(found[1].strip(), DESCRIPTION_CHARACTERS) if found else ""
+    return f"{name} ({words})" if words else name
+
+
+def place(settings: Config) -> str:
+    """Say where the tasks are run, and on how many slots."""
+    if settings.cluster is None:
+        return f"this machine, {counted(settings.cores, 'slot')}"
+    hosts = {host: slots for host, slots in settings.cluster.hosts.items() if slots}
+    nodes = f"{counted(len(hosts), 'node')} ({', '.join(list(hosts)[:MOST_NAMES])}"
+    nodes += ", ...)" if len(hosts) > MOST_NAMES else ")"
+    if -1 in hosts.values():
+        return f"{nodes}, on all their cores"
+    return f"{nodes}, {counted(sum(hosts.values()), 'slot')}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class Run:
@@ -152,7 +184,7 @@ class Run:
         self.spec = spec
         self.settings = settings
         self.slots = 1  # the most that were there at a time
-        self.console = console
+        self.display = Display(console, quiet=quiet)
         self.quiet = quiet
         self.jobs: list[int] = []
         self.finished: list[dict[str, Any]] = []
@@ -165,29 +197,40 @@ class Run:
         self.outcome: int | None = None  # exit code, as the engine process says itself
         self.pending: dict[int, bytes] = {}  # descriptor -> what has come of its next line
         self.traceback = False  # the engine's log is in the middle of one
+        self.held = ""  # the last line of the log, which may be the head of a table
         self.table: jobtable.Outside | None = None
         self.current: int | None = None  # the job that has its turn
         self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
         self.aborted = False  # from elsewhere
-        self.loaded = compiling.done()  # the engine, or it was said that this takes long
+        self.loaded = False  # the engine, or it was said that this takes long
         self.oom_kills = memory.oom_kills()
+
+    def announce(self) -> None:
+        """Say what is run, where, on how many slots: long before the engine is there."""
+        if self.quiet:
+            return
+        jobs = " and ".join(describe(Path(name)) for name in self.spec["files"])
+        self._print(f"running {jobs} on {place(self.settings)}")
+        self.display.enter("starting")
+        self.display.show()
 
     def execute(self) -> int:
         """Run the jobs and return the exit code."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or by a script
                 signal.signal(number, self._interrupt)
+        if self.display.framed and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, self._stop)
         try:
             directory = launch.start(self.settings, os.getpid())
-        except ConfigError as exc:
-            self.error = str(exc)
-            return EXIT_INPUT
         except (OqRuntimeError, OSError) as exc:
+            self.display.close()
             self.error = str(exc)
-            return EXIT_NO_WORKERS
+            return EXIT_INPUT if isinstance(exc, ConfigError) else EXIT_NO_WORKERS
         try:
             return self._engine(directory)
         finally:
+            self.display.close()
             # broker and agent end with this process; do not wait for that when the caller may
             # import us, and let nothing of the session outlive the command
             stop_session(directory)
@@ -214,13 +257,15 @@ class Run:
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(json.dumps(self.spec).encode())
+        self.display.enter("loading the engine")
+        self.loaded = compiling.done()
         status = StatusReader(directory)
-        display = Display(None if self.quiet else self.console)
         try:
             with process.stdout as log, os.fdopen(report_in, "rb") as reports:
-                self._follow(process, reports.fileno(), log.fileno(), status, display)
+                self._follow(process, reports.fileno(), log.fileno(), status)
+            if not self.quiet:
+                self.display.show(status.last(STATUS_SECS))
         finally:
-            display.close()
             status.close()
         code = process.wait()
         return self._verdict(code if self.outcome is None else self.outcome)
@@ -231,7 +276,6 @@ class Run:
         reports: int,
         log: int,
         status: StatusReader,
-        display: Display,
     ) -> None:
         """Show what the engine process says until it has ended."""
         selector = selectors.DefaultSelector()
@@ -249,16 +293,18 @@ class Run:
                 ended_s = now
             if now >= next_s:
                 next_s = now + STATUS_SECS
+                self._release()
                 if found := status.poll():
                     self.slots = max(self.slots, sum(node.slots for node in found.nodes))
                     self._tell(found)
-                    display.show(found)
+                self.display.show(found)
                 self._look(now)
             if not self.loaded and now - started_s > LOAD_SECS:
                 self._print(LOADING)
                 self.loaded = True
             if self.interrupted_s and now - self.interrupted_s > STOP_SECS:
                 process.kill()
+        self._release()
 
     def _lines(self, descriptor: int, take: Callable[[bytes], None]) -> bool:
         """Hand the lines that have come to their reader; return False at the end."""
@@ -275,12 +321,21 @@ class Run:
         # a traceback is for the log (the job database has it), not for the screen
         traceback = line.startswith("Traceback (") or (self.traceback and line.startswith(" "))
         self.traceback = traceback
-        if not traceback and line.startswith("["):
-            self._print(line)
+        if line.startswith("["):
+            self._release()
+            if not EMPTY.fullmatch(line) and (self.quiet or not PERCENT.search(line)):
+                self.held = line
+        elif ROW.match(line):
+            self.held = ""  # a table is for the log, too; its first row would say nothing alone
+
+    def _release(self) -> None:
+        """Show the line that is held, when no row of a table came behind it."""
+        if self.held:
+            self._print(self.held)
+            self.held = ""
 
     def _print(self, line: str) -> None:
-        line = clean(line, LINE_CHARACTERS)
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.display.print(clean(line, LINE_CHARACTERS))
 
     def _look(self, now: float) -> None:
         """Interrupt the engine process when the job table says that its job has ended.
@@ -330,6 +385,7 @@ class Run:
         match row.pop("kind"):
             case "loaded":
                 self.loaded = True
+                self.display.enter("reading the job")
             case "note":
                 self._print(row["text"])
             case "created":
@@ -337,6 +393,7 @@ class Run:
                 self.table = jobtable.Outside(row["database"], answer_s=STATUS_SECS)
             case "running":
                 self.current = row["job"]
+                self.display.enter("the engine is at work", f"job {row['job']}")
             case "finished":
                 self.current = None
                 self.finished.append(row)
@@ -346,6 +403,12 @@ class Run:
                     self.finished.append(row | {"state": "failed"})
             case "end":
                 self.outcome = row["code"]
+
+    def _stop(self, *_: object) -> None:
+        """Stop as Ctrl-Z asks, with nothing half drawn; the engine has a session of its own."""
+        self.display.clear()
+        self._print(STOPPED)
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def _interrupt(self, *_: object) -> None:
         if self.interrupted_s is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import os
 import sys
 import time
@@ -71,6 +70,8 @@ def place() -> Path:
 
 def installation() -> str:
     """Return a word for what is imported: which engine and which numba, from where."""
+    import importlib.metadata  # not before oq-run has said its first line
+
     versions = [importlib.metadata.version(name) for name in ("openquake.engine", "numba")]
     where = os.environ.get("NUMBA_CACHE_DIR", "")
     return hashlib.sha256("\n".join([sys.prefix, where, *versions]).encode()).hexdigest()[:16]

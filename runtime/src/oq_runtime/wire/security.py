@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from oq_runtime.errors import ConfigError, SecurityError
@@ -134,6 +133,9 @@ class Gate:
         if not zmq.has("curve"):
             raise SecurityError("this libzmq was built without CURVE; install pyzmq from its wheel")
         self.keys = keys
+        # not above: asyncio comes with it, for which oq-run would wait before its first line
+        from zmq.auth.thread import ThreadAuthenticator
+
         self.authenticator = ThreadAuthenticator(context)
         self.authenticator.start()
         self.authenticator.configure_curve_callback(DOMAIN.decode(), credentials_provider=self)

@@ -1,0 +1,189 @@
+"""What ``oq-run`` shows, in a real terminal (tmux), and how it behaves there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.leftovers import wait_for
+
+from .test_oq_run import corpus, example, start
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not shutil.which("tmux"), reason="no tmux (Debian: apt-get install tmux)"),
+]
+
+#: seconds until the first line must be there
+FIRST_LINE_S = 1.0
+#: behind a command that has ended, not stopped
+ENDED = re.compile(r"^exit (?!147)(\d+)", re.MULTILINE)
+WHOLE = re.compile(r"^job \d+ .* tasks ", re.MULTILINE)
+
+
+class Terminal:
+    """A terminal with a shell in it.
+
+    :param env: of the shell
+    :param folder: for the socket of tmux
+    """
+
+    def __init__(self, env: dict[str, str], folder: Path, columns: int) -> None:
+        self.socket = folder / "tmux"
+        self.env = {name: value for name, value in env.items() if name not in ("COLUMNS", "TMUX")}
+        size = ("-x", str(columns), "-y", "30")
+        self("-f", "/dev/null", "new-session", "-d", *size, "env PS1='$ ' sh -i")
+        assert wait_for(lambda: "$" in self.screen())
+
+    def __call__(self, *command: str) -> str:
+        return subprocess.run(
+            ["tmux", "-S", str(self.socket), *command],
+            env=self.env,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    def screen(self) -> str:
+        return self("capture-pane", "-p").rstrip("\n")
+
+    def history(self) -> str:
+        return self("capture-pane", "-p", "-J", "-S", "-").rstrip("\n")
+
+    def colours(self) -> str:
+        return self("capture-pane", "-p", "-e", "-S", "-")
+
+    def type(self, text: str) -> None:
+        self("send-keys", "-l", text)
+        self("send-keys", "Enter")
+
+    def run(self, *args: object, before: str = "", after: str = "") -> None:
+        """Type an ``oq-run`` with a line behind it that says that it has ended."""
+        words = " ".join(map(str, args))
+        command = f"{sys.executable} -m oq_runtime.commands.run {words} {after}"
+        self.type(f"clear; {before} {command}; echo exit $?")
+
+    def until(self, condition: Callable[[str], object], timeout: float = 90.0) -> str:
+        """Return the screen when it is as wanted; fails at the end of the job."""
+        last = ""
+
+        def look() -> bool:
+            nonlocal last
+            last = self.screen()
+            return bool(condition(last)) or bool(ENDED.search(last))
+
+        assert wait_for(look, timeout), last
+        assert condition(last), last
+        return last
+
+
+@pytest.fixture
+def terminal(
+    env: dict[str, str], tmpdir: Path, tmp_path: Path
+) -> Iterator[Callable[[int], Terminal]]:
+    opened = []
+
+    def start(columns: int) -> Terminal:
+        opened.append(Terminal(env, tmp_path, columns))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one("kill-server")
+
+
+def job_of(tmp_path: Path) -> str:
+    """The classical example, with fewer ruptures."""
+    job = example(tmp_path) / "job.ini"
+    return f"{job} -p maximum_distance=40 -p width_of_mfd_bin=0.5 --exports csv"
+
+
+SAID = "running hazard_classical/job.ini (Classical hazard on the fictional island of Tarsk) on"
+
+
+def test_first_line(env: dict[str, str], tmp_path: Path) -> None:
+    """It is there within a second, before the engine is imported; thrice, for a busy machine."""
+    took_s = []
+    for _ in range(3):
+        started_s = time.monotonic()
+        process = start(env, example(tmp_path) / "job.ini")
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        took_s.append(time.monotonic() - started_s)
+        process.terminate()
+        process.communicate()
+        shutil.rmtree(tmp_path / "hazard_classical")
+        assert re.fullmatch(rf"{re.escape(SAID)} this machine, \d+ slots?\n", line)
+    print(f"first line after {', '.join(f'{each_s:.2f}' for each_s in took_s)} s")
+    assert min(took_s) < FIRST_LINE_S
+
+
+@pytest.mark.parametrize("columns", [120, 60])
+def test_screens(terminal: Callable[[int], Terminal], tmp_path: Path, columns: int) -> None:
+    one = terminal(columns)
+    one.run(job_of(tmp_path))
+    print(one.until(lambda screen: "loading the engine 0:0" in screen))
+    assert f"{SAID} this machine, " in one.history()
+    print(one.until(lambda screen: re.search(r"^job \d+ .* left", screen, re.MULTILINE)))
+    *_, whole = one.until(lambda screen: "left" in screen).splitlines()
+    shown = (
+        r"job \d+  [\u2501\u2500]+  \d+/\d+ tasks  \d:\d\d, about \d:\d\d left(  \d/\d slots busy)?"
+    )
+    assert re.fullmatch(shown, whole)
+    assert "slots busy" in whole or columns == 60
+    assert "\x1b[32m" in one.colours()
+    one.until(ENDED.search)
+    text = one.history()
+    print(text)
+    assert ENDED.findall(text) == ["0"]
+    assert len(re.findall(r"^classical +\d+/\d+ tasks +\d:\d\d", text, re.MULTILINE)) == 1
+    assert not WHOLE.search(text) and " submitted, " not in text
+    assert "id | name" not in text and not re.search(r"INFO\]\s*$", text, re.MULTILINE)
+
+
+def test_a_terminal_that_changes(terminal: Callable[[int], Terminal], tmp_path: Path) -> None:
+    """It becomes narrower, and Ctrl-Z and fg come: one frame is left, and the cursor."""
+    one = terminal(120)
+    one.run(job_of(tmp_path))
+    one.until(WHOLE.search)
+    one("resize-window", "-x", "60")
+    one.until(lambda screen: WHOLE.search(screen) and "slots busy" not in screen)
+    one("send-keys", "C-z")
+    stopped = one.until(lambda screen: "fg shows them again" in screen and screen.endswith("$"))
+    print(stopped)
+    assert not WHOLE.search(stopped)
+    assert one("display-message", "-p", "#{cursor_flag}").strip() == "1"
+    one.type("fg")
+    again = one.until(lambda screen: WHOLE.search(screen))
+    print(again)
+    assert len(WHOLE.findall(again)) == 1
+    one("send-keys", "C-c")
+    print(one.until(lambda screen: "oq-run: interrupted" in screen))
+    assert len(re.findall("^classical ", one.history(), re.MULTILINE)) <= 1
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [("TERM=dumb", ""), ("", "2>&1 | cat"), ("NO_COLOR=1", "")],
+    ids=["dumb", "pipe", "no colour"],
+)
+def test_plain(terminal: Callable[[int], Terminal], before: str, after: str) -> None:
+    one = terminal(120)
+    one.run(corpus("classical/case_02/job.ini"), before=before, after=after)
+    one.until(ENDED.search)
+    text = one.history()
+    print(text)
+    assert "running case_02/job.ini (" in text
+    if "NO_COLOR" not in before:
+        assert re.search(
+            r"^\w+: 1/1 tasks, \d:\d\d, .*\d/\d slots busy, \d\.\d MB$", text, re.MULTILINE
+        )
+        assert "loading the engine 0:" not in text  # no frame was drawn
+    assert not re.search(r"\x1b\[[1-9]", one.colours())

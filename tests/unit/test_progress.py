@@ -1,0 +1,82 @@
+"""The figures of the display: times, rates, what is left, and lines that fit."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from oq_runtime.commands.progress import Display, Pace, duration, fitting, rate
+from oq_runtime.wire.protocol import Node, NodeState, Phase, Status
+
+NODE = Node(host="n1", slots=4, busy=3, state=NodeState.LEASED)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3600, "1:00:00"), (90061, "25:01:01")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "done, seconds, text",
+    [
+        (0, 5, ""),
+        (10, 0, ""),
+        (10, 100, "10 s/task"),
+        (10, 10, "1.0 tasks/s"),
+        (120, 10, "12 tasks/s"),
+    ],
+)
+def test_rate(done: int, seconds: float, text: str) -> None:
+    assert rate(done, seconds) == text
+
+
+def test_what_is_left_does_not_grow_while_tasks_end() -> None:
+    pace, shown = Pace(0.0), []
+    for now, done in ((10, 1), (15, 2), (60, 3), (61, 8), (100, 9)):  # the third one took long
+        pace.advance(Phase(name="f", total=10, done=done, running=1), now)
+        assert pace.left_s is not None
+        shown.append(pace.left_s)
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] == pytest.approx(10 * 8.5 / 1.5)
+    pace.advance(Phase(name="f", total=10, done=10), 110)
+    pace.advance(Phase(name="f", total=10, done=10), 200)
+    assert (pace.left_s, pace.took_s) == (0, 110)
+
+
+def test_more_tasks_may_take_longer() -> None:
+    pace = Pace(0.0)
+    pace.advance(Phase(name="f", total=2, done=1), 10)
+    pace.advance(Phase(name="f", total=20, done=1), 11)
+    assert pace.left_s == pytest.approx(11 * 19)
+
+
+def test_fitting() -> None:
+    assert fitting(("one", "", "two", "three"), 8) == "one  two"
+    assert fitting(("much too long",), 5) == "much…"
+
+
+@pytest.mark.parametrize("columns", [20, 60, 120])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_frame(columns: int, encoding: str) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, force_terminal=True, width=columns, height=10, no_color=True)
+    display = Display(console, quiet=False)
+    display.enter("the engine is at work", "job 7")
+    display.show(Status(phases=[], nodes=[NODE]))
+    display.show(
+        Status(phases=[Phase(name="classical", total=40, done=20, running=3)] * 20, nodes=[NODE])
+    )
+    assert len(display.drawn) == 9
+    assert all(len(line) < columns for line in display.drawn)
+    if columns > 20:
+        full, empty = "━─" if encoding == "utf-8" else "#-"
+        assert re.match(rf"job 7  {full}+{empty}+  400/800 tasks  0:00", display.drawn[-1])
+        assert re.match(r"classical +20/40 tasks +0:00", display.drawn[0])
+    display.close()
+    file.flush()
