@@ -168,6 +168,9 @@ def test_wait(cluster: Cluster) -> None:
         assert done.returncode == 1
         assert f"after 1 s: {cluster.net.address['node2']}: no answer" in done.stderr
     assert json.loads(done.stdout)[cluster.net.address["node2"]]["state"] == "unreachable"
+    done = workers(cluster, "wait", "--seconds=60", cluster.net.address["node1"])  # not for node2
+    assert done.returncode == 0, done.stderr
+    assert "not in host_cores: 192.0.2.99" in workers(cluster, "wait", "192.0.2.99").stderr
 
 
 @pytest.mark.parametrize(

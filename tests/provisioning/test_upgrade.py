@@ -47,7 +47,7 @@ with sqlite3.connect('/var/lib/openquake/oqdata/db.sqlite3') as database:
     database.execute('INSERT INTO job (status) VALUES (1)')"
 [ ! -e "$0.broken" ] || { echo "no answer" >&2; exit 1; }
 case $1 in
-wait) echo '{"192.0.2.2": {"state": "up"}, "192.0.2.3": {"state": "up"}}' ;;
+wait) echo "$@" >/tmp/waited; echo '{"192.0.2.2": {"state": "up"}, "192.0.2.3": {"state": "up"}}' ;;
 debug) echo '{"hosts": {"192.0.2.2": {"answered": 2}, "192.0.2.3": {"answered": 2}}}' ;;
 esac
 """
@@ -206,6 +206,9 @@ def test_dead_worker_is_left_out(cluster: Machines) -> None:
     cluster.cut("w2")
     done = cluster.play(UPGRADE)
     assert "w2 " in done.stdout and "unreachable=1" in done.stdout
+    waited = cluster["m1"].sh("cat /tmp/waited")
+    assert "192.0.2.2" in waited
+    assert "192.0.2.3" not in waited
     assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
     assert running(cluster, "m1", "w1") == ["m1", "w1"]
 

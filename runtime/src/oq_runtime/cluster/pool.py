@@ -175,11 +175,11 @@ class Pool:
             return answers | self.ask("status", reached)
         return answers | dict.fromkeys(reached, Killed())
 
-    def wait(self, seconds: float) -> dict[str, Answer]:
-        """Wait until every host answers; raises NoWorkers naming those that do not in time."""
+    def wait(self, seconds: float, hosts: Iterable[str] | None = None) -> dict[str, Answer]:
+        """Wait until hosts answer, by default all; NoWorkers names those that do not in time."""
         deadline_s = time.monotonic() + seconds
         while True:
-            answers = self.ask("status")
+            answers = self.ask("status", hosts)
             missing = unreachable(answers)
             if not missing:
                 return answers

@@ -60,15 +60,19 @@ command(
 
 @main.command()
 @click.option("--seconds", default=120.0, show_default=True, help="How long at most.")
+@click.argument("hosts", nargs=-1)
 @as_json
-def wait(seconds: float, as_json: bool) -> None:
-    """Wait until every host answers."""
+def wait(hosts: tuple[str, ...], seconds: float, as_json: bool) -> None:
+    """Wait until every host answers, or each of HOSTS."""
     pool = _pool()
+    wanted = hosts or tuple(pool.cluster.hosts)
+    if unknown := set(wanted) - set(pool.cluster.hosts):
+        raise click.UsageError(f"not in host_cores: {', '.join(sorted(unknown))}")
     try:
-        answers = pool.wait(seconds)
+        answers = pool.wait(seconds, wanted)
     except NoWorkers as exc:
         tell(exc)
-        answers = pool.ask("status")
+        answers = pool.ask("status", wanted)
         if not as_json:
             sys.exit(EXIT_SILENT)
     show(answers, as_json)

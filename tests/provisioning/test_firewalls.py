@@ -1,0 +1,88 @@
+"""The ports in firewalld and ufw where one is active: opened for many workers, and closed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.provisioning.machine import Machine, role
+from tests.provisioning.roles import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def of(count: int) -> dict[str, Any]:
+    """Settings of a master with so many workers."""
+    workers = [f"198.51.100.{number}" for number in range(1, count + 1)]
+    addresses = {"m1": "192.0.2.1"} | {f"w{address}": address for address in workers}
+    return {"openquake_worker_addresses": workers, "openquake_addresses": addresses}
+
+
+def packages(name: str) -> Path:
+    """Return a directory with a package of the distribution, and what it depends on."""
+    folder = ROOT / "build" / "packages" / name
+    if not folder.exists():
+        half = folder.with_suffix(".half")
+        shutil.rmtree(half, ignore_errors=True)
+        (half / "partial").mkdir(parents=True)
+        command = ["apt-get", "-qq", "install", "--download-only", "--no-install-recommends", "-y"]
+        done = subprocess.run([*command, f"-oDir::Cache::archives={half}", name])
+        if done.returncode:
+            pytest.skip(f"apt-get cannot download {name}")
+        half.rename(folder)
+    return folder
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    made = Machine(tmp_path, services=True)
+    try:
+        made.sh("mkdir -p /etc/openquake; ln -sf /bin/true /usr/sbin/policy-rc.d")
+        yield made
+    finally:
+        made.close()
+
+
+def install(machine: Machine, name: str) -> None:
+    machine.sh(f"DEBIAN_FRONTEND=noninteractive dpkg --install {packages(name)}/*.deb")
+
+
+def play(machine: Machine, workers: int, part: str = "main") -> str:
+    done = machine.play(role("openquake_firewall", part), args=("-e", json.dumps(of(workers))))
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def check(machine: Machine, rules: str, workers: int) -> None:
+    """Open for many workers, for one, for nobody."""
+    before = machine.sh(rules)
+    play(machine, workers)
+    opened = machine.sh(rules)
+    assert opened.count("198.51.100.") == 3 * workers
+    assert "changed=0" in play(machine, workers)
+    assert machine.sh(rules) == opened
+    play(machine, 1)
+    opened = machine.sh(rules)
+    assert "198.51.100.1" in opened
+    assert "198.51.100.2" not in opened
+    play(machine, 1, "remove")
+    assert machine.sh(rules) == before
+
+
+def test_firewalld(machine: Machine) -> None:
+    install(machine, "firewalld")
+    machine.sh("systemctl start firewalld")
+    check(machine, "firewall-cmd --list-rich-rules", 100)
+    assert machine.sh("firewall-cmd --permanent --list-rich-rules") == ""
+
+
+def test_ufw(machine: Machine) -> None:
+    install(machine, "ufw")
+    machine.sh("ufw --force enable")
+    check(machine, "LC_ALL=C ufw show added", 10)
