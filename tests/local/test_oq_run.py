@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -333,7 +334,7 @@ def test_small_job(env: dict[str, str]) -> None:
     result = json.loads(out)
     assert result["exit"] == 0 and result["error"] == ""
     [job] = result["jobs"]
-    assert job["state"] == "complete"
+    assert job["state"] == "complete" and job["exported"] == []
     assert {output["name"] for output in job["outputs"]} >= {"Hazard Curves"}
     assert Path(job["datastore"]).stat().st_size == job["bytes"]
     assert (job["job"], "complete", 0) in jobs(env)
@@ -370,8 +371,78 @@ def test_import_that_takes_long(env: dict[str, str], tmp_path: Path) -> None:
     assert json.loads(out)["jobs"][0]["state"] == "complete"
 
 
+def test_names_of_the_engine_exports_and_next_commands(env: dict[str, str], tmp_path: Path) -> None:
+    """Nothing goes to /tmp itself; the commands that are named at the end work."""
+    folder = tmp_path / "case"
+    shutil.copytree(corpus("classical/case_02"), folder)
+    job = folder / "job.ini"
+    job.write_text(re.sub("export_dir = .*", "", job.read_text()) + "\nexport_dir = /tmp\n")
+    levels = "intensity_measure_types_and_levels={'PGA': [0.1, 0.2], 'SA(0.3)': [0.1, 0.2]}"
+    code, out, err = run(env, "--run", job, "--param", levels, "-e", "csv", "-l", "warn")
+    assert code == 0, err
+    assert f"exporting to {folder}, not to /tmp as job.ini says" in err
+    number = jobs(env)[-1][0]
+    shown = re.search(rf"^exported (\d+) files to {folder}: (.*)$", out, re.MULTILINE)
+    assert shown, out
+    files = list(folder.glob(f"*_{number}.csv"))
+    assert len(files) == int(shown[1]) and any("SA(0.3)" in file.name for file in files)
+    assert not list(Path("/tmp").glob(f"hazard_curve-mean*_{number}.csv"))
+    oq = Path(sys.executable).with_name("oq")
+    plot = re.search(r"^plot: oq plot (.*)$", out, re.MULTILINE)
+    assert plot, out
+    log = ("engine", "--show-log", str(number))
+    for command in (("plot", *shlex.split(plot[1])), log):
+        shown_by = subprocess.run(
+            [oq, *command],
+            env=env | {"MPLBACKEND": "Agg"},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert shown_by.returncode == 0, shown_by.stderr
+
+
+def test_dry_run(env: dict[str, str], tmp_path: Path) -> None:
+    before = jobs(env) if Path(env["OQ_DATADIR"], "db.sqlite3").exists() else []
+    job = example(tmp_path) / "job.ini"
+    code, out, err = run(env, job, "--dry-run")
+    size = "classical, 181 sites, 8 sources, 18 realizations; about 40 tasks in its main phase"
+    assert (code, out) == (0, f"{job}: {size}\n"), err
+    code, out, _ = run(env, job, "--dry-run", "--json", "-p", "region=-24 -31, -24 -30, -23 -30")
+    [row] = json.loads(out)["jobs"]
+    assert code == 0 and 1 < row["sites"] < 181
+    assert jobs(env) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["missing.ini"], "No such file"),
+        (["--nonsense"], "No such option"),
+        ([], "Missing argument"),
+        ([EXAMPLES / "hazard_classical/job.ini", "-p", "nonsense"], "name=value"),
+        ([EXAMPLES / "hazard_classical/job.ini", "--cores", "0"], "--cores=0"),
+        ([EXAMPLES / "hazard_classical/job.ini", "--log-level", "loud"], "log-level"),
+        ([EXAMPLES / "hazard_classical/job.ini", "-p", "no_such=1"], "no_such"),
+    ],
+)
+def test_json_of_what_is_refused(env: dict[str, str], arguments: list[object], word: str) -> None:
+    code, out, err = run(env, *arguments, "--json")
+    result = json.loads(out)
+    assert code == result["exit"] == 2, err
+    assert word in result["error"] and result["jobs"] == []
+
+
+def test_help_names_the_commands_of_the_engine(env: dict[str, str]) -> None:
+    code, out, _ = run(env, "--help")
+    assert code == 0
+    assert all(
+        word in " ".join(out.split()) for word in ("--lhc", "--lo ID", "--eos ID DIR", "--dc")
+    )
+
+
 def test_interrupt(env: dict[str, str], tmpdir: Path) -> None:
-    process = start(env, EXAMPLES / "hazard_classical/job.ini", "--no-progress")
+    process = start(env, EXAMPLES / "hazard_classical/job.ini", "--json")
     descriptor = process.stderr
     assert descriptor is not None
     for line in descriptor:  # wait for the first tasks of the calculation
@@ -382,11 +453,14 @@ def test_interrupt(env: dict[str, str], tmpdir: Path) -> None:
     time.sleep(1.0)
     started_s = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     took_s = time.monotonic() - started_s
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "oq-run: interrupted" in err
+    result = json.loads(out)
+    assert (result["exit"], result["error"]) == (130, "interrupted")
+    [row] = result["jobs"]
+    assert row["state"] == "aborted" and row["seconds"] > 0
     assert wait_for(lambda: not session_processes(tmpdir))
     assert jobs(env)[-1][1:] == ("aborted", 0)
     assert took_s < LIMIT_INTERRUPT_S, f"{took_s:.1f} s"

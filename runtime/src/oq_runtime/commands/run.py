@@ -20,7 +20,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,17 @@ LINE_CHARACTERS, DESCRIPTION_CHARACTERS = 2000, 100
 PERCENT = re.compile(r" \d+% \[\d+ submitted, \d+ queued\]$")
 EMPTY = re.compile(r"\[[^]]*\]\s*")
 ROW = re.compile(r"\s*[|+]|.* \| ")
+#: the comma before another parameter
+NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
+#: names of exported files that are shown
+MOST_FILES = 4
 STOPPED = "oq-run is stopped, the tasks go on; fg shows them again"
 
 
 def parse_params(params: tuple[str, ...]) -> dict[str, str]:
-    """Return ``name=value,...`` options as a dictionary."""
+    """Return ``name=value,...`` options as a dictionary; values may have commas, too."""
     pairs = {}
-    for item in ",".join(params).split(",") if params else ():
+    for item in (item for text in params for item in NEXT_PARAM.split(text)):
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise BadInput(f"-p {item}: give name=value")
@@ -75,25 +79,57 @@ def parse_params(params: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+class Command(click.Command):
+    """Prints the JSON object of a refused call as well."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        try:
+            return super().main(given, *more, **options | {"standalone_mode": False})
+        except click.ClickException as exc:
+            exc.show()
+            if "--json" in given:
+                print_json(exc.exit_code, exc.format_message(), [])
+            sys.exit(exc.exit_code)
+
+
+EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and --lrc list jobs,
+--lo ID outputs, --eos ID DIR exports them, --dc ID deletes a job; oq abort ID ends one."""
+
+
+@click.command(cls=Command, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("files", nargs=-1, required=True, metavar="JOB.ini ...")
-@click.option("--hc", metavar="ID", help="Start from the results of this job; -1: the last one.")
-@click.option("-p", "params", multiple=True, metavar="NAME=VALUE", help="Override a parameter.")
-@click.option("--exports", default="", metavar="csv,...", help="Export results in these formats.")
+@click.option("--run", is_flag=True, hidden=True)  # as oq engine has it
+@click.option(
+    "--hc",
+    "--hazard-calculation-id",
+    "hc",
+    metavar="ID",
+    help="Start from the results of this job; -1: the last one.",
+)
+@click.option(
+    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Override a parameter."
+)
+@click.option(
+    "-e", "--exports", default="", metavar="csv,...", help="Export results in these formats."
+)
 @click.option("--export-dir", type=click.Path(file_okay=False), help="Where to export to.")
 @click.option("--log-file", "-L", type=click.Path(dir_okay=False), help="The engine's log.")
 @click.option(
+    "-l",
     "--log-level",
     default="info",
     type=click.Choice(["debug", "info", "warn", "error", "critical"]),
     show_default=True,
 )
 @click.option("--cores", help="Run on this machine alone with so many workers; -1: all cores.")
+@click.option("--dry-run", is_flag=True, help="Read the input, say how large the job is, and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--no-progress", is_flag=True, help="No progress display.")
 @click.version_option(package_name="oq-runtime")
 def main(
     files: tuple[str, ...],
+    run: bool,
     hc: str | None,
     params: tuple[str, ...],
     exports: str,
@@ -101,6 +137,7 @@ def main(
     log_file: str | None,
     log_level: str,
     cores: str | None,
+    dry_run: bool,
     as_json: bool,
     no_progress: bool,
 ) -> None:
@@ -118,6 +155,7 @@ def main(
         "export_dir": str(Path(export_dir).expanduser().resolve()) if export_dir else None,
         "log_file": str(Path(log_file).expanduser().resolve()) if log_file else None,
         "log_level": log_level,
+        "dry_run": dry_run,
     }
     if spec["log_file"] and not os.access(Path(spec["log_file"]).parent, os.W_OK):
         raise BadInput(f"--log-file {log_file}: its directory is missing or not writable")
@@ -132,16 +170,21 @@ def main(
         ours = cores and str(exc).startswith("cores=")
         raise BadInput(f"--{exc}" if ours else str(exc)) from exc
     spec["cluster"] = settings.cluster is not None
-    run = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
-    run.announce()
-    code = run.execute()
+    call = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
+    call.announce()
+    code = call.execute()
     if as_json:
-        retries = sum(row["retries"] for row in run.finished)
-        result = {"exit": code, "error": run.error, "retries": retries, "jobs": run.finished}
-        click.echo(json.dumps(result))
+        print_json(code, call.error, call.surveys if dry_run else call.finished)
     else:
-        run.print_summary()
+        call.print_summary()
     sys.exit(code)
+
+
+def print_json(code: int, error: str, jobs: Sequence[dict[str, Any]]) -> None:
+    """Print what became of a call on stdout."""
+    retries = sum(row.get("retries", 0) for row in jobs)
+    result = {"exit": code, "error": error, "retries": retries, "jobs": jobs}
+    click.echo(json.dumps(result))
 
 
 def describe(path: Path) -> str:
@@ -163,6 +206,42 @@ def place(settings: Config) -> str:
     if -1 in hosts.values():
         return f"{nodes}, on all their cores"
     return f"{nodes}, {counted(sum(hosts.values()), 'slot')}"
+
+
+def surveyed(row: dict[str, Any]) -> str:
+    """Say how large a job is, in a line."""
+    if "mode" not in row:
+        return f"{row['file']}: its size depends on the job before it"
+    nouns = ("sites", "sources", "realizations")
+    found = [counted(row[noun], noun[:-1]) for noun in nouns if row[noun] is not None]
+    if row["parent"]:
+        found.append(f"the hazard of job {row['parent']}")
+    tasks = f"{row['tasks']} tasks" if row["tasks"] else "2 tasks a slot"
+    return f"{row['file']}: {row['mode']}, {', '.join(found)}; about {tasks} in its main phase"
+
+
+def exports(files: Sequence[str]) -> list[str]:
+    """Say what was exported, and where, a line for each directory."""
+    names: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        names.setdefault(folder, []).append(name)
+    lines = []
+    for folder, found in names.items():
+        more = f" and {len(found) - MOST_FILES} more" if len(found) > MOST_FILES else ""
+        shown = ", ".join(found[:MOST_FILES])
+        lines.append(f"exported {counted(len(found), 'file')} to {folder}: {shown}{more}")
+    return lines
+
+
+def next_steps(row: dict[str, Any]) -> list[str]:
+    """Return the commands that show the results of a job, or export them."""
+    job, steps = row["job"], []
+    if not row["exported"]:
+        steps.append(f"export: oq engine --eos {job} DIR --exports csv")
+    if row["imts"] and any(output["name"] == "Hazard Curves" for output in row["outputs"]):
+        steps.append(f'plot: oq plot "hcurves?kind=mean&imt={row["imts"][0]}" {job}')
+    return [*steps, f"log: oq engine --show-log {job}"]
 
 
 def counted(number: int, noun: str) -> str:
@@ -188,6 +267,7 @@ class Run:
         self.quiet = quiet
         self.jobs: list[int] = []
         self.finished: list[dict[str, Any]] = []
+        self.surveys: list[dict[str, Any]] = []  # of jobs that are not run
         self.error = ""
         # of a node and its reason, or of what is waited for; and what of it has been told
         self.true_since_s: dict[tuple[str, str], float] = {}
@@ -200,6 +280,7 @@ class Run:
         self.held = ""  # the last line of the log, which may be the head of a table
         self.table: jobtable.Outside | None = None
         self.current: int | None = None  # the job that has its turn
+        self.turn_s = 0.0  # since when
         self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
         self.aborted = False  # from elsewhere
         self.loaded = False  # the engine, or it was said that this takes long
@@ -238,7 +319,7 @@ class Run:
     def _engine(self, directory: Path) -> int:
         env = dict(os.environ)
         env[SESSION_VARIABLE] = str(directory)
-        env["OQ_DISTRIBUTE"] = "zmq"
+        env["OQ_DISTRIBUTE"] = "no" if self.spec["dry_run"] else "zmq"
         if self.settings.cluster is None:
             env["OQ_NUM_CORES"] = str(self.settings.cores)
         report_in, report_out = os.pipe()
@@ -392,7 +473,7 @@ class Run:
                 self.jobs.append(row["job"])
                 self.table = jobtable.Outside(row["database"], answer_s=STATUS_SECS)
             case "running":
-                self.current = row["job"]
+                self.current, self.turn_s = row["job"], time.monotonic()
                 self.display.enter("the engine is at work", f"job {row['job']}")
             case "finished":
                 self.current = None
@@ -400,7 +481,9 @@ class Run:
             case "failed":
                 self.error = row["error"]
                 if row["job"] is not None:
-                    self.finished.append(row | {"state": "failed"})
+                    self.finished.append(self._ended(row["job"], EXIT_FAILED) | row)
+            case "survey":
+                self.surveys.append(row)
             case "end":
                 self.outcome = row["code"]
 
@@ -435,7 +518,15 @@ class Run:
             self.error = f"the engine process {processes.ending(code)}"
         if code and self.jobs:
             self._end_rows(code)
+        told = {row["job"] for row in self.finished}
+        self.finished += [self._ended(job, code) for job in self.jobs if job not in told]
         return code
+
+    def _ended(self, job: int, code: int) -> dict[str, Any]:
+        """Return what is known of a job that has not come to its end."""
+        state = "aborted" if code == EXIT_INTERRUPTED else "failed"
+        seconds = time.monotonic() - self.turn_s if job == self.current else 0.0
+        return {"job": job, "state": state, "seconds": round(seconds, 2)}
 
     def _is_aborted(self) -> bool:
         with contextlib.suppress(jobtable.DatabaseError):
@@ -456,8 +547,11 @@ class Run:
     def print_summary(self) -> None:
         """Print the outcome for a person."""
         out = Console(highlight=False, markup=False, soft_wrap=True)
+        for row in self.surveys:
+            out.print(clean(surveyed(row)))
         for row in self.finished:
-            if row["state"] == "failed":
+            if "outputs" not in row:
+                out.print(f"job {row['job']} {row['state']} after {row['seconds']:.1f} s")
                 continue
             capacity = self.slots * max(row["seconds"], 0.01)
             out.print(
@@ -467,6 +561,8 @@ class Run:
             out.print(f"datastore {clean(row['datastore'])} ({row['bytes'] / 1e6:.1f} MB)")
             for output in row["outputs"]:
                 out.print(f"  {output['id']:>5}  {clean(output['name'])}")
+            for line in (*exports(row["exported"]), *next_steps(row)):
+                out.print(clean(line))
         if self.error:
             number = self.current or (self.jobs[-1] if self.jobs else None)
             where = f" (oq engine --show-log {number})" if number else ""

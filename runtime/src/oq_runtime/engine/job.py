@@ -2,8 +2,9 @@
 
 Reads a JSON specification on stdin (the options of ``commands.run``) and writes one JSON object per
 line to a descriptor: ``loaded`` (the engine), ``note`` (a line for the user), ``created`` and
-``running`` (a job), ``finished`` (its summary), ``failed`` (one line on what is wrong) and at last
-``end`` (the exit code). Tracebacks go to the engine's log, which is in the job database.
+``running`` (a job), ``finished`` (its summary), ``failed`` (one line on what is wrong), ``survey``
+(of a job that is not run) and at last ``end`` (the exit code). Tracebacks go to the engine's log,
+which is in the job database.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 from oq_runtime import processes
 from oq_runtime.config import SESSION_VARIABLE
-from oq_runtime.engine import archives, jobtable, messages, queue
+from oq_runtime.engine import archives, jobtable, messages, queue, survey
 from oq_runtime.engine.hook import activate
 from oq_runtime.engine.jobtable import JobTable, Status
 from oq_runtime.errors import BrokerLost, InputError, NoWorkers, UnsupportedEngine
@@ -92,8 +93,15 @@ class Jobs:
             place = self.open_table()
             self.parent = jobtable.parent(self.table, self.spec["hc"], self.note)
             params = [self.read(Path(name)) for name in self.spec["files"]]
-            for number, one in enumerate(params):
+            checked = [
                 self.check(one, lacking=bool(number) and self.parent is None)
+                for number, one in enumerate(params)
+            ]
+            if self.spec["dry_run"]:
+                for name, one, oq in zip(self.spec["files"], params, checked, strict=True):
+                    what = survey.survey(self.readinput, oq, one) if oq else {}
+                    self.report({"kind": "survey", "file": name, **what})
+                return COMPLETE
             self.create(params, place)
             hazard = self.rest[0]
             for job in list(self.rest):
@@ -205,6 +213,15 @@ class Jobs:
         params["exports"] = self.spec["exports"]
         if self.spec["export_dir"]:
             params["export_dir"] = self.spec["export_dir"]
+        elif "export_dir" not in self.spec["params"] and survey.is_temporary(
+            given := params.get("export_dir", "")
+        ):
+            del params["export_dir"]
+            if self.spec["exports"]:
+                self.note(
+                    f"exporting to {(archive or path).parent}, not to {given} as {path.name} says, "
+                    "which is emptied and belongs to all; --export-dir gives another place"
+                )
         if self.parent is not None:
             params["hazard_calculation_id"] = self.parent
         if archive is not None:
@@ -230,18 +247,20 @@ class Jobs:
             )
         return first
 
-    def check(self, params: dict[str, Any], *, lacking: bool) -> None:
-        """Let the engine check the parameters of a job.
+    def check(self, params: dict[str, Any], *, lacking: bool) -> Any:
+        """Let the engine check the parameters of a job; return them as its ``OqParam``.
 
-        :param lacking: a second stage takes from the first, which has not run yet, what it lacks
+        :param lacking: a second stage takes from the first, which has not run yet, what it lacks;
+            where that is something that counts, the result is None
         :raises InputError: for a parameter that is unknown, or wrong
         """
         from openquake.commonlib.oqvalidation import OqParam
 
         path = params["inputs"]["job_ini"]
+        checked = None
         try:
             with Ignored() as ignored, contextlib.suppress(*[Exception] if lacking else []):
-                self.readinput.get_oqparam(params)
+                checked = self.readinput.get_oqparam(params)
         except (Exception, SystemExit) as exc:
             inputs = messages.files(params["inputs"])
             text = messages.encoding(exc, inputs) or messages.explain(exc)
@@ -250,6 +269,7 @@ class Jobs:
             raise InputError(self.about(path, text)) from exc
         if ignored.names:
             raise InputError(self.about(path, messages.unknown(ignored.names, dir(OqParam))))
+        return checked
 
     def about(self, path: Path | str, text: str) -> str:
         return self.as_given(text if str(path) in text else f"{path}: {text}")
@@ -282,12 +302,12 @@ class Jobs:
         at_a_time = self.config.distribution.serialize_jobs
         queue.wait(self.table, job.calc_id, at_a_time, self.note)
         self.report({"kind": "running", "job": job.calc_id})
-        started = time.monotonic()
+        started, started_s = time.monotonic(), time.time()
         self.engine.run_jobs([job])
         seconds = time.monotonic() - started
         self.rest.remove(job)
         figures = {"seconds": round(seconds, 2), "retries": self.retries()}
-        self.report({"kind": "finished", **summary(self.logs, job.calc_id), **figures})
+        self.report({"kind": "finished", **summary(self.logs, job.calc_id, started_s), **figures})
 
 
 def created_in(exc: BaseException) -> set[int]:
@@ -297,15 +317,15 @@ def created_in(exc: BaseException) -> set[int]:
     return {value.calc_id for value in values if type(value).__name__ == "LogContext"}
 
 
-def summary(logs: Any, job_id: int) -> dict[str, Any]:
+def summary(logs: Any, job_id: int, started_s: float) -> dict[str, Any]:
     """Read the figures of a finished job from the database and its datastore."""
-    import h5py
+    from openquake.commonlib import datastore
 
-    path = Path(logs.dbcmd("get_job", job_id).ds_calc_dir + ".hdf5")
     tasks, busy_s = 0, 0.0
-    with h5py.File(path, "r") as file:
-        if "task_info" in file:
-            info = file["task_info"][:]
+    with datastore.read(job_id) as dstore:
+        path, oq = Path(dstore.filename), dstore["oqparam"]
+        if "task_info" in dstore:
+            info = dstore["task_info"][:]
             tasks, busy_s = len(info), float(info["duration"].sum())
     lines = logs.dbcmd("list_outputs", job_id, True)
     outputs = []
@@ -321,6 +341,8 @@ def summary(logs: Any, job_id: int) -> dict[str, Any]:
         "datastore": str(path),
         "bytes": path.stat().st_size,
         "outputs": outputs,
+        "imts": list(oq.imtls),
+        "exported": [str(file) for file in survey.exported(Path(oq.export_dir), job_id, started_s)],
     }
 
 
