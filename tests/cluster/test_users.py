@@ -83,7 +83,7 @@ def test_ten_jobs_on_nine_ports(cluster: Cluster, tmp_path: Path) -> None:
     try:
         assert cluster.wait_for(lambda: all(cluster.net.listens(MASTER, p) for p in ports), 60)
         tenth = cluster.oq_run(corpus(TINY), "--json")
-        waits = r"waiting: all of .*:1912, .*:1920 are in use by other jobs"
+        waits = r"waiting: all of .*:1912, .*:1920 are in use by other jobs; this one begins when"
         said = cluster.wait_for(lambda: re.search(waits, tenth.log.read_text()), 120)
         assert said and tenth.poll() is None, tenth.log.read_text()
     finally:
@@ -91,3 +91,13 @@ def test_ten_jobs_on_nine_ports(cluster: Cluster, tmp_path: Path) -> None:
     for run in nine:
         assert result(run)["value"]["sum"] == 3
     assert datastore(result(tenth)).exists()
+
+
+def test_waiting_for_a_node_is_shown(no_agents: Cluster) -> None:
+    run = no_agents.oq_run(corpus(TINY))
+    waits = "waiting: no node has slots for this job; oq-workers status says why"
+    assert no_agents.wait_for(lambda: waits in run.log.read_text(), 60), run.log.read_text()
+    first = run.log.read_text().splitlines()[0]
+    assert re.match(r"running \w+/job.ini \(.*\) on 3 nodes \(.*\), \d+ slots$", first), first
+    no_agents.start_agents()
+    assert run.wait(120) == 0, run.log.read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import shutil
 import subprocess
@@ -14,10 +16,10 @@ import pytest
 
 from tests.leftovers import wait_for
 
-from .test_oq_run import corpus, example, start
+from .test_oq_run import corpus, example, jobs, run, start
 
 pytestmark = [
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(500),
     pytest.mark.skipif(not shutil.which("tmux"), reason="no tmux (Debian: apt-get install tmux)"),
 ]
 
@@ -36,7 +38,7 @@ class Terminal:
     """
 
     def __init__(self, env: dict[str, str], folder: Path, columns: int) -> None:
-        self.socket = folder / "tmux"
+        self.socket = folder / f"tmux{columns}"
         self.env = {name: value for name, value in env.items() if name not in ("COLUMNS", "TMUX")}
         size = ("-x", str(columns), "-y", "30")
         self("-f", "/dev/null", "new-session", "-d", *size, "env PS1='$ ' sh -i")
@@ -70,7 +72,7 @@ class Terminal:
         command = f"{sys.executable} -m oq_runtime.commands.run {words} {after}"
         self.type(f"clear; {before} {command}; echo exit $?")
 
-    def until(self, condition: Callable[[str], object], timeout: float = 90.0) -> str:
+    def until(self, condition: Callable[[str], object], timeout: float = 200.0) -> str:
         """Return the screen when it is as wanted; fails at the end of the job."""
         last = ""
 
@@ -96,13 +98,19 @@ def terminal(
 
     yield start
     for one in opened:
-        one("kill-server")
+        with contextlib.suppress(subprocess.CalledProcessError):  # a test may have done so
+            one("kill-server")
 
 
 def job_of(tmp_path: Path) -> str:
     """The classical example, with fewer ruptures."""
     job = example(tmp_path) / "job.ini"
     return f"{job} -p maximum_distance=40 -p width_of_mfd_bin=0.5 --exports csv"
+
+
+def long_job(tmp_path: Path) -> str:
+    """The classical example with more ruptures: it does not end before it is aborted."""
+    return f"{example(tmp_path) / 'job.ini'} -p rupture_mesh_spacing=2 -p width_of_mfd_bin=0.05"
 
 
 SAID = "running hazard_classical/job.ini (Classical hazard on the fictional island of Tarsk) on"
@@ -167,6 +175,64 @@ def test_a_terminal_that_changes(terminal: Callable[[int], Terminal], tmp_path: 
     one("send-keys", "C-c")
     print(one.until(lambda screen: "oq-run: interrupted" in screen))
     assert len(re.findall("^classical ", one.history(), re.MULTILINE)) <= 1
+
+
+def test_waiting_for_another_job(terminal: Callable[[int], Terminal], tmp_path: Path) -> None:
+    """It is said whose and since when, and the command that is named ends the waiting."""
+    one = terminal(120)
+    one.run(long_job(tmp_path))
+    one.until(WHOLE.search)
+    two = terminal(100)
+    two.run(corpus("classical/case_02/job.ini"))
+    waits = two.until(
+        lambda screen: re.search(r"^job \d+  waiting for another job 0:", screen, re.M)
+    )
+    print(waits)
+    said = re.search(r"waiting for job (\d+) of \S+ \(executing since ....-..-.. ..:..\)", waits)
+    assert said, waits
+    oq = Path(sys.executable).with_name("oq")
+    done = subprocess.run([oq, "abort", said[1]], env=one.env, capture_output=True, text=True)
+    assert f"Job {said[1]} aborted" in done.stdout
+    assert "the job was aborted from elsewhere" in one.until(ENDED.search)
+    assert ENDED.findall(two.until(ENDED.search)) == ["0"]
+
+
+def test_a_detached_job(
+    env: dict[str, str], terminal: Callable[[int], Terminal], tmp_path: Path
+) -> None:
+    """It outlives its terminal, is watched from another one, and aborted."""
+    one = terminal(120)
+    one.run(long_job(tmp_path), "--detach")
+    screen = one.until(ENDED.search)
+    said = re.search(r"^job (\d+) runs detached; watch it with oq-run --watch \1", screen, re.M)
+    assert said and ENDED.findall(screen) == ["0"], screen
+    number = int(said[1])
+    one("kill-server")
+    two = terminal(80)
+    two.run("--watch")
+    print(two.until(WHOLE.search))
+    assert jobs(env)[-1] == (number, "executing", 1)
+    top = [sys.executable, "-m", "oq_runtime.commands.workers", "top"]
+    shown = subprocess.run(top, env=one.env, capture_output=True, text=True).stdout
+    assert re.search(rf"^ +{number} +\w+ +\d+/\d+ +\d/\d +0", shown, re.MULTILINE), shown
+    three = terminal(100)
+    three.type(" ".join(top))
+    print(three.until(lambda screen: re.search(rf"^ +{number} +\w+", screen, re.M)))
+    oq = Path(sys.executable).with_name("oq")
+    subprocess.run([oq, "abort", str(number)], env=one.env, check=True, capture_output=True)
+    ended = two.until(ENDED.search)
+    assert f"job {number} is aborted" in ended and ENDED.findall(ended) == ["1"], ended
+    output = Path(env["OQ_DATADIR"], f"oq-run_{number}.log")
+    assert wait_for(lambda: "the job was aborted from elsewhere" in output.read_text())
+    assert jobs(env)[-1] == (number, "aborted", 0)
+
+
+def test_what_a_detached_job_is_refused_for(env: dict[str, str], tmp_path: Path) -> None:
+    job = example(tmp_path) / "job.ini"
+    code, out, _ = run(env, job, "--detach", "--json", "-p", "no_such=1")
+    assert code == json.loads(out)["exit"] == 2 and "no_such" in out
+    code, _, err = run(env, "--watch", "99999")
+    assert code == 2 and "--watch: job 99999 is none of yours" in err
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,13 @@ class StatusReader:
 
 @dataclass(slots=True)
 class Pace:
-    """How fast a phase is. ``left_s``: seconds to its end, None where that is not known."""
+    """How fast a phase is, since it is looked at.
+
+    ``before`` tasks had ended then. ``left_s``: seconds to its end, None where that is not known.
+    """
 
     began_s: float
+    before: int = 0
     total: int = 0
     done: int = 0
     took_s: float = 0.0
@@ -82,9 +86,9 @@ class Pace:
             self.left_s = None
         if done < total or done != self.done:
             self.took_s = now - self.began_s
-        if done and (done, total) != (self.done, self.total):
-            worth = done + phase.running / 2
-            left_s = self.took_s * (total - worth) / worth
+        if done > self.before and (done, total) != (self.done, self.total):
+            worth = done - self.before + phase.running / 2
+            left_s = self.took_s * (total - self.before - worth) / worth
             self.left_s = left_s if self.left_s is None else min(left_s, self.left_s)
         self.done, self.total = done, total
 
@@ -129,6 +133,7 @@ class Display:
         self.began_s = self.stage_s = time.monotonic()
         self.title = ""
         self.stage = ""  # what is done besides tasks
+        self.wants = ""  # what the tasks wait for
         self.paces: list[Pace] = []  # of the phases, which stay in their order
         self.tenths: dict[int, tuple[int, int]] = {}
         self.status = protocol.Status(phases=[], nodes=[])
@@ -138,6 +143,10 @@ class Display:
         """Say what happens now, and in which job."""
         self.stage, self.stage_s = stage, time.monotonic()
         self.title = title or self.title
+
+    def wait(self, what: str, seconds: float) -> None:
+        """Say what the tasks wait for, and how long already; an empty word: nothing."""
+        self.wants = f"waiting for {what} {duration(seconds)}" if what else ""
 
     def print(self, line: str) -> None:
         """Print a line, above the frame."""
@@ -152,7 +161,7 @@ class Display:
         self.status = status or self.status
         for number, phase in enumerate(self.status.phases):
             if number == len(self.paces):
-                self.paces.append(Pace(now))
+                self.paces.append(Pace(now, phase.done))
             self.paces[number].advance(phase, now)
         if self.framed:
             self.clear(erase=False)
@@ -203,7 +212,7 @@ class Display:
                     f"{f'{phase.done}/{phase.total} tasks':>16}",
                     f"{duration(pace.took_s):>7}",
                     f"{phase.retries} retried" if phase.retries else "",
-                    f"{rate(phase.done, pace.took_s):>12}",
+                    f"{rate(phase.done - pace.before, pace.took_s):>12}",
                     f"{phase.received_bytes / 1e6:.1f} MB",
                 ),
                 columns,
@@ -217,8 +226,8 @@ class Display:
         done = sum(phase.done for phase in self.status.phases)
         total = sum(phase.total for phase in self.status.phases)
         passed = duration(now - self.began_s)
-        if done == total:  # the engine computes by itself, or something is waited for
-            stage = f"{self.stage} {duration(now - self.stage_s)}"
+        if self.wants or done == total:  # else the engine computes by itself
+            stage = self.wants or f"{self.stage} {duration(now - self.stage_s)}"
             return fitting((self.title, stage, f"{passed} in all" if total else ""), columns)
         left_s = max((pace.left_s or 0.0 for pace in self.paces), default=0.0)
         if left_s:
@@ -245,7 +254,7 @@ class Display:
                     f"{clean(phase.name)}: {phase.done}/{phase.total} tasks",
                     duration(pace.took_s),
                     left,
-                    rate(phase.done, pace.took_s),
+                    rate(phase.done - pace.before, pace.took_s),
                     self._busy(),
                     f"{phase.received_bytes / 1e6:.1f} MB",
                     retried,

@@ -22,13 +22,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 
 from oq_runtime import config, processes
-from oq_runtime.commands import checks
+from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
@@ -61,8 +61,14 @@ LINE_CHARACTERS, DESCRIPTION_CHARACTERS = 2000, 100
 PERCENT = re.compile(r" \d+% \[\d+ submitted, \d+ queued\]$")
 EMPTY = re.compile(r"\[[^]]*\]\s*")
 ROW = re.compile(r"\s*[|+]|.* \| ")
+NO_NODE = (
+    "no node has slots for this job; oq-workers status says why, oq-workers start starts those "
+    "that are down"
+)
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
+#: the file beside the results that has what a detached oq-run says
+OUTPUT = "oq-run_{}.log"
 #: names of exported files that are shown
 MOST_FILES = 4
 STOPPED = "oq-run is stopped, the tasks go on; fg shows them again"
@@ -98,7 +104,7 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
 
 
 @click.command(cls=Command, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("files", nargs=-1, required=True, metavar="JOB.ini ...")
+@click.argument("files", nargs=-1, metavar="JOB.ini ...")
 @click.option("--run", is_flag=True, hidden=True)  # as oq engine has it
 @click.option(
     "--hc",
@@ -124,6 +130,18 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
 )
 @click.option("--cores", help="Run on this machine alone with so many workers; -1: all cores.")
 @click.option("--dry-run", is_flag=True, help="Read the input, say how large the job is, and end.")
+@click.option(
+    "--detach", is_flag=True, help="Return as soon as the job has its number; see --watch."
+)
+@click.option("--tell", type=int, hidden=True)  # a descriptor for the number
+@click.option(
+    "--watch",
+    is_flag=False,
+    flag_value=0,
+    type=int,
+    metavar="[ID]",
+    help="Show a job of yours that runs on this machine: the latest one, or ID.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--no-progress", is_flag=True, help="No progress display.")
 @click.version_option(package_name="oq-runtime")
@@ -138,6 +156,9 @@ def main(
     log_level: str,
     cores: str | None,
     dry_run: bool,
+    detach: bool,
+    tell: int | None,
+    watch: int | None,
     as_json: bool,
     no_progress: bool,
 ) -> None:
@@ -147,6 +168,10 @@ def main(
     0 complete, 1 a job failed, 2 bad input, 3 no workers, 130 interrupted.
     """
     checks.check_user()
+    if watch is not None:
+        watched(watch or None)
+    if not files:
+        raise click.MissingParameter(param_type="argument", param_hint="JOB.ini ...")
     spec: dict[str, Any] = {
         "files": [checks.check_file(name) for name in files],
         "hc": hc,
@@ -170,7 +195,9 @@ def main(
         ours = cores and str(exc).startswith("cores=")
         raise BadInput(f"--{exc}" if ours else str(exc)) from exc
     spec["cluster"] = settings.cluster is not None
-    call = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json)
+    if detach:
+        detached(checks.data_directory(sections), as_json)
+    call = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json, tell=tell)
     call.announce()
     code = call.execute()
     if as_json:
@@ -178,6 +205,53 @@ def main(
     else:
         call.print_summary()
     sys.exit(code)
+
+
+def watched(number: int | None) -> NoReturn:
+    """Show a job that another ``oq-run`` runs, until its end."""
+    console = Console(stderr=True)
+    try:
+        job, state = sessions.watch(number, console)
+    except OqRuntimeError as exc:
+        raise BadInput(str(exc)) from exc
+    click.echo(f"job {job} is {state}")
+    sys.exit(EXIT_FAILED if state not in jobtable.COMPLETE else 0)
+
+
+def detached(folder: Path, as_json: bool) -> NoReturn:
+    """Run this command without a terminal, and return when its first job has a number.
+
+    It is in a session of its own, so that the end of this one does not reach it.
+
+    :param folder: for what it says
+    """
+    arguments = [word for word in sys.argv[1:] if word != "--detach"]
+    number_in, number_out = os.pipe()
+    output = folder / OUTPUT.format(f"p{os.getpid()}")
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "oq_runtime.commands.run", *arguments, f"--tell={number_out}"],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            pass_fds=[number_out],
+            start_new_session=True,
+        )
+    os.close(number_out)
+    with os.fdopen(number_in) as numbers:
+        number = numbers.readline().strip()
+    if not number:  # there is no job: what it says is all that there is
+        code = process.wait()
+        click.echo(output.read_text(errors="replace"), err=not as_json, nl=False)
+        output.unlink()
+        sys.exit(code)
+    output = output.rename(folder / OUTPUT.format(number))
+    if as_json:
+        print_json(0, "", [{"job": int(number), "state": "created", "output": str(output)}])
+    else:
+        ways = f"watch it with oq-run --watch {number}, end it with oq abort {number}"
+        click.echo(f"job {number} runs detached; {ways}; its output is in {output}")
+    sys.exit(0)
 
 
 def print_json(code: int, error: str, jobs: Sequence[dict[str, Any]]) -> None:
@@ -255,11 +329,20 @@ class Run:
     :param settings: the cluster, or the cores of this machine
     :param console: for the display and the engine's log lines (stderr)
     :param quiet: show no progress
+    :param tell: a descriptor for the number of the first job
     """
 
     def __init__(
-        self, spec: dict[str, Any], settings: Config, console: Console, *, quiet: bool
+        self,
+        spec: dict[str, Any],
+        settings: Config,
+        console: Console,
+        *,
+        quiet: bool,
+        tell: int | None = None,
     ) -> None:
+        self.tell = tell
+        self.directory: Path | None = None  # of the session
         self.spec = spec
         self.settings = settings
         self.slots = 1  # the most that were there at a time
@@ -281,6 +364,7 @@ class Run:
         self.table: jobtable.Outside | None = None
         self.current: int | None = None  # the job that has its turn
         self.turn_s = 0.0  # since when
+        self.waiting: int | None = None  # the job that waits for its turn
         self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
         self.aborted = False  # from elsewhere
         self.loaded = False  # the engine, or it was said that this takes long
@@ -303,7 +387,7 @@ class Run:
         if self.display.framed and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, self._stop)
         try:
-            directory = launch.start(self.settings, os.getpid())
+            directory = self.directory = launch.start(self.settings, os.getpid())
         except (OqRuntimeError, OSError) as exc:
             self.display.close()
             self.error = str(exc)
@@ -445,9 +529,15 @@ class Run:
     def _tell(self, status: Status) -> None:
         """Say what the job waits for, and which nodes it has to do without, once each."""
         now = time.monotonic()
-        found = [("", status.note)] if status.note else []
+        waits = status.note
+        if not waits and self.spec["cluster"] and not any(node.slots for node in status.nodes):
+            waits = NO_NODE
+        found = [("", waits)] if waits else []
         found += [(node.host, node.reason) for node in status.nodes if node.reason]
         self.true_since_s = {fact: self.true_since_s.get(fact, now) for fact in found}
+        waited_s = now - self.true_since_s.get(("", waits), now)
+        what = "a port" if status.note else "nodes"
+        self.display.wait(what if waited_s >= TELL_SECS else "", waited_s)
         untold = [
             fact
             for fact, since_s in self.true_since_s.items()
@@ -471,7 +561,19 @@ class Run:
                 self._print(row["text"])
             case "created":
                 self.jobs.append(row["job"])
+                assert self.directory is not None
+                sessions.note(self.directory, row["job"], row["database"])
+                if self.tell is not None:
+                    with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+                        os.write(self.tell, f"{row['job']}\n".encode())
+                    os.close(self.tell)
+                    self.tell = None
                 self.table = jobtable.Outside(row["database"], answer_s=STATUS_SECS)
+            case "waiting":
+                self._print(row["text"])
+                if row["job"] != self.waiting:
+                    self.waiting = row["job"]
+                    self.display.enter("waiting for another job", f"job {row['job']}")
             case "running":
                 self.current, self.turn_s = row["job"], time.monotonic()
                 self.display.enter("the engine is at work", f"job {row['job']}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 import click
@@ -14,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable, unreachable
+from oq_runtime.commands import sessions
 from oq_runtime.config import Config, read
 from oq_runtime.errors import ConfigError, NoWorkers, OqRuntimeError
 from oq_runtime.text import clean
@@ -21,6 +24,10 @@ from oq_runtime.text import clean
 EXIT_SILENT, EXIT_INPUT = 1, 2
 #: columns of a table that goes into a file or a pipe: nothing is wrapped
 WIDE_COLUMNS = 1000
+HOST_TITLES = ["host", "slots", "jobs", "memory", "engine", "state", "beat age"]
+JOB_TITLES = ["job", "phase", "tasks", "slots busy", "retried"]
+#: seconds between two looks
+TOP_SECS = 2.0
 #: of a line about a problem
 MOST_CHARACTERS = 4000
 
@@ -79,6 +86,33 @@ def wait(hosts: tuple[str, ...], seconds: float, as_json: bool) -> None:
 
 
 @main.command()
+def top() -> None:
+    """Show the hosts, and your jobs of this machine, until Ctrl-C; once into a file or a pipe."""
+    try:
+        cluster = Config.from_sections(read()).cluster
+        pool = Pool(cluster) if cluster else None
+    except OqRuntimeError as exc:
+        tell(exc)
+        sys.exit(EXIT_INPUT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    console = Console()
+    while True:
+        hosts = [_row(*item) for item in pool.ask("status").items()] if pool else []
+        jobs = sessions.rows()
+        if console.is_terminal:
+            console.clear()
+        if hosts:
+            print_table(HOST_TITLES, hosts)
+        if jobs:
+            print_table(JOB_TITLES, jobs)
+        else:
+            click.echo("no job of yours runs on this machine through oq-run")
+        if not console.is_terminal:
+            return
+        time.sleep(TOP_SECS)
+
+
+@main.command()
 @as_json
 def debug(as_json: bool) -> None:
     """Run a task on every slot, kill a worker, and look for a file of the master on each host."""
@@ -130,8 +164,7 @@ def show(answers: dict[str, Answer], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({host: _object(answer) for host, answer in answers.items()}))
     else:
-        titles = ["host", "slots", "jobs", "memory", "engine", "state", "beat age"]
-        print_table(titles, [_row(host, answer) for host, answer in answers.items()])
+        print_table(HOST_TITLES, [_row(host, answer) for host, answer in answers.items()])
     if unreachable(answers):
         sys.exit(EXIT_SILENT)
 

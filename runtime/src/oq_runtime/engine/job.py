@@ -1,10 +1,10 @@
 """The engine process of ``oq-run``: create the jobs, run them, say what became of them.
 
 Reads a JSON specification on stdin (the options of ``commands.run``) and writes one JSON object per
-line to a descriptor: ``loaded`` (the engine), ``note`` (a line for the user), ``created`` and
-``running`` (a job), ``finished`` (its summary), ``failed`` (one line on what is wrong), ``survey``
-(of a job that is not run) and at last ``end`` (the exit code). Tracebacks go to the engine's log,
-which is in the job database.
+line to a descriptor: ``loaded`` (the engine), ``note`` (a line for the user), ``created``,
+``waiting`` (for which jobs) and ``running`` (a job), ``finished`` (its summary), ``failed`` (one
+line on what is wrong), ``survey`` (of a job that is not run) and at last ``end`` (the exit code).
+Tracebacks go to the engine's log, which is in the job database.
 """
 
 from __future__ import annotations
@@ -300,7 +300,11 @@ class Jobs:
     def run_one(self, job: Any) -> None:
         """Run a job when it is its turn, and report its summary."""
         at_a_time = self.config.distribution.serialize_jobs
-        queue.wait(self.table, job.calc_id, at_a_time, self.note)
+
+        def tell(text: str) -> None:
+            self.report({"kind": "waiting", "job": job.calc_id, "text": text})
+
+        queue.wait(self.table, job.calc_id, at_a_time, tell)
         self.report({"kind": "running", "job": job.calc_id})
         started, started_s = time.monotonic(), time.time()
         self.engine.run_jobs([job])

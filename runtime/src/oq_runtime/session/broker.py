@@ -455,7 +455,11 @@ class Broker:
             nodes.append(node)
         note = ""
         if self.peers.data is None:
-            note = f"all of {', '.join(self.peers.data_urls)} are in use by other jobs"
+            ports = ", ".join(self.peers.data_urls)
+            note = (
+                f"all of {ports} are in use by other jobs; this one begins when one of them ends, "
+                "receiver_ports in [dbserver] of openquake.cfg gives more"
+            )
         return protocol.Status(job=self.job, phases=self.phases, nodes=nodes, note=note)
 
 
