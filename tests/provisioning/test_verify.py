@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.provisioning.machine import Machine
+from tests.provisioning.machine import Machine, role
 from tests.provisioning.roles import ROOT
 
 pytestmark = pytest.mark.timeout(300)
@@ -25,6 +26,9 @@ SETTINGS: dict[str, Any] = {
     "home": "/var/lib/openquake",
     "config_dir": "/etc/openquake",
     "shared_dir": "/oq_shared",
+    "homes": False,
+    "closed_results": [],
+    "same_secret": True,
     "master": "127.0.0.1",
     "workers": ["192.0.2.2"],
     "is_master": False,
@@ -91,6 +95,72 @@ def test_nodes(machine: Machine) -> None:
         "owner": "!/opt/openquake/venv has no engine; run site.yml",
     }
     assert {name for name, text in wanted.items() if text not in found[name]} == set(), found
+
+
+def test_secret_of_a_node_is_the_masters(machine: Machine) -> None:
+    machine.sh("umask 027; mkdir -p /etc/openquake; echo x >/etc/openquake/authkey")
+    machine.sh("chgrp openquake /etc/openquake/authkey")
+    assert verify(machine, "worker")["secret"].startswith("the master's;")
+    found = verify(machine, "worker", same_secret=False)["secret"]
+    assert found == "!the secret in /etc/openquake/authkey is not the master's; run site.yml"
+    machine.sh("rm /etc/openquake/authkey")
+    assert verify(machine, "worker")["secret"].endswith("'/etc/openquake/authkey'; run site.yml")
+
+
+def test_results_are_open_to_the_group_alone(machine: Machine) -> None:
+    machine.sh("umount /oq_shared; chown openquake:openquake /oq_shared; chmod 3770 /oq_shared")
+    assert verify(machine, "master")["results"] == "readable for the workers"
+    found = verify(machine, "master", closed_results=["chmod 2750 /oq_shared/alice/oqdata"])
+    assert found["results"].endswith(": chmod 2750 /oq_shared/alice/oqdata; run site.yml")
+    machine.sh("chmod 00755 /oq_shared")
+    found = verify(machine, "master")
+    assert found["results"] == "!/oq_shared has mode 755, owner 880:880; run site.yml"
+
+
+ROLE_VARS = yaml.safe_load((ROOT / "roles/openquake_verify/vars/main.yml").read_text())
+#: what verify.yml asks of the master, and what the script is told then
+ASK = (
+    {
+        "name": "ask",
+        "ansible.builtin.import_role": {"name": "openquake_shared_dir", "tasks_from": "opened.yml"},
+        "vars": {"__openquake_shared_dir_ask": True},
+    },
+    {
+        "name": "tell",
+        "ansible.builtin.debug": {"msg": "told {{ told }}"},
+        "vars": {"told": ROLE_VARS["__openquake_verify_settings"]["closed_results"]},
+    },
+)
+
+
+def test_it_asks_for_the_results_and_changes_nothing(machine: Machine) -> None:
+    names: dict[str, Any] = {"openquake_users": ["alice"], "openquake_shared_dir": "/home"}
+    machine.sh("useradd --create-home --groups openquake alice")
+    machine.sh("install -d -o openquake -g openquake /home/openquake")
+    done = machine.play(*ASK, **names)
+    assert "told ['setfacl" in done.stdout and "changed=0" in done.stdout, done.stdout
+    assert not machine.can("test -e /home/alice/oqdata", "root")
+    machine.play(role("openquake_shared_dir", "opened"), **names)
+    done = machine.play(*ASK, **names)
+    assert "told []" in done.stdout, done.stdout
+    machine.sh("chmod 0755 /home/alice/oqdata; setfacl -b /home/alice/oqdata")
+    done = machine.play(*ASK, **names)
+    assert "told ['chgrp openquake /home/alice/oqdata'" in done.stdout, done.stdout
+
+
+def test_silent_node_is_told_with_what_ansible_says_of_it(machine: Machine) -> None:
+    said = "mkdir: cannot create directory: No space left on device"
+    given = {
+        "openquake_hosts": ["w1"],
+        "__openquake_verify_nodes": {"results": [{"unreachable": True, "msg": said}]},
+        "__openquake_verify_stranger": {"stdout": "[]"},
+        "__openquake_verify_checks": ROLE_VARS["__openquake_verify_checks"],
+        "__openquake_verify_answered": [],
+        "__openquake_verify_silent": ["w1"],
+    }
+    told = {"name": "tell", "ansible.builtin.debug": {"var": "__openquake_verify_checks"}}
+    done = machine.play(told, args=("-e", json.dumps(given)))
+    assert f"does not answer to Ansible: {said}; mend that first" in done.stdout, done.stdout
 
 
 #: answers as ``oq-workers`` does, with 1 where a worker is down

@@ -54,6 +54,7 @@ class Cluster:
         }
         self.master = self.hosts[MASTER]
         self.inventory = directory / "inventory.ini"
+        self._made = directory / "provisioned"
 
     def __enter__(self) -> Cluster:
         host.remove_dead()
@@ -106,6 +107,15 @@ class Cluster:
             )
 
     # ---- playbooks
+
+    @property
+    def tasks(self) -> int:
+        """Of ``site.yml``, when it made the cluster on these disks; 0 until then."""
+        return int(self._made.read_text()) if self._made.exists() else 0
+
+    @tasks.setter
+    def tasks(self, number: int) -> None:
+        self._made.write_text(str(number))
 
     def write_inventory(self) -> None:
         """The inventory of the workers and settings of now."""

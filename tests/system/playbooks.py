@@ -51,6 +51,11 @@ class Played:
         return sum(row[name] for row in self.recap.values())
 
     @property
+    def tasks(self) -> int:
+        """How many tasks have begun, those that were skipped included."""
+        return self.output.count("\nTASK [")
+
+    @property
     def changed_tasks(self) -> list[str]:
         """The names of tasks that have changed something, with the host."""
         found, task = [], ""
@@ -99,33 +104,40 @@ def play(
     )  # fmt: skip
     os.close(far)
     output, asked = "", 0
-    with log.open("a") as file:
-        file.write(f"\n=== {time.strftime('%H:%M:%S')} {' '.join(argv)}\n")
-        while True:
-            if not select.select([terminal], [], [], 1.0)[0]:
-                if process.poll() is not None:  # ssh, which it leaves behind, has the terminal too
+    try:
+        with log.open("a") as file:
+            file.write(f"\n=== {time.strftime('%H:%M:%S')} {' '.join(argv)}\n")
+            while True:
+                if not select.select([terminal], [], [], 1.0)[0]:
+                    if (
+                        process.poll() is not None
+                    ):  # ssh, which it leaves behind, has the terminal too
+                        break
+                    if time.monotonic() - started_s > limit_s:
+                        raise TimeoutError(
+                            f"{playbook} takes longer than {limit_s:.0f} s; see {log}"
+                        )
+                    continue
+                try:
+                    text = os.read(terminal, 65536).decode(errors="replace")
+                except OSError:  # the other end is closed
                     break
-                if time.monotonic() - started_s > limit_s:
+                if not text:
+                    break
+                text = text.replace("\r\n", "\n")
+                output += text
+                moment = time.strftime("%H:%M:%S")
+                file.write(text.replace("\nTASK [", f"\n{moment} TASK ["))
+                file.flush()
+                for question, answer in answers.items():
+                    if (at := output.find(question, asked)) >= 0 and output.endswith(": "):
+                        asked = at + len(question)
+                        os.write(terminal, f"{answer}\n".encode())
+                if kill_after and output.count("\nTASK [") > kill_after:
                     os.killpg(process.pid, signal.SIGKILL)
-                    raise TimeoutError(f"{playbook} takes longer than {limit_s:.0f} s; see {log}")
-                continue
-            try:
-                text = os.read(terminal, 65536).decode(errors="replace")
-            except OSError:  # the other end is closed
-                break
-            if not text:
-                break
-            text = text.replace("\r\n", "\n")
-            output += text
-            moment = time.strftime("%H:%M:%S")
-            file.write(text.replace("\nTASK [", f"\n{moment} TASK ["))
-            file.flush()
-            for question, answer in answers.items():
-                if (at := output.find(question, asked)) >= 0 and output.endswith(": "):
-                    asked = at + len(question)
-                    os.write(terminal, f"{answer}\n".encode())
-            if kill_after and output.count("\nTASK [") > kill_after:
-                os.killpg(process.pid, signal.SIGKILL)
+    except BaseException:  # a limit, or an interrupted test
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     os.close(terminal)
     return Played(process.wait(), output, time.monotonic() - started_s)
 

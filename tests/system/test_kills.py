@@ -7,15 +7,13 @@ from tests.system.test_upgrade import OLD
 
 #: of the tasks of a whole run
 MOMENTS = (0.2, 0.4, 0.6, 0.75, 0.9)
-#: of ``site.yml`` on bare hosts
-TASKS = 200
 
 
 def test_it_converges(provisioned: Cluster) -> None:
     """The older engine, for the rows about upgrades."""
     provisioned.settings["openquake_engine_version"] = OLD
     for moment in MOMENTS:
-        played = provisioned.play("site.yml", kill_after=int(moment * TASKS))
+        played = provisioned.play("site.yml", kill_after=int(moment * provisioned.tasks))
         assert played.code < 0, f"it had ended before {moment:.0%}: {played}"
     played = provisioned.play("site.yml")
     assert played.code == 0, played

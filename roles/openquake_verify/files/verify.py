@@ -30,7 +30,10 @@ CONFIG, SHARED = Path(SETTINGS["config_dir"]), Path(SETTINGS["shared_dir"])
 
 
 class Wrong(Exception):
-    """What is not as it should be, and what to look at."""
+    """What is not as it should be, and what to do about it."""
+
+    def __init__(self, what: str, remedy: str = "run site.yml") -> None:
+        super().__init__(f"{what}; {remedy}")
 
 
 def run(*command: str) -> str:
@@ -87,7 +90,7 @@ def service(name: str) -> str:
         done = subprocess.run(["systemctl", question, name], capture_output=True, text=True)
         if done.returncode:
             state = done.stdout.strip() or "not there"
-            raise Wrong(f"{name} is {state}; see journalctl -u {name}, and run site.yml")
+            raise Wrong(f"{name} is {state}", f"see journalctl -u {name}, and run site.yml")
     return "active and enabled"
 
 
@@ -122,7 +125,7 @@ def firewall() -> str:
     if (CONFIG / "firewall.nft").exists():
         listed = ["nft", "list", "table", "inet", "openquake"]
         if subprocess.run(listed, capture_output=True).returncode:
-            raise Wrong("the table of the firewall is not loaded; run site.yml")
+            raise Wrong("the table of the firewall is not loaded")
         return "the table is loaded"
     return "another firewall is in charge"
 
@@ -131,8 +134,8 @@ def account() -> str:
     found = pwd.getpwnam("openquake")
     wanted = (SETTINGS["uid"], SETTINGS["gid"])
     if (found.pw_uid, found.pw_gid) != wanted:
-        is_now = f"openquake is {found.pw_uid}:{found.pw_gid}"
-        raise Wrong(f"{is_now}, not {wanted[0]}:{wanted[1]}; correct openquake_uid, or the account")
+        text = f"openquake is {found.pw_uid}:{found.pw_gid}, not {wanted[0]}:{wanted[1]}"
+        raise Wrong(text, "correct openquake_uid, or the account")
     return f"openquake is {found.pw_uid}:{found.pw_gid}"
 
 
@@ -140,7 +143,7 @@ def clock() -> str:
     off_s = SETTINGS["clock_s"]
     if abs(off_s) > CLOCK_SECS:
         remedy = "see its time service (timedatectl), and run site.yml"
-        raise Wrong(f"the clock is {off_s} s off the master's; {remedy}")
+        raise Wrong(f"the clock is {off_s} s off the master's", remedy)
     return f"within {CLOCK_SECS} s of the master's"
 
 
@@ -149,7 +152,7 @@ def disk() -> str:
     for path in (HOME, Path("/tmp"), Path("/var/cache/openquake")):
         free_mb = shutil.disk_usage(path).free >> 20
         if free_mb < LEAST_FREE_MB:
-            raise Wrong(f"{path} is on a disk with {free_mb} MiB left; make space")
+            raise Wrong(f"{path} is on a disk with {free_mb} MiB left", "make space")
     return f"more than {LEAST_FREE_MB} MiB left"
 
 
@@ -159,7 +162,7 @@ def names() -> str:
     for row in Path("/etc/hosts").read_text().splitlines():
         address, *found = row.partition("#")[0].split() or [""]
         if address.startswith(("127.", "::1")) and own in found:
-            raise Wrong(f"/etc/hosts has {own} at {address}; run site.yml")
+            raise Wrong(f"/etc/hosts has {own} at {address}")
     return "its own name is on no loopback address"
 
 
@@ -169,7 +172,9 @@ def secret() -> str:
     found = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
     if found != (0o640, 0, SETTINGS["gid"]):
         raise Wrong(f"{path} has mode {found[0]:o}, owner {found[1]}:{found[2]}")
-    return "only root and the group openquake can read it"
+    if not SETTINGS["same_secret"]:
+        raise Wrong(f"the secret in {path} is not the master's")
+    return "the master's; only root and the group openquake can read it"
 
 
 # ---- the master
@@ -178,7 +183,8 @@ def secret() -> str:
 def dbserver() -> str:
     service("openquake-dbserver.service")
     if not reaches(SETTINGS["master"], SETTINGS["dbserver_port"]):
-        raise Wrong(f"no answer on {SETTINGS['master']}:{SETTINGS['dbserver_port']}")
+        where = f"{SETTINGS['master']}:{SETTINGS['dbserver_port']}"
+        raise Wrong(f"no answer on {where}", "see journalctl -u openquake-dbserver")
     return f"answers on {SETTINGS['master']}:{SETTINGS['dbserver_port']}"
 
 
@@ -194,7 +200,7 @@ def settings() -> str:
     path = PREFIX / "venv" / "openquake.cfg"
     text = path.read_text()
     if (CONFIG / "authkey").read_text().strip() in text:
-        raise Wrong(f"{path} contains the secret; run site.yml")
+        raise Wrong(f"{path} contains the secret")
     return f"{path} has no secret in it"
 
 
@@ -202,8 +208,8 @@ def engine() -> str:
     code = "import importlib.metadata as m; print(m.version('openquake.engine'))"
     found = run(str(PREFIX / "venv" / "bin" / "python"), "-c", code).strip()
     if found != SETTINGS["engine"]:
-        wanted = f"the inventory says {SETTINGS['engine']}"
-        raise Wrong(f"engine {found}, and {wanted}; run playbooks/upgrade.yml")
+        text = f"engine {found}, and the inventory says {SETTINGS['engine']}"
+        raise Wrong(text, "run playbooks/upgrade.yml")
     return f"engine {found}"
 
 
@@ -221,9 +227,20 @@ def exports() -> str:
     wanted = set(SETTINGS["workers"]) - {SETTINGS["master"]}
     for path, found in clients.items():
         if found != wanted:
-            text = f"{path} is exported to {sorted(found)}, not to {sorted(wanted)}"
-            raise Wrong(f"{text}; run site.yml")
+            raise Wrong(f"{path} is exported to {sorted(found)}, not to {sorted(wanted)}")
     return "read-only, to the workers alone"
+
+
+def results() -> str:
+    """Can the workers read them, and nobody but their owner write?"""
+    if not SETTINGS["homes"]:
+        status = SHARED.stat()
+        mode, found = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
+        if mode != 0o3770 or found != (SETTINGS["uid"], SETTINGS["gid"]):
+            raise Wrong(f"{SHARED} has mode {mode:o}, owner {found[0]}:{found[1]}")
+    if SETTINGS["closed_results"]:
+        raise Wrong(f"not open to the group openquake: {'; '.join(SETTINGS['closed_results'])}")
+    return "readable for the workers"
 
 
 def gate() -> str:
@@ -237,11 +254,11 @@ def gate() -> str:
 def workers() -> str:
     rows = ask("oq-workers", "status")
     if missing := set(SETTINGS["workers"]) - set(rows):
-        raise Wrong(f"not in openquake.cfg: {', '.join(sorted(missing))}; run site.yml")
+        raise Wrong(f"not in openquake.cfg: {', '.join(sorted(missing))}")
     down = [f"{host}: {row['state']}" for host, row in rows.items() if row["state"] != "up"]
     if down:
         remedy = "see journalctl -u openquake-worker there, and run site.yml"
-        raise Wrong(f"{'; '.join(down)}; {remedy}")
+        raise Wrong("; ".join(down), remedy)
     return f"{len(rows)} workers with {sum(row['slots'] for row in rows.values())} slots"
 
 
@@ -249,7 +266,8 @@ def tasks() -> str:
     """Tasks on every worker: Python, engine and mounts are there and fit."""
     rows = ask("oq-workers", "debug")["hosts"]
     if idle := [host for host, row in rows.items() if not row["answered"]]:
-        raise Wrong(f"no task was run by {', '.join(idle)}; see journalctl -u openquake-worker")
+        remedy = "see journalctl -u openquake-worker there"
+        raise Wrong(f"no task was run by {', '.join(idle)}", remedy)
     return ", ".join(f"{host}: {row['answered']} slots" for host, row in sorted(rows.items()))
 
 
@@ -259,7 +277,7 @@ def job() -> str:
     command = [str(PREFIX / "venv/bin/oq"), "engine", "--delete-calculation", str(row["job"])]
     as_openquake(*command, "--yes")
     if row["state"] != "complete":
-        raise Wrong(f"job {row['job']} is {row['state']}")
+        raise Wrong(f"job {row['job']} is {row['state']}", f"see oq engine --show-log {row['job']}")
     return f"complete after {row['seconds']} s and {row['tasks']} tasks"
 
 
@@ -289,17 +307,17 @@ def mounts() -> str:
         as_openquake("stat", "--file-system", f"{path}/.")  # mounts what waits for its use
         mount = mounted(path, Path("/proc/self/mountinfo").read_text())
         if mount is None:
-            raise Wrong(f"{path} is not mounted; see systemctl status {path}, and run site.yml")
+            raise Wrong(f"{path} is not mounted", f"see systemctl status {path}, and run site.yml")
         source = f"{SETTINGS['master']}:{path}"
         if SETTINGS["nfs"] and (mount.kind, mount.source) != ("nfs4", source):
-            raise Wrong(f"{path} is {mount.kind} of {mount.source}, not {source}; run site.yml")
+            raise Wrong(f"{path} is {mount.kind} of {mount.source}, not {source}")
         if SETTINGS["nfs"] and "vers=4.2" not in mount.options:
-            raise Wrong(f"{path} is not mounted with vers=4.2; run site.yml")
+            raise Wrong(f"{path} is not mounted with vers=4.2")
         file = f"{path}/.openquake-verify"
         tried = subprocess.run([*OPENQUAKE, "touch", file], capture_output=True)
         if "ro" not in mount.options or not tried.returncode:
             subprocess.run([*OPENQUAKE, "rm", "-f", file], capture_output=True)
-            raise Wrong(f"{path} is not mounted read-only; unmount it, and run site.yml")
+            raise Wrong(f"{path} is not mounted read-only", "unmount it, and run site.yml")
     return "read-only, of the master"
 
 
@@ -307,24 +325,25 @@ def owner() -> str:
     """The engine takes the owner of its files for whether it serves several users."""
     found = [*PREFIX.glob("venv/lib/python3*/site-packages/openquake/baselib/__init__.py")]
     if not found:
-        raise Wrong(f"{PREFIX}/venv has no engine; run site.yml")
+        raise Wrong(f"{PREFIX}/venv has no engine")
     path = found[0]
     name = pwd.getpwuid(path.stat().st_uid).pw_name
     if name != "root":
-        raise Wrong(f"{path} belongs to {name}, not to root; see the id mapping of NFS")
+        raise Wrong(f"{path} belongs to {name}, not to root", "see the id mapping of NFS")
     return "the engine belongs to root"
 
 
 def master() -> str:
     if not reaches(SETTINGS["master"], SETTINGS["dbserver_port"]):
-        raise Wrong(f"cannot reach the DbServer on {SETTINGS['master']}")
+        remedy = "see the firewalls of both hosts, and openquake-dbserver there"
+        raise Wrong(f"cannot reach the DbServer on {SETTINGS['master']}", remedy)
     return "reaches the DbServer"
 
 
 def swap() -> str:
     active = [row.split()[0] for row in Path("/proc/swaps").read_text().splitlines()[1:]]
     if active and SETTINGS["swap_off"]:
-        raise Wrong(f"swap is on: {', '.join(active)}; run site.yml")
+        raise Wrong(f"swap is on: {', '.join(active)}")
     return f"on: {', '.join(active)}" if active else "off"
 
 
@@ -347,12 +366,12 @@ def closed() -> str:
         ports.setdefault(worker, set()).add(SETTINGS["ctrl_port"])
     pairs = [(host, port) for host, found in ports.items() for port in sorted(found)]
     if found := [f"{host}:{port}" for host, port in pairs if reaches(host, port)]:
-        raise Wrong(f"open to this machine: {', '.join(found)}")
+        raise Wrong(f"open to this machine: {', '.join(found)}", "see the firewalls there")
     return f"{len(pairs)} ports are closed to this machine"
 
 
 NODE = [firewall, account, secret, clock, disk, names]
-MASTER = [dbserver, database, settings, engine, exports, gate, workers, tasks, job, webui]
+MASTER = [dbserver, database, settings, engine, exports, results, gate, workers, tasks, job, webui]
 CHECKS: dict[str, list[Callable[[], str]]] = {
     "master": [*NODE, *MASTER],
     "worker": [*NODE, agent, mounts, owner, master, swap],
@@ -364,7 +383,8 @@ def check(function: Callable[[], str]) -> dict[str, object]:
     try:
         detail, ok = function(), True
     except Exception as exc:  # whatever it is, the other checks are to be made
-        detail, ok = str(exc) if isinstance(exc, Wrong) else f"{type(exc).__name__}: {exc}", False
+        wrong = exc if isinstance(exc, Wrong) else Wrong(f"{type(exc).__name__}: {exc}")
+        detail, ok = str(wrong), False
     return {"check": function.__name__, "ok": ok, "detail": detail}
 
 
