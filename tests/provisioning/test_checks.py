@@ -64,3 +64,11 @@ def test_version_of_python_is_read_and_not_guessed(machine: Machine) -> None:
     program(machine, "/usr/local/bin/python-none", ":")
     done = machine.play(*play, openquake_python="/usr/local/bin/python-none")
     assert done.returncode != 0, done.stdout
+
+
+def test_directory_for_temporary_files_must_be_there(machine: Machine) -> None:
+    validate = role("openquake_engine", "validate")
+    done = machine.play(validate, openquake_custom_tmp="/srv/scratch")
+    assert "openquake_custom_tmp=/srv/scratch is no directory here" in failures(done.stdout)[0]
+    machine.sh("mkdir /srv/scratch")
+    assert machine.play(validate, openquake_custom_tmp="/srv/scratch").returncode == 0
