@@ -85,16 +85,19 @@ def test_mounts_of_other_settings_go(machine: Machine) -> None:
 
 # ---- the server of NFS
 
-#: stands in for the server, which a kernel without NFS has not
-NFS = """
-printf '#!/bin/sh\\n' >/usr/sbin/exportfs
-chmod +x /usr/sbin/exportfs
-printf '[Service]\\nExecStart=sleep infinity\\n[Install]\\nWantedBy=spare.target\\n' \
-    >/etc/systemd/system/nfs-server.service
+RPCBIND = """
 printf '[Socket]\\nListenStream=127.0.0.1:111\\n' >/usr/lib/systemd/system/rpcbind.socket
 printf '[Service]\\nExecStart=sleep infinity\\n' >/usr/lib/systemd/system/rpcbind.service
 systemctl daemon-reload
 systemctl start rpcbind.socket
+"""
+#: stands in for the server, which a kernel without NFS has not
+NFS = f"""
+printf '#!/bin/sh\\n' >/usr/sbin/exportfs
+chmod +x /usr/sbin/exportfs
+printf '[Service]\\nExecStart=sleep infinity\\n[Install]\\nWantedBy=spare.target\\n' \
+    >/etc/systemd/system/nfs-server.service
+{RPCBIND}
 """
 
 
@@ -121,6 +124,28 @@ def test_server_speaks_one_version_and_is_restarted_for_its_settings_alone(
     done = machine.play(role("openquake_nfs_server", "remove"))
     assert done.returncode == 0, done.stdout
     assert machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout == "static\n"
+
+
+def rpcbind(machine: Machine) -> str:
+    return machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout.strip()
+
+
+def test_rpcbind_is_shut_on_a_worker_too_until_its_last_mount_goes(machine: Machine) -> None:
+    """Whether the mounts themselves start depends on the kernel; it comes before them."""
+    machine.sh("touch /usr/sbin/mount.nfs4")
+    machine.sh(RPCBIND)
+    machine.play(
+        role("openquake_nfs_client", "mount"), host="w1", openquake_nfs_client_v4_only=False
+    )
+    assert rpcbind(machine) == "static"
+    for shared in ("/srv/one", "/srv/two"):  # for the second the mount of the first goes
+        mount = role("openquake_nfs_client", "mount")
+        machine.play(mount, host="w1", openquake_shared_dir=shared)
+        assert rpcbind(machine) == "masked"
+        assert not machine.can("systemctl is-active rpcbind.socket", "root")
+    done = machine.play(role("openquake_nfs_client", "remove"), host="w1")
+    assert done.returncode == 0, done.stdout
+    assert rpcbind(machine) == "static"
 
 
 # ---- the agent
