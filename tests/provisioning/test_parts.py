@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +101,25 @@ def test_secret_in_a_vault(cluster: Machines) -> None:
     assert secret not in done.stdout
     assert set(cluster.sh("cat /etc/openquake/authkey").values()) == {secret}
     assert "changed=0" in cluster.play("site.yml", "--tags=user,config", vault).stdout
+
+
+def test_dead_host_costs_a_quarter_of_a_minute(tmp_path: Path) -> None:
+    """One that loses all packets, in a network of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("a network of its own needs root")
+    network = (
+        "ip link set lo up; ip addr add 192.0.2.1 dev lo; nft add table inet lost;"
+        "nft 'add chain inet lost in { type filter hook input priority 0; policy drop; }'"
+    )
+    ping = f"{Path(sys.executable).parent}/ansible all -i 192.0.2.1, -m ansible.builtin.ping"
+    began_s = time.monotonic()
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-c", f"{network}; {ping}"],
+        cwd=ROOT,
+        env=os.environ | {"ANSIBLE_CACHE_PLUGIN_CONNECTION": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "UNREACHABLE" in done.stdout, done.stderr
+    assert "timed out" in done.stdout
+    assert 10 < time.monotonic() - began_s < 40
