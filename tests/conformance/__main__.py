@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from io import RawIOBase
 from pathlib import Path
+from typing import Any
 
 from tests.conformance.compare import compare
 from tests.conformance.corpus import Job, list_jobs, parent_of, sample
@@ -31,13 +32,20 @@ ROOT = Path(__file__).resolve().parents[2]
 FIXED = Path(__file__).with_name("fixed.txt")
 BATCH = 40
 LIMIT = 400  # seconds per job
-Row = dict[str, str | float]
+Row = dict[str, Any]
 
 
 class Side:
-    """One way to run the jobs: a folder with its database, datastores and results."""
+    """One way to run the jobs: a folder with its database, datastores and results.
 
-    def __init__(self, name: str, mode: str, out: Path, cores: int, keep: bool) -> None:
+    :param keep: the results that are there already
+    :param options: of the runner
+    """
+
+    def __init__(
+        self, name: str, mode: str, out: Path, cores: int, keep: bool, options: Sequence[str] = ()
+    ) -> None:
+        self.options = options
         self.name, self.mode, self.out, self.cores = name, mode, out, cores
         if out.exists() and not keep:
             shutil.rmtree(out)
@@ -100,6 +108,7 @@ class Side:
         reader, writer = os.pipe()
         command = [sys.executable, "-m", "tests.conformance.runner", "--mode", self.mode]
         command += ["--out", str(self.out), "--report-fd", str(writer)]
+        command += self.options
         with (self.out / "stdout").open("a") as output:
             process = subprocess.Popen(
                 command,

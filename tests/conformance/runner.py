@@ -3,7 +3,8 @@
 The process imports the engine once and runs one job after the other, which makes the whole
 corpus bearable; the driver (``__main__``) starts a fresh process when one dies or hangs. In mode
 ``processpool`` the engine's own pool is kept between the jobs; in mode ``zmq`` everything goes
-through the runtime. Not covered here: choosing jobs (``corpus``) and comparing (``compare``).
+through the runtime. With ``--journals`` each job leaves a journal there, and with ``--replay`` it
+goes on from it. Not covered here: choosing jobs (``corpus``) and comparing (``compare``).
 
 Reads a JSON list of ``[key, path of the job file, key of the parent job or null]`` from stdin and
 prints one JSON object per finished job on the file descriptor given by ``--report-fd``.
@@ -24,7 +25,33 @@ from typing import Any
 Report = Callable[[dict[str, Any]], None]
 
 
-def run_all(mode: str, out: Path, cases: list[tuple[str, str, str | None]], report: Report) -> None:
+#: bytes that a journal may take
+BUDGET_BYTES = 4 << 30
+
+
+def begin(directory: Path, replay: bool, told: list[str]) -> Any:
+    """Return the history of a job.
+
+    :param directory: of its journal
+    :param told: gets what the user is told
+    """
+    from oq_runtime.engine.history import History
+    from oq_runtime.files.journal import Reader, Writer
+
+    before = Reader(directory) if replay else None
+    history = History(Writer(directory, {}, budget_bytes=BUDGET_BYTES), before, told.append)
+    History.begin(history)
+    return history
+
+
+def run_all(
+    mode: str,
+    out: Path,
+    cases: list[tuple[str, str, str | None]],
+    report: Report,
+    journals: Path | None = None,
+    replay: bool = False,
+) -> None:
     from openquake.baselib import parallel, performance  # noqa: F401
     from openquake.commonlib import logs
     from openquake.engine import engine
@@ -48,7 +75,15 @@ def run_all(mode: str, out: Path, cases: list[tuple[str, str, str | None]], repo
             )
             job.params["exports"] = ""
             ids[key] = job.calc_id
-            engine.run_jobs([job])
+            told: list[str] = []
+            history = begin(journals / key, replay, told) if journals else None
+            try:
+                engine.run_jobs([job])
+            finally:
+                if history is not None:
+                    history.close()
+                    row |= {"replayed": history.replayed, "results": history.results}
+                    row |= {"told": told, "stopped": history.writer.stopped}
             datastore = Path(logs.get_datadir()) / f"calc_{job.calc_id}.hdf5"
             shutil.copyfile(datastore, target)
         except Exception as exc:  # any failure of a job is the result to report
@@ -65,6 +100,8 @@ def main() -> None:
     parser.add_argument("--mode", choices=("processpool", "zmq"), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--report-fd", type=int, required=True)
+    parser.add_argument("--journals", type=Path)
+    parser.add_argument("--replay", action="store_true")
     args = parser.parse_args()
     os.environ["OQ_DISTRIBUTE"] = args.mode
     args.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +111,7 @@ def main() -> None:
             stream.write(json.dumps(row) + "\n")
             stream.flush()
 
-        run_all(args.mode, args.out, json.load(sys.stdin), report)
+        run_all(args.mode, args.out, json.load(sys.stdin), report, args.journals, args.replay)
 
 
 if __name__ == "__main__":

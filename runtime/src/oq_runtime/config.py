@@ -85,6 +85,7 @@ class Config:
 
     :param cores: tasks at a time on this machine, where no cluster is configured
     :param window_bytes: of results that a job has in its broker at a time
+    :param journal_bytes: of results of a job that are kept until it is complete
     :param limits: for broker and agents
     :param log_level: for broker and agents
     :param cluster: None: this machine alone
@@ -92,6 +93,7 @@ class Config:
 
     cores: int
     window_bytes: int = 1 << 30
+    journal_bytes: int = 20 * 10**9
     limits: Limits = DEFAULTS
     log_level: logs.Level = "info"
     cluster: Cluster | None = None
@@ -107,6 +109,7 @@ class Config:
         return cls(
             cores=check_cores(section.get("cores") or os.environ.get("OQ_NUM_CORES") or own.cores),
             window_bytes=own.window_mb << 20,
+            journal_bytes=int(own.journal_gb * 1e9),
             limits=own.limits,
             log_level=own.log_level,
             cluster=Cluster.from_sections(sections) if distribute == "zmq" else None,

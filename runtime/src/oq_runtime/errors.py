@@ -53,6 +53,10 @@ class ArgumentLost(OqRuntimeError):
     """A big argument of a task was deleted before the task could have it."""
 
 
+class JournalError(OqRuntimeError):
+    """The journal of a job cannot be read; the text says where and why."""
+
+
 class NoWorkers(OqRuntimeError):
     """No node is left to run a task on."""
 

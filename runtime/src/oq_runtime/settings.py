@@ -22,7 +22,7 @@ from oq_runtime.errors import ConfigError
 
 SECTION = "oq_runtime"
 #: what the unit at the end of a name is called
-UNITS = {"s": " of seconds", "mb": " of MiB", "percent": " of per cent"}
+UNITS = {"s": " of seconds", "mb": " of MiB", "gb": " of GB", "percent": " of per cent"}
 #: keys of which the second must have the greater value
 ORDERED = (
     ("beat_s", "suspect_s"),
@@ -45,6 +45,14 @@ class Settings(Limits):
     window_mb: Annotated[
         int, Meta(ge=1, description="MiB of results that a job has in its broker at a time")
     ] = 1024
+    journal_gb: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="GB of results of a job that are kept until it is complete, at most half "
+            "of what is free, so that it can go on after a crash; 0: none",
+        ),
+    ] = 20.0
     preload: Annotated[
         tuple[str, ...], Meta(description="modules that a node imports once for all its workers")
     ] = ("openquake.calculators.base",)

@@ -29,6 +29,18 @@ def clean_lines(words: str, most: int = MOST_CHARACTERS) -> str:
     return "\n".join(clean(line, most) for line in words.splitlines())
 
 
+def duration(seconds: float) -> str:
+    """Return a time in its two greatest units: 7.3 s, 4 min 10 s, 3 h 12 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
 def grouped(reasons: Iterable[tuple[str, str]]) -> list[str]:
     """Return a line per reason with those that have it, of which at most MOST_NAMES are named.
 

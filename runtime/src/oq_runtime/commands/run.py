@@ -33,8 +33,9 @@ from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
 from oq_runtime.engine import jobtable
-from oq_runtime.errors import ConfigError, OqRuntimeError
-from oq_runtime.files import compiling, private
+from oq_runtime.errors import ConfigError, JournalError, OqRuntimeError
+from oq_runtime.files import compiling, journal, private
+from oq_runtime.files.journal import Reader
 from oq_runtime.node import memory
 from oq_runtime.session import launch
 from oq_runtime.text import MOST_NAMES, clean, grouped
@@ -105,6 +106,10 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
 
 @click.command(cls=Command, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("files", nargs=-1, metavar="JOB.ini ...")
+@click.option(
+    "--resume", metavar="ID", help="Go on with a job that did not complete; -1: last one."
+)
+@click.option("--no-journal", is_flag=True, help="Keep nothing to go on from after a crash.")
 @click.option("--run", is_flag=True, hidden=True)  # as oq engine has it
 @click.option(
     "--hc",
@@ -147,6 +152,8 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
 @click.version_option(package_name="oq-runtime")
 def main(
     files: tuple[str, ...],
+    resume: str | None,
+    no_journal: bool,
     run: bool,
     hc: str | None,
     params: tuple[str, ...],
@@ -170,11 +177,14 @@ def main(
     checks.check_user()
     if watch is not None:
         watched(watch or None)
-    if not files:
-        raise click.MissingParameter(param_type="argument", param_hint="JOB.ini ...")
+    if bool(files) == bool(resume):
+        raise BadInput("give a job file, or --resume ID alone")
+    if resume and (hc or params or exports or export_dir or dry_run):
+        raise BadInput("--resume goes on as the job was begun: leave out --hc, -p, -e")
     spec: dict[str, Any] = {
         "files": [checks.check_file(name) for name in files],
         "hc": hc,
+        "resume": None,
         "params": parse_params(params),
         "exports": exports,
         "export_dir": str(Path(export_dir).expanduser().resolve()) if export_dir else None,
@@ -187,6 +197,7 @@ def main(
     try:
         sections = config.read()
         checks.check_directories(sections)
+        datadir = checks.data_directory(sections)
         if cores:  # on this machine, whatever cluster there is; but with the same limits
             check_cores(cores)
             sections = {"oq_runtime": sections.get("oq_runtime", {}) | {"cores": cores}}
@@ -195,9 +206,16 @@ def main(
         ours = cores and str(exc).startswith("cores=")
         raise BadInput(f"--{exc}" if ours else str(exc)) from exc
     spec["cluster"] = settings.cluster is not None
+    spec["journal_bytes"] = 0 if no_journal else settings.journal_bytes
+    if resume and not spec["journal_bytes"]:
+        raise BadInput("--resume needs a journal: leave out --no-journal, and set journal_gb")
+    if resume:
+        spec |= earlier(datadir, resume)
     if detach:
-        detached(checks.data_directory(sections), as_json)
-    call = Run(spec, settings, Console(stderr=True), quiet=no_progress or as_json, tell=tell)
+        detached(datadir, as_json)
+    call = Run(
+        spec, settings, Console(stderr=True), datadir, quiet=no_progress or as_json, tell=tell
+    )
     call.announce()
     code = call.execute()
     if as_json:
@@ -259,6 +277,20 @@ def print_json(code: int, error: str, jobs: Sequence[dict[str, Any]]) -> None:
     retries = sum(row.get("retries", 0) for row in jobs)
     result = {"exit": code, "error": error, "retries": retries, "jobs": jobs}
     click.echo(json.dumps(result))
+
+
+def earlier(datadir: Path, number: str) -> dict[str, Any]:
+    """Return what a job that did not complete was asked for."""
+    try:
+        found = journal.find(datadir, number)
+        reader = Reader(journal.directory_of(datadir, found))
+    except JournalError as exc:
+        raise BadInput(f"--resume {number}: {exc}") from exc
+    asked: dict[str, Any] = reader.head["spec"]
+    reader.close()
+    for name in asked["files"]:
+        checks.check_file(name)
+    return asked | {"resume": found}
 
 
 def describe(path: Path) -> str:
@@ -328,6 +360,7 @@ class Run:
     :param spec: what ``job`` is to do
     :param settings: the cluster, or the cores of this machine
     :param console: for the display and the engine's log lines (stderr)
+    :param datadir: of the results
     :param quiet: show no progress
     :param tell: a descriptor for the number of the first job
     """
@@ -337,10 +370,12 @@ class Run:
         spec: dict[str, Any],
         settings: Config,
         console: Console,
+        datadir: Path,
         *,
         quiet: bool,
         tell: int | None = None,
     ) -> None:
+        self.datadir = datadir
         self.tell = tell
         self.directory: Path | None = None  # of the session
         self.spec = spec
@@ -404,6 +439,7 @@ class Run:
         env = dict(os.environ)
         env[SESSION_VARIABLE] = str(directory)
         env["OQ_DISTRIBUTE"] = "no" if self.spec["dry_run"] else "zmq"
+        env.setdefault("PYTHONHASHSEED", "0")  # a journal holds for the same order of sets only
         if self.settings.cluster is None:
             env["OQ_NUM_CORES"] = str(self.settings.cores)
         report_in, report_out = os.pipe()
@@ -669,6 +705,8 @@ class Run:
             number = self.current or (self.jobs[-1] if self.jobs else None)
             where = f" (oq engine --show-log {number})" if number else ""
             click.echo(f"oq-run: {clean(self.error, LINE_CHARACTERS)}{where}", err=True)
+            if number in journal.numbers(self.datadir):
+                click.echo(f"its results so far are kept: oq-run --resume {number}", err=True)
 
 
 def stop_session(directory: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy
 
 from oq_runtime.engine import versions
+from oq_runtime.engine.history import History
 from oq_runtime.engine.inbox import SCHEME, Inbox, PoolSockets
 from oq_runtime.engine.records import Records
 from oq_runtime.session.client import Session, Unchanged
@@ -98,19 +99,25 @@ class Receiver:
         name = getattr(func, "__name__", type(func).__name__)
         if func not in self.argnames:
             self.argnames[func] = self.parallel.getargnames(func)[:-1]
+        history = History.current()
+        number = starmap.task_no
+        held = history is not None and history.submitting(self.map, number, func, args, unchanged)
         task, (_, *sizes) = Session.current().submit(
             self.map,
             name,
-            (starmap.task_no, starmap.monitor),
+            (number, starmap.monitor),
             [func, *args],
             dump=self._dump,
             weight=float(getattr(args[0], "weight", 1.0)),
             unchanged=unchanged,
-            number=starmap.task_no,
+            number=number,
+            held=held,
         )
+        if history is not None:
+            history.submitted(self.map, number, task, args, unchanged)
         starmap.sent[name] += dict(zip(self.argnames[func], sizes, strict=False))
-        self.tasks[task] = starmap.task_no, name
-        starmap.tasks.append(starmap.task_no)
+        self.tasks[task] = number, name
+        starmap.tasks.append(number)
         starmap.task_no += 1
 
     def _dump(self, obj: Any) -> list[payload.Buffer]:
@@ -145,11 +152,21 @@ class Receiver:
             taken += 1
         del queue[:taken]
 
+    def results(self) -> Iterator[tuple[int, Any, Exception | None]]:
+        """Yield task, objects of its attempt, and error of each task: those of before first."""
+        history = History.current()
+        if history is None:
+            yield from Session.current().results(self.map)
+        else:
+            yield from history.replay(self.map)
+            yield from Session.current().results(self.map, history.consumed)
+
     def loop(self, starmap: Any) -> Iterator[Any]:
         """Yield the results of all tasks, subtasks included, and keep the engine's records."""
         records = Records(self.parallel, starmap.h5)
+        history = History.current()
         try:
-            for task, objects, error in Session.current().results(self.map):
+            for task, objects, error in self.results():
                 number, name = self.tasks.pop(task)
                 if error is not None:
                     records.write(starmap.sent)
@@ -160,6 +177,8 @@ class Receiver:
                     starmap.log_percent()
                     if result.msg == "TASK_ENDED":
                         starmap.busytime += {result.workerid: result.mon.duration}
+                        if history is not None and history.replaying:
+                            history.saved_s += result.mon.duration
                         operation = result.mon.operation.removeprefix("total ")
                         if operation == "split_task":  # of engine 3.23
                             operation = f"{starmap.name}:{operation}"
@@ -169,6 +188,8 @@ class Receiver:
                     else:
                         if result.tb_str:  # the engine will raise it, and not come back
                             records.write(starmap.sent)
+                            if history is not None:
+                                history.failed()
                         starmap.n_out += 1
                         yield result
                 starmap.tasks.remove(number)

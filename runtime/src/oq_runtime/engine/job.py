@@ -21,17 +21,25 @@ import sqlite3
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from oq_runtime import processes
 from oq_runtime.config import SESSION_VARIABLE
-from oq_runtime.engine import archives, jobtable, messages, queue, survey
+from oq_runtime.engine import archives, jobtable, messages, queue, resume, survey
+from oq_runtime.engine.history import History
 from oq_runtime.engine.hook import activate
 from oq_runtime.engine.jobtable import JobTable, Status
-from oq_runtime.errors import BrokerLost, InputError, NoWorkers, UnsupportedEngine
-from oq_runtime.files import compiling
+from oq_runtime.errors import (
+    BrokerLost,
+    InputError,
+    JournalError,
+    NoWorkers,
+    UnsupportedEngine,
+)
+from oq_runtime.files import compiling, journal
+from oq_runtime.files.journal import Reader, Writer
 from oq_runtime.session.client import Session
 from oq_runtime.text import clean
 
@@ -86,11 +94,15 @@ class Jobs:
         self.unpacked: dict[Path, str] = {}  # directory -> the archive in it
         self.rest: list[Any] = []  # the engine's contexts of the jobs that are not at their end
         self.retried = 0  # attempts of the jobs that are
+        self.facts: list[dict[str, str]] = []  # of each job, which must be the same to go on
+        self.before: Reader | None = None  # the journal that the first job goes on from
 
     def run(self) -> int:
         """Run all jobs, one after the other; return the exit code."""
         try:
             place = self.open_table()
+            if self.spec["resume"]:
+                self.before = self.go_on()
             self.parent = jobtable.parent(self.table, self.spec["hc"], self.note)
             params = [self.read(Path(name)) for name in self.spec["files"]]
             checked = [
@@ -102,6 +114,13 @@ class Jobs:
                     what = survey.survey(self.readinput, oq, one) if oq else {}
                     self.report({"kind": "survey", "file": name, **what})
                 return COMPLETE
+            if self.spec["journal_bytes"]:
+                self.facts = [
+                    resume.facts(one, resume.inputs(one, oq))
+                    for one, oq in zip(params, checked, strict=True)
+                ]
+            if self.before is not None:
+                resume.check(self.before, self.facts[0])
             self.create(params, place)
             hazard = self.rest[0]
             for job in list(self.rest):
@@ -190,11 +209,16 @@ class Jobs:
             for job in self.table.mend():
                 self.note(
                     f"job {job.id} of {clean(job.user)} did not come to its end, and its process "
-                    "is gone: it is failed"
+                    f"is gone: it is failed{self.kept(job.id)}"
                 )
         except sqlite3.Error as exc:
             raise InputError(f"the job database {place}: {exc}; repair or move it away") from exc
         return place
+
+    def kept(self, number: int) -> str:
+        """Return how a job that is not complete can go on, if it can."""
+        kept = number in journal.numbers(Path(self.logs.get_datadir()))
+        return f"; to go on with it: oq-run --resume {number}" if kept else ""
 
     def read(self, path: Path) -> dict[str, Any]:
         """Read a job file or an archive; return the engine's parameters.
@@ -279,8 +303,13 @@ class Jobs:
     def create(self, params: list[dict[str, Any]], place: str) -> None:
         """Give each job a number."""
         spec = self.spec
-        self.table.skip_old_results(Path(self.logs.get_datadir()))
+        datadir = Path(self.logs.get_datadir())
+        self.table.skip_old_results(datadir)
         for one in params:
+            if self.before is not None and not self.rest:
+                one["job_id"] = number = self.before.head["job"]
+                for path in datadir.glob(f"calc_{number}[._]*hdf5"):
+                    path.unlink()
             try:
                 [job] = self.engine.create_jobs(
                     [one],
@@ -293,6 +322,8 @@ class Jobs:
                     self.table.finish(number, Status.FAILED)
                 raise
             self.rest.append(job)
+            if job.params.pop("job_id", None):  # or the results would have it as a parameter
+                self.table.begin_again(job.calc_id)
             # a job after the first waits, as the engine's queue understands it
             self.table.own(job.calc_id, Status.SUBMITTED if self.rest[1:] else Status.CREATED)
             self.report({"kind": "created", "job": job.calc_id, "database": place})
@@ -307,11 +338,70 @@ class Jobs:
         queue.wait(self.table, job.calc_id, at_a_time, tell)
         self.report({"kind": "running", "job": job.calc_id})
         started, started_s = time.monotonic(), time.time()
-        self.engine.run_jobs([job])
+        with self.history(job) as history:
+            self.engine.run_jobs([job])
         seconds = time.monotonic() - started
         self.rest.remove(job)
         figures = {"seconds": round(seconds, 2), "retries": self.retries()}
-        self.report({"kind": "finished", **summary(self.logs, job.calc_id, started_s), **figures})
+        row = summary(self.logs, job.calc_id, started_s)
+        if history is not None:  # what was taken over took no slot of this run
+            row["busy_seconds"] = round(row["busy_seconds"] - history.saved_s, 2)
+        self.report({"kind": "finished", **row, **figures})
+
+    # ---- what is kept of a job until it is complete
+
+    def go_on(self) -> Reader:
+        """Return the journal of the job that goes on.
+
+        :raises InputError: where it cannot be read, or the job is not there any more
+        """
+        number: int = self.spec["resume"]
+        try:
+            reader = Reader(journal.directory_of(Path(self.logs.get_datadir()), number))
+        except JournalError as exc:
+            raise InputError(f"--resume {number}: {exc}") from exc
+        if self.table.job(number) is None:
+            raise InputError(f"--resume {number}: the job database has no such job")
+        self.note(f"going on with job {number}: the results of {reader.results} tasks are kept")
+        return reader
+
+    @contextlib.contextmanager
+    def history(self, job: Any) -> Iterator[History | None]:
+        """Keep the history of a job while it runs, and the journal when it does not complete."""
+        history = self.begin_history(job) if self.spec["journal_bytes"] else None
+        History.begin(history)
+        complete = False
+        try:
+            yield history
+            complete = True
+        finally:
+            History.begin(None)
+            if history is not None:
+                history.close()
+                if complete or not history.results:
+                    shutil.rmtree(history.writer.directory, ignore_errors=True)
+
+    def begin_history(self, job: Any) -> History | None:
+        datadir = Path(self.logs.get_datadir())
+        directory = journal.directory_of(datadir, job.calc_id)
+        number = len(self.spec["files"]) - len(self.rest)
+        hazard = job.params.get("hazard_calculation_id")
+        spec = {name: self.spec[name] for name in ("params", "exports", "export_dir")}
+        spec |= {"files": self.spec["files"][number:], "hc": hazard and str(hazard)}
+        head = {"job": job.calc_id, "spec": spec, "facts": self.facts[number]}
+        before, self.before = self.before, None
+        try:
+            for other in journal.make_room(datadir, self.spec["journal_bytes"], job.calc_id):
+                self.note(f"job {other} cannot go on any more: its journal made room for others")
+            free_bytes = shutil.disk_usage(datadir).free
+            budget_bytes = min(self.spec["journal_bytes"], free_bytes // 2)
+            writer = Writer(directory, head, budget_bytes=budget_bytes)
+        except (JournalError, OSError) as exc:
+            if before is not None:
+                raise InputError(f"--resume {job.calc_id}: {exc}") from exc
+            self.note(f"the job runs without a journal, and cannot be resumed: {exc}")
+            return None
+        return History(writer, before, self.note)
 
 
 def created_in(exc: BaseException) -> set[int]:

@@ -114,7 +114,13 @@ class JobTable:
 
     def own(self, number: int, status: Status) -> None:
         """Say that a job belongs to this process, and how far it is."""
-        self.call("update_job", number, {"status": status.value, "pid": os.getpid()})
+        row = {"status": status.value, "pid": os.getpid(), "is_running": 1}
+        self.call("update_job", number, row)
+
+    def begin_again(self, number: int) -> None:
+        """Forget what a job has left that did not complete: it is run again under its number."""
+        self.call("DELETE FROM output WHERE oq_job_id=?x", number)
+        self.own(number, Status.SUBMITTED)
 
     def finish(self, number: int, status: Status) -> None:
         """Give a job its last status."""

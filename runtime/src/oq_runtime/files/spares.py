@@ -45,17 +45,19 @@ def open_file(path: Path) -> int:
         raise
 
 
-def consume(path: Path) -> memoryview:
+def consume(path: Path, *, kept: bool = False) -> memoryview:
     """Map a file of which this process is the last reader; what is written there nobody sees.
+
+    :param kept: whether another mapping of it is still read: it does not become a spare one
 
     The file is gone from then on, or becomes a spare one when nothing refers to the mapping any
     more, see ``give_back``. Raises OSError when it is not there.
     """
     forks = _Forks.count
-    view = payload.map_file(path, private=False)
+    view = payload.map_file(path, private=kept)
     give_back()
     lent_bytes = sum(nbytes for _, nbytes, _ in _lent.values())
-    if (path.parent / FOLDER).is_dir() and lent_bytes + len(view) <= MOST_BYTES:
+    if not kept and (path.parent / FOLDER).is_dir() and lent_bytes + len(view) <= MOST_BYTES:
         _lent[weakref.ref(view.obj, _returned.append)] = path, len(view), forks
     else:
         path.unlink()

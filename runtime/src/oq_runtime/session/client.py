@@ -63,6 +63,7 @@ class Session:
             int, dict[int, list[bytes]]
         ] = {}  # map -> live task -> digests of its blobs
         self.consumed: list[int] = []
+        self.held: dict[int, protocol.Submit] = {}  # tasks that are not to be computed yet
         self.tasks = itertools.count()
         self.inbox: dict[int, deque[Any]] = {}
         self.broker: int | None = None
@@ -138,6 +139,7 @@ class Session:
         weight: float,
         unchanged: Unchanged,
         number: int = 0,
+        held: bool = False,
     ) -> tuple[int, list[int]]:
         """Hand one task to the broker; return its number and the bytes of each argument.
 
@@ -148,6 +150,7 @@ class Session:
         :param dump: makes frames of an object, see ``payload.dump``
         :param weight: tasks with a higher one go first
         :param number: the engine's of the task, for people
+        :param held: whether it waits for ``answered`` or ``send_held``
         :param unchanged: big arguments that cannot have changed since they were sent, and are not
             pickled again; those of this call are added
         :raises OSError: when there is no room for the big ones
@@ -188,18 +191,30 @@ class Session:
         task = next(self.tasks)
         self.needs.setdefault(map_, {})[task] = [blob.digest for blob in blobs]
         self.inbox.setdefault(map_, deque())  # before its results can come
-        self.send(
-            protocol.Submit(
-                task=task,
-                number=number,
-                map=map_,
-                func=name,
-                call=call,
-                weight=weight,
-                blobs=blobs,
-            )
+        message = protocol.Submit(
+            task=task,
+            number=number,
+            map=map_,
+            func=name,
+            call=call,
+            weight=weight,
+            blobs=blobs,
         )
+        if held:
+            self.held[task] = message
+        else:
+            self.send(message)
         return task, sizes
+
+    def answered(self, task: int) -> None:
+        """Forget a held task: its result is known."""
+        self._forget(self.held.pop(task).map, task)
+
+    def send_held(self) -> None:
+        """Hand the held tasks to the broker after all."""
+        held, self.held = self.held, {}
+        for message in held.values():
+            self.send(message)
 
     def send(self, message: protocol.Message) -> None:
         """Send to the broker; raises BrokerLost when it is gone and the queue to it is full."""
@@ -224,8 +239,13 @@ class Session:
 
     # ---- results in
 
-    def results(self, map_: int) -> Iterator[Any]:
-        """Yield ``(task, objects of its attempt, error or None)`` for each task of a map."""
+    def results(
+        self, map_: int, keep: Callable[[int, Buffer], None] | None = None
+    ) -> Iterator[Any]:
+        """Yield ``(task, objects of its attempt, error or None)`` for each task of a map.
+
+        :param keep: is given the task and the body of each attempt before its objects are made
+        """
         inbox = self.inbox[map_]
         while True:
             while not inbox:
@@ -238,19 +258,26 @@ class Session:
                     self._tell("agent", crashes.find(self.directory, "agent"))
                 yield message.task, (), getattr(errors, message.error)(message.text)
                 continue
+            if keep is not None:
+                path = message.path
+                kept = payload.map_file(path, private=True) if path else message.body
+                keep(message.task, kept)
             if message.path:
-                view = spares.consume(Path(message.path))
+                view = spares.consume(Path(message.path), kept=keep is not None)
             else:
                 view = payload.writable(message.body)
             self._ended(message)
             yield message.task, map(payload.load, payload.parts(view)), None
 
     def _ended(self, message: protocol.Delivered | protocol.Failed) -> None:
-        if digests := self.needs[message.map].pop(message.task):
-            self.blobs.done(Counter(digests))
+        self._forget(message.map, message.task)
         self.consumed.append(message.task)
         if len(self.consumed) >= CONSUMED_TASKS:
             self._tell_consumed()
+
+    def _forget(self, map_: int, task: int) -> None:
+        if digests := self.needs[map_].pop(task):
+            self.blobs.done(Counter(digests))
 
     def _tell_consumed(self) -> None:
         if self.consumed:
@@ -305,6 +332,7 @@ class Session:
         """Forget a map: what is under way of it is not wanted, and what has come is deleted."""
         if map_ not in self.inbox:
             return
+        self.held = {task: held for task, held in self.held.items() if held.map != map_}
         # first, so that what the broker is going to send is of a map that it knows to be over
         with contextlib.suppress(errors.BrokerLost):  # then there is nothing to be forgotten
             self._tell_consumed()

@@ -1,0 +1,104 @@
+"""``oq-journal``: what is kept of jobs that did not complete, so that they can go on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from oq_runtime import config
+from oq_runtime.commands import checks
+from oq_runtime.errors import ConfigError, JournalError
+from oq_runtime.files import journal
+from oq_runtime.files.journal import Consumed, Reader
+from oq_runtime.text import clean
+
+EXIT_DAMAGED, EXIT_INPUT = 1, 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="oq-runtime")
+def main() -> None:
+    """Look after the journals of jobs that did not complete; oq-run --resume ID goes on with one.
+
+    Exit codes: 0 all is well, 1 a journal is damaged, 2 there is no such journal.
+    """
+
+
+def leave(text: object, code: int) -> NoReturn:
+    """End the command with one line."""
+    click.echo(f"oq-journal: {clean(str(text))}", err=True)
+    sys.exit(code)
+
+
+def datadir() -> Path:
+    """Return where the results of this user are."""
+    try:
+        return checks.data_directory(config.read())
+    except ConfigError as exc:
+        leave(exc, EXIT_INPUT)
+
+
+def directory_of(number: str) -> Path:
+    """Return the directory of a journal, or end the command when there is none."""
+    where = datadir()
+    try:
+        return journal.directory_of(where, journal.find(where, number))
+    except JournalError as exc:
+        leave(exc, EXIT_INPUT)
+
+
+@main.command()
+def show() -> None:
+    """List the journals of this user: job, results, size, whether it runs, files."""
+    for number in journal.numbers(where := datadir()):
+        directory = journal.directory_of(where, number)
+        try:
+            reader = Reader(directory)
+            files = " ".join(map(str, reader.head.get("spec", {}).get("files", ())))
+            what = f"{reader.results} results, {journal.size(directory) / 1e6:.1f} MB, "
+            what += f"{'runs' if journal.claimed(directory) else 'can go on'}, {clean(files)}"
+        except JournalError as exc:
+            what = clean(str(exc))
+        click.echo(f"job {number}: {what}")
+
+
+@main.command()
+@click.argument("number", metavar="ID")
+def verify(number: str) -> None:
+    """Read a journal whole, and say how much of it is good."""
+    try:
+        reader = Reader(directory_of(number))
+    except JournalError as exc:
+        leave(exc, EXIT_DAMAGED)
+    good, wrong = 0, reader.torn
+    for record in reader.records:
+        try:
+            reader.body(record)
+        except JournalError as exc:
+            wrong = str(exc)
+            break
+        good += isinstance(record.event, Consumed)
+    end = f"; damaged from there on: {clean(wrong)}" if wrong else ""
+    click.echo(f"job {number}: {good} results are good{end}")
+    sys.exit(EXIT_DAMAGED if wrong else 0)
+
+
+@main.command()
+@click.argument("numbers", nargs=-1, metavar="[ID ...]")
+@click.option("--all", "everything", is_flag=True, help="All journals of jobs that do not run.")
+def prune(numbers: tuple[str, ...], everything: bool) -> None:
+    """Remove journals of jobs that are not to go on."""
+    if bool(numbers) == everything:
+        leave("give the numbers of jobs, or --all alone", EXIT_INPUT)
+    for directory in map(directory_of, numbers or map(str, journal.numbers(datadir()))):
+        if journal.remove(directory):
+            click.echo(f"removed {directory}")
+        else:
+            click.echo(f"{directory} stays: its job runs")
+
+
+if __name__ == "__main__":
+    main()

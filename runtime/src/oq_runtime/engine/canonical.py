@@ -1,0 +1,61 @@
+"""The digest of a task's arguments, the same in two runs of one calculation.
+
+Some objects differ between two runs without meaning anything to a task: the engine's monitors with
+their clocks, and open files. Fixed marks stand in their places. What a mark is missing for makes
+two digests differ, which costs a task that is computed again, never a result that is wrong; so
+marks are for objects that are the task's surroundings and never its input.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import numpy
+import xxhash
+
+#: classes of which every object is as good as another, by module and name
+SURROUNDINGS = frozenset(
+    {
+        ("openquake.baselib.performance", "Monitor"),
+        ("openquake.commonlib.datastore", "DataStore"),
+        ("openquake.baselib.hdf5", "File"),
+        ("h5py._hl.files", "File"),
+    }
+)
+
+
+def mark(name: str) -> None:
+    """Stand in a pickle for an object of the surroundings; never called."""
+
+
+class Canonical(pickle.Pickler):
+    """A pickler with marks."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        # numpy's own generator, begun by chance in each process, which every scipy distribution has
+        if obj is numpy.random.mtrand._rand:
+            return mark, ("RandomState",)
+        for cls in type(obj).__mro__:
+            if (cls.__module__, cls.__qualname__) in SURROUNDINGS:
+                return mark, (cls.__qualname__,)
+        return NotImplemented
+
+
+def digest(obj: Any) -> bytes:
+    """Return the XXH3-128 of an object in canonical form.
+
+    Raises what ``pickle.dumps`` raises.
+    """
+    hashed = xxhash.xxh3_128()
+    if frames := getattr(obj, "frames", None):  # pickled before, in a worker: the same bytes again
+        for frame in frames:
+            hashed.update(frame)
+        return hashed.digest()
+    stream = io.BytesIO()
+    apart: list[memoryview] = []
+    Canonical(stream, 5, buffer_callback=lambda b: apart.append(b.raw())).dump(obj)
+    for view in (stream.getbuffer(), *apart):
+        hashed.update(view)
+    return hashed.digest()

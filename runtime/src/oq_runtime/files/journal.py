@@ -1,0 +1,459 @@
+"""The journal of a job: what its engine has submitted and what it has consumed, in that order.
+
+A directory with ``head.json``, which says of what job it is, and segments of records that are only
+ever appended::
+
+    record = magic (u32), kind (u32), bytes of the event (u64), bytes of the body (u64),
+             XXH3-128 of what stands before and of the event, XXH3-128 of the body,
+             event (msgpack), body, zeros up to a multiple of 64 bytes
+
+A record counts when it and all before it are whole: a torn tail is cut off. ``Writer`` has a thread
+that copies bodies and syncs once a second; whoever hands something over never waits for it. When
+there is no more room, or the disk is too slow for the memory that it may hold, journalling ends
+with one line, and what is there stays good. It holds pickles: it is its owner's alone, and only his
+is read. Not covered: what is done with it (``engine.history``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import mmap
+import os
+import queue
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from oq_runtime.errors import JournalError
+from oq_runtime.files import private
+from oq_runtime.wire.payload import Buffer
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+HEAD, LOCK = "head.json", "lock"
+MAGIC = 0x314A514F  # "OQJ1"
+HEADER = struct.Struct("<IIQQ16s16s")
+PREFIX = struct.Struct("<IIQQ")
+ALIGN = 64
+#: bytes from which a new segment is begun
+SEGMENT_BYTES = 1 << 30
+#: seconds between two syncs
+SYNC_SECS = 1.0
+#: bytes of bodies that may wait for the disk
+WAITING_BYTES = 256 << 20
+#: bytes of the largest event that is read: what a stranger's file may claim
+EVENT_BYTES = 1 << 20
+#: bytes that are copied at a time
+COPY_BYTES = 8 << 20
+
+
+class Submitted(msgspec.Struct, frozen=True, tag="submitted", array_like=True):
+    """A task was submitted: number ``task`` of map ``map``, and the digest of its arguments."""
+
+    map: int
+    task: int
+    func: str
+    digest: bytes
+
+
+class Consumed(msgspec.Struct, frozen=True, tag="consumed", array_like=True):
+    """The engine was given the attempt at a task; the body of the record is that of the attempt."""
+
+    map: int
+    task: int
+
+
+class Cut(msgspec.Struct, frozen=True, tag="cut", array_like=True):
+    """Of the events before this one only the first ``events`` count."""
+
+    events: int
+
+
+Event = Submitted | Consumed | Cut
+_encode = msgspec.msgpack.Encoder().encode
+_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+KIND = 1  # of all records as yet
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event, and where its body lies."""
+
+    event: Event
+    segment: int
+    offset: int
+    nbytes: int
+    digest: bytes
+
+
+def directory_of(datadir: Path, number: int) -> Path:
+    """Return where the journal of a calculation is: beside its datastore."""
+    return datadir / f"calc_{number}.journal"
+
+
+def numbers(datadir: Path) -> list[int]:
+    """Return the calculations of this user that have a journal, in their order."""
+    found = [
+        int(path.stem.removeprefix("calc_"))
+        for path in datadir.glob("calc_*.journal")
+        if path.stem.removeprefix("calc_").isdecimal() and private.is_own(path)
+    ]
+    return sorted(found)
+
+
+def find(datadir: Path, number: str) -> int:
+    """Return the number of a calculation of this user that has a journal.
+
+    :param number: as it was given; -1 for the last one
+
+    Raises JournalError when there is none.
+    """
+    kept = numbers(datadir)
+    if number == "-1" and kept:
+        return kept[-1]
+    if number.isdecimal() and int(number) in kept:
+        return int(number)
+    there = f"there is one of job {', '.join(map(str, kept))}" if kept else "there is none"
+    raise JournalError(
+        f"no journal of job {number} in {datadir}: {there}; a job has one while it runs, and when "
+        "it did not complete"
+    )
+
+
+def claim(directory: Path) -> int:
+    """Return a descriptor that keeps other processes from this journal until it is closed.
+
+    Raises JournalError when one has it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(directory / LOCK, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise JournalError(f"{directory} belongs to a job that runs") from None
+    return descriptor
+
+
+def claimed(directory: Path) -> bool:
+    """Whether a process has this journal."""
+    try:
+        os.close(claim(directory))
+    except JournalError:
+        return True
+    return False
+
+
+def size(directory: Path) -> int:
+    """Return the bytes of a journal."""
+    return sum(path.stat().st_size for path in segments(directory))
+
+
+def remove(directory: Path) -> bool:
+    """Delete a journal, unless a process has it; return whether it is gone."""
+    if claimed(directory):
+        return False
+    shutil.rmtree(directory, ignore_errors=True)
+    return True
+
+
+def make_room(datadir: Path, most_bytes: int, but: int) -> list[int]:
+    """Delete the oldest journals until all others together have so many bytes at most.
+
+    :param but: the calculation whose journal stays
+    :returns: the calculations whose journal was deleted
+    """
+    directories = {n: directory_of(datadir, n) for n in numbers(datadir) if n != but}
+    sizes = {number: size(directory) for number, directory in directories.items()}
+    # without a head: its process was killed when it began
+    useless = [number for number in sizes if not (directories[number] / HEAD).exists()]
+    removed = []
+    for number in (*useless, *(number for number in sizes if number not in useless)):
+        wanted = number in useless or sum(sizes.values()) > most_bytes
+        if wanted and remove(directories[number]):
+            del sizes[number]
+            removed.append(number)
+    return removed
+
+
+def segments(directory: Path) -> list[Path]:
+    """Return the segments in their order."""
+    return sorted(directory.glob("[0-9]*.oqj"))
+
+
+def _segment(directory: Path, number: int) -> Path:
+    return directory / f"{number:06d}.oqj"
+
+
+def _header(event: bytes, nbytes: int, digest: bytes) -> bytes:
+    prefix = PREFIX.pack(MAGIC, KIND, len(event), nbytes)
+    return HEADER.pack(
+        MAGIC, KIND, len(event), nbytes, xxhash.xxh3_128(prefix + event).digest(), digest
+    )
+
+
+class Writer:
+    """Appends to the journal of one job, in a thread of its own.
+
+    :param directory: of the journal, which may be there with what ``Reader.cut_tail`` has left
+    :param head: what ``Reader.head`` is to return, in JSON
+    :param budget_bytes: what the journal may take on the disk
+
+    Raises OSError when it cannot be made, and JournalError when another process has it.
+    """
+
+    def __init__(self, directory: Path, head: dict[str, Any], *, budget_bytes: int) -> None:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        self.directory = directory
+        self.budget_bytes = budget_bytes
+        self.used_bytes = size(directory)
+        self.number = len(segments(directory))
+        self.waiting_bytes = 0
+        self.stopped = ""  # why nothing more is written
+        self._claim = claim(directory)
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[Event, Buffer] | None] = queue.SimpleQueue()
+        _write_atomically(directory / HEAD, _head_text(head))
+        self._file = self._open()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def put(self, event: Event, body: Buffer = b"") -> None:
+        """Have an event written; never waits.
+
+        :param body: bytes or a view of them, which must not change any more
+        """
+        with self._lock:
+            if self.stopped:
+                return
+            if self.waiting_bytes and self.waiting_bytes + len(body) > WAITING_BYTES:
+                self._stop(f"the disk of {self.directory} is too slow for it")
+                return
+            taken = HEADER.size + len(body) + 2 * ALIGN
+            if self.used_bytes + taken > self.budget_bytes:
+                self._stop(f"it has the {self.budget_bytes / 1e9:.1f} GB that it may take")
+                return
+            self.used_bytes += taken
+            self.waiting_bytes += len(body)
+        self._queue.put((event, body))
+
+    def close(self) -> None:
+        """Write what waits, and end; what the disk does not take is left out."""
+        self._queue.put(None)
+        self._thread.join()
+        os.close(self._claim)
+
+    def _stop(self, reason: str) -> None:
+        """Take no more; to be called with the lock."""
+        self.stopped = reason
+        log.warning("the journal ends here: %s; the job goes on", reason)
+
+    def _open(self) -> FileIO:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        path = _segment(self.directory, self.number)
+        return open(path, "xb", buffering=0, opener=lambda name, _: os.open(name, flags, 0o600))
+
+    def _run(self) -> None:
+        dirty_since_s: float | None = None
+        try:
+            while True:
+                wait_s = None
+                if dirty_since_s is not None:
+                    wait_s = max(0.0, dirty_since_s + SYNC_SECS - time.monotonic())
+                try:
+                    item = self._queue.get(timeout=wait_s)
+                except queue.Empty:
+                    os.fdatasync(self._file.fileno())
+                    dirty_since_s = None
+                    continue
+                if item is None:
+                    break
+                self._append(*item)
+                dirty_since_s = dirty_since_s or time.monotonic()
+                with self._lock:
+                    self.waiting_bytes -= len(item[1])
+                del item
+            os.fdatasync(self._file.fileno())
+        except OSError as exc:
+            with self._lock:
+                self._stop(f"{self.directory}: {exc.strerror}")
+            while self._queue.get() is not None:
+                pass
+        finally:
+            self._file.close()
+
+    def _append(self, event: Event, body: Buffer) -> None:
+        data = _encode(event)
+        view = memoryview(body).cast("B")
+        hashed = xxhash.xxh3_128()
+        for piece in _pieces(view):
+            hashed.update(piece)
+        head = _header(data, len(view), hashed.digest()) + data
+        padding = bytes(-(len(head) + len(view)) % ALIGN)
+        at = self._file.tell()
+        try:
+            for piece in (memoryview(head), *_pieces(view), memoryview(padding)):
+                rest = piece
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(at)
+            raise
+        if self._file.tell() > SEGMENT_BYTES:
+            os.fdatasync(self._file.fileno())
+            self._file.close()
+            self.number += 1
+            self._file = self._open()
+
+
+def _head_text(head: dict[str, Any]) -> bytes:
+    text = json.dumps(head, sort_keys=True)
+    check = xxhash.xxh3_128(text.encode()).hexdigest()
+    return json.dumps({"format": FORMAT, "check": check, "head": head}, sort_keys=True).encode()
+
+
+def _pieces(view: memoryview) -> Iterator[memoryview]:
+    for at in range(0, len(view), COPY_BYTES):
+        yield view[at : at + COPY_BYTES]
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    new = path.with_suffix(".new")
+    with contextlib.suppress(FileNotFoundError):
+        new.unlink()
+    with open(new, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+class Reader:
+    """A journal as it was left: its head, and the records that are whole.
+
+    :param directory: of the journal
+
+    Raises JournalError when it is not this user's own, or has no head of this format.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not private.is_own(directory):
+            raise JournalError(f"{directory} is not a directory of this user alone")
+        self.directory = directory
+        self.head = self._read_head()
+        self.records: list[Record] = []
+        self.torn = ""  # where the first record is that is not whole, if there is one
+        self.whole_bytes: dict[int, int] = {}  # segment -> bytes of whole records
+        self._maps: dict[int, mmap.mmap] = {}
+        for path in segments(directory):
+            number = int(path.stem)
+            if number != len(self.whole_bytes) or not self._scan(number, path):
+                self.torn = self.torn or f"{path.name} is missing"
+                break
+
+    def _read_head(self) -> dict[str, Any]:
+        path = self.directory / HEAD
+        try:
+            head = json.loads(path.read_bytes())
+        except OSError as exc:
+            raise JournalError(f"{path}: {exc.strerror}") from exc
+        except ValueError as exc:
+            raise JournalError(f"{path} is damaged: {exc}") from exc
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            raise JournalError(f"{path} is not of a journal of format {FORMAT}")
+        found: dict[str, Any] = head.get("head", {})
+        if _head_text(found) != json.dumps(head, sort_keys=True).encode():
+            raise JournalError(f"{path} is damaged")
+        return found
+
+    def _scan(self, number: int, path: Path) -> bool:
+        """Take the whole records of a segment; False when one is not."""
+        at, size = 0, path.stat().st_size
+        self.whole_bytes[number] = 0
+        with open(path, "rb") as file:
+            while at < size:
+                record = self._record(file, number, at, size)
+                if record is None:
+                    self.torn = f"{path.name} at byte {at}"
+                    return False
+                if isinstance(record.event, Cut):
+                    if record.event.events > len(self.records):
+                        self.torn = f"{path.name} at byte {at}"
+                        return False
+                    del self.records[record.event.events :]
+                else:
+                    self.records.append(record)
+                at = record.offset + record.nbytes
+                at += -at % ALIGN  # each record begins at a multiple
+                self.whole_bytes[number] = at
+        return True
+
+    @staticmethod
+    def _record(file: Any, number: int, at: int, size: int) -> Record | None:
+        file.seek(at)
+        header = file.read(HEADER.size)
+        if len(header) < HEADER.size:
+            return None
+        magic, kind, event_bytes, body_bytes, check, digest = HEADER.unpack(header)
+        if magic != MAGIC or kind != KIND or event_bytes > EVENT_BYTES:
+            return None
+        data = file.read(event_bytes)
+        if xxhash.xxh3_128(header[: PREFIX.size] + data).digest() != check:
+            return None
+        offset = at + HEADER.size + event_bytes
+        if offset + body_bytes > size:
+            return None
+        try:
+            event = _decoder.decode(data)
+        except msgspec.MsgspecError:
+            return None
+        return Record(event, number, offset, body_bytes, digest)
+
+    def body(self, record: Record) -> memoryview:
+        """Return the body of a record, in memory of its own that may be written.
+
+        Raises JournalError when it is damaged.
+        """
+        if record.nbytes == 0:
+            return memoryview(bytearray())
+        if record.segment not in self._maps:
+            with open(_segment(self.directory, record.segment), "rb") as file:
+                self._maps[record.segment] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        end = record.offset + record.nbytes
+        with memoryview(self._maps[record.segment]) as whole:
+            copied = memoryview(bytearray(whole[record.offset : end]))
+        if xxhash.xxh3_128(copied).digest() != record.digest:
+            name = _segment(self.directory, record.segment).name
+            raise JournalError(f"{name} at byte {record.offset}: the body is damaged")
+        return copied
+
+    @property
+    def results(self) -> int:
+        """How many attempts it has."""
+        return sum(isinstance(record.event, Consumed) for record in self.records)
+
+    def cut_tail(self) -> None:
+        """Cut off what follows the last whole record, so that more can be appended."""
+        for path in segments(self.directory):
+            if int(path.stem) not in self.whole_bytes:
+                path.unlink()
+            else:
+                os.truncate(path, self.whole_bytes[int(path.stem)])
+
+    def close(self) -> None:
+        for mapped in self._maps.values():
+            mapped.close()

@@ -1,0 +1,188 @@
+"""Jobs that did not complete and go on: equal results, and what is refused.
+
+Not covered: the bytes of a journal (``unit/test_journal``), how far each calculation mode replays
+(``python -m tests.resume``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from oq_runtime.errors import JournalError
+from oq_runtime.files import journal
+from oq_runtime.files.journal import Reader
+from tests.conformance.compare import compare
+from tests.leftovers import wait_for
+
+from .test_oq_run import EXAMPLES, example, jobs, one_line, run, start
+
+pytestmark = pytest.mark.timeout(300)
+
+#: a job of several phases, and what may change without another word
+JOB = EXAMPLES / "event_based_risk/job.ini"
+
+
+def datadir(env: dict[str, str]) -> Path:
+    return Path(env["OQ_DATADIR"])
+
+
+def results(env: dict[str, str], number: int) -> int:
+    """Return how many results the journal of a job has by now."""
+    try:
+        return Reader(journal.directory_of(datadir(env), number)).results
+    except JournalError:
+        return 0
+
+
+def last(env: dict[str, str]) -> int:
+    return max((number for number, *_ in jobs(env)), default=0)
+
+
+def kill(env: dict[str, str], number: int, least: int, *args: object) -> str:
+    """Kill the engine process of a job when its journal has some results; return stderr."""
+    process = start(env, *args, "--no-progress", "--cores=1")
+    wait_for(lambda: results(env, number) >= least or process.poll() is not None, 200)
+    assert process.poll() is None, process.communicate()
+    [engine] = psutil.Process(process.pid).children()
+    engine.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    return err
+
+
+def done(out: str) -> tuple[int, Path]:
+    """Return number and datastore of the job of a report."""
+    [row] = json.loads(out)["jobs"]
+    return row["job"], Path(row["datastore"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    env = engine_home | {"TMPDIR": str(tmp_path_factory.mktemp("undisturbed"))}
+    code, out, err = run(env, JOB, "--json", "--no-journal")
+    assert code == 0, err
+    assert not journal.numbers(datadir(env))
+    return done(out)[1]
+
+
+def test_goes_on_after_each_kill(env: dict[str, str], undisturbed: Path) -> None:
+    """Killed, and again when it has gone on; then complete, with equal results."""
+    number = last(env) + 1
+    err = kill(env, number, 8, JOB)
+    assert "killed by SIGKILL" in err
+    assert f"oq-run --resume {number}" in err
+    before = results(env, number)
+    kill(env, number, before + 5, "--resume", number)
+    kept = results(env, number)
+    assert kept > before
+    code, out, err = run(env, "--resume", "-1", "--json")
+    assert code == 0, err
+    assert f"took over the results of {kept} tasks" in err
+    again, datastore = done(out)
+    assert again == number
+    assert compare(undisturbed, datastore) == []
+    assert not journal.directory_of(datadir(env), number).exists(), "a complete job needs none"
+    assert jobs(env)[-1] == (number, "complete", 0)
+
+
+def begin(env: dict[str, str], job: Path = JOB) -> int:
+    """Return a job that was killed in its midst."""
+    number = last(env) + 1
+    kill(env, number, 8, job)
+    return number
+
+
+def test_what_has_changed_is_named(env: dict[str, str], tmp_path: Path) -> None:
+    """A byte of an input, a parameter, others who can read it: one line each."""
+    folder = example(tmp_path, "event_based_risk")
+    number = begin(env, folder / "job.ini")
+    exposure = next(folder.glob("*exposure*.csv"))
+    text = exposure.read_bytes()
+    exposure.write_bytes(text + b"\n")
+    code, _, err = run(env, "--resume", number)
+    assert code == 2
+    assert f"the input {exposure}" in err
+    assert "run it anew" in err
+    exposure.write_bytes(text)
+    job = (folder / "job.ini").read_text()
+    (folder / "job.ini").write_text(job.replace("ses_seed = ", "ses_seed = 1"))
+    code, _, err = run(env, "--resume", number)
+    assert code == 2
+    assert "the parameter ses_seed" in err
+    (folder / "job.ini").write_text(job)
+    directory = journal.directory_of(datadir(env), number)
+    directory.chmod(0o755)
+    code, _, err = run(env, "--resume", number)
+    assert code == 2
+    assert "no journal" in err
+    directory.chmod(0o700)
+    head = directory / journal.HEAD
+    head.write_bytes(head.read_bytes().replace(b"1", b"2", 1))
+    code, _, err = run(env, "--resume", number)
+    assert code == 2
+    assert "damaged" in err
+    assert jobs(env)[-1] == (number, "failed", 0)
+
+
+def test_damaged_result_is_computed(env: dict[str, str], undisturbed: Path) -> None:
+    number = begin(env)
+    directory = journal.directory_of(datadir(env), number)
+    reader = Reader(directory)
+    half = [record for record in reader.records if record.nbytes][reader.results // 2]
+    [segment] = journal.segments(directory)
+    data = bytearray(segment.read_bytes())
+    data[half.offset + half.nbytes // 2] ^= 1
+    segment.write_bytes(data)
+    code, out, err = run(env, "--resume", number, "--json")
+    assert code == 0, err
+    assert f"took over the results of {reader.results // 2} tasks" in err
+    assert "the body is damaged" in err
+    assert compare(undisturbed, done(out)[1]) == []
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--resume", "12345"], "no journal of job"),
+        (["--resume", "nonsense"], "no journal of job"),
+        (["--resume", "-1", "-p", "a=b"], "leave out"),
+        (["--resume", "-1", "--no-journal"], "leave out --no-journal"),
+        (["--resume", "-1", str(JOB)], "--resume ID alone"),
+        ([], "--resume ID alone"),
+    ],
+)
+def test_refused(env: dict[str, str], args: list[str], words: str) -> None:
+    code, _, err = run(env, *args)
+    assert code == 2
+    assert words in one_line(err)
+
+
+def journals(env: dict[str, str], *args: object) -> tuple[int, str]:
+    command = [sys.executable, "-m", "oq_runtime.commands.journal", *map(str, args)]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return found.returncode, found.stdout + found.stderr
+
+
+def test_journals_are_shown_and_removed(env: dict[str, str]) -> None:
+    number = begin(env)
+    kept = results(env, number)
+    code, text = journals(env, "show")
+    assert code == 0
+    assert f"job {number}: {kept} results" in text
+    assert f"can go on, {JOB}" in text
+    assert journals(env, "verify", number) == (0, f"job {number}: {kept} results are good\n")
+    [segment] = journal.segments(journal.directory_of(datadir(env), number))
+    os.truncate(segment, segment.stat().st_size - 100)
+    code, text = journals(env, "verify", number)
+    assert code == 1
+    assert "damaged from there on" in text
+    assert journals(env, "prune", number)[0] == 0
+    assert journals(env, "verify", number)[0] == 2
+    assert number not in journal.numbers(datadir(env))

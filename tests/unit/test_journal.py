@@ -1,0 +1,200 @@
+"""The journal of a job: what is read back, whatever has become of its bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oq_runtime.errors import JournalError
+from oq_runtime.files import journal
+from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Submitted, Writer
+
+GB = 1 << 30
+HEAD = {"job": 7, "facts": {"the input a": "01"}}
+MUTATIONS = 2000
+
+
+def write(directory: Path, items: list[tuple[Event, bytes]], budget_bytes: int = GB) -> Writer:
+    writer = Writer(directory, HEAD, budget_bytes=budget_bytes)
+    for event, body in items:
+        writer.put(event, body)
+    writer.close()
+    return writer
+
+
+def read(directory: Path) -> list[tuple[Event, bytes]]:
+    """Return what is good, up to the first body that is not."""
+    reader = Reader(directory)
+    assert reader.head == HEAD
+    found = []
+    for record in reader.records:
+        try:
+            found.append((record.event, bytes(reader.body(record))))
+        except JournalError:
+            break
+    reader.close()
+    return found
+
+
+def some(n: int, seed: int = 1) -> list[tuple[Event, bytes]]:
+    rng = random.Random(seed)
+    items: list[tuple[Event, bytes]] = []
+    for number in range(n):
+        items.append((Submitted(0, number, "module.task", rng.randbytes(16)), b""))
+        items.append((Consumed(0, number), rng.randbytes(rng.choice([0, 1, 63, 64, 5000]))))
+    return items
+
+
+def events() -> st.SearchStrategy[Event]:
+    number = st.integers(0, 1 << 40)
+    submitted = st.builds(Submitted, number, number, st.text(), st.binary(max_size=16))
+    return st.one_of(submitted, st.builds(Consumed, number, number))
+
+
+@given(st.lists(st.tuples(events(), st.binary(max_size=300))))
+def test_what_was_written_is_read(items: list[tuple[Event, bytes]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name) / "j", items)
+        assert read(Path(name) / "j") == items
+
+
+def test_goes_on_in_another_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "SEGMENT_BYTES", 4096)
+    items = some(30)
+    write(tmp_path / "j", items)
+    assert len(journal.segments(tmp_path / "j")) > 3
+    assert read(tmp_path / "j") == items
+
+
+def test_goes_on_after_a_crash(tmp_path: Path) -> None:
+    """The torn tail is cut off, and what follows is read."""
+    items = some(10)
+    write(tmp_path / "j", items[:10])
+    [segment] = journal.segments(tmp_path / "j")
+    os.truncate(segment, segment.stat().st_size - 70)
+    reader = Reader(tmp_path / "j")
+    assert reader.torn
+    good = len(reader.records)
+    assert 0 < good < 10
+    reader.cut_tail()
+    reader.close()
+    write(tmp_path / "j", items[10:])
+    assert read(tmp_path / "j") == items[:good] + items[10:]
+
+
+def test_cut(tmp_path: Path) -> None:
+    items = some(5)
+    write(tmp_path / "j", [*items[:6], (Cut(2), b""), *items[6:]])
+    assert read(tmp_path / "j") == items[:2] + items[6:]
+
+
+def test_any_damage_leaves_what_stood_before(tmp_path: Path) -> None:
+    """A byte flipped, or some cut off, left out or put in: a prefix, or one line."""
+    rng = random.Random(18)
+    items = some(12)
+    whole = tmp_path / "whole"
+    write(whole, items)
+    for number in range(MUTATIONS):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(whole, damaged)
+        target = rng.choice([*journal.segments(damaged), damaged / journal.HEAD])
+        data = bytearray(target.read_bytes())
+        at, size = rng.randrange(len(data)), rng.randrange(1, 200)
+        match number % 4:
+            case 0:
+                data[at] ^= 1 << rng.randrange(8)
+            case 1:
+                del data[at:]
+            case 2:
+                del data[at : at + size]
+            case 3:
+                data[at:at] = rng.randbytes(size)
+        target.write_bytes(data)
+        try:
+            found = read(damaged)
+        except JournalError as exc:
+            assert target.name == journal.HEAD, f"mutation {number}: {exc}"
+            assert "\n" not in str(exc)
+        else:
+            assert found == items[: len(found)], f"mutation {number} of {target.name} at {at}"
+        shutil.rmtree(damaged)
+
+
+def test_ends_at_its_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    items = some(200)
+    writer = write(tmp_path / "j", items, budget_bytes=100_000)
+    assert journal.size(tmp_path / "j") <= 100_000
+    found = read(tmp_path / "j")
+    assert 10 < len(found) < len(items)
+    assert found == items[: len(found)]
+    assert "0.0 GB" in writer.stopped
+    assert len(caplog.records) == 1
+
+
+def test_ends_at_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A limit of the size of files stands for it: the same call fails, with another number."""
+    items = some(200)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        writer = write(tmp_path / "j", items)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.strerror(errno.EFBIG) in writer.stopped
+    found = read(tmp_path / "j")
+    assert 10 < len(found) < len(items)
+    assert found == items[: len(found)]
+    assert len(caplog.records) == 1
+
+
+def test_slow_disk_ends_it_and_not_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "WAITING_BYTES", 1000)
+    writer = Writer(tmp_path / "j", HEAD, budget_bytes=GB)
+    with writer._lock:  # which the thread needs after each body
+        writer.waiting_bytes = 900
+    writer.put(Consumed(0, 0), bytes(200))
+    writer.put(Consumed(0, 1), b"")
+    writer.close()
+    assert "too slow" in writer.stopped
+    assert read(tmp_path / "j") == []
+
+
+def test_one_process_has_it(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "calc_1.journal", HEAD, budget_bytes=GB)
+    with pytest.raises(JournalError, match="a job that runs"):
+        Writer(tmp_path / "calc_1.journal", HEAD, budget_bytes=GB)
+    assert not journal.remove(tmp_path / "calc_1.journal")
+    assert journal.numbers(tmp_path) == [1]
+    writer.close()
+    assert journal.remove(tmp_path / "calc_1.journal")
+    assert journal.numbers(tmp_path) == []
+
+
+def test_of_somebody_else_is_not_read(tmp_path: Path) -> None:
+    """It holds pickles."""
+    write(tmp_path / "calc_1.journal", some(1))
+    (tmp_path / "calc_1.journal").chmod(0o755)
+    with pytest.raises(JournalError, match="not a directory of this user alone"):
+        Reader(tmp_path / "calc_1.journal")
+    assert journal.numbers(tmp_path) == []
+    (tmp_path / "calc_1.journal").chmod(0o700)
+    (tmp_path / "calc_2.journal").symlink_to(tmp_path / "calc_1.journal")
+    assert journal.numbers(tmp_path) == [1]
+
+
+def test_makes_room(tmp_path: Path) -> None:
+    for number in range(1, 5):
+        write(tmp_path / f"calc_{number}.journal", some(20))
+    size = journal.size(tmp_path / "calc_1.journal")
+    (tmp_path / "calc_3.journal" / journal.HEAD).unlink()
+    assert journal.make_room(tmp_path, size + 1, but=4) == [3, 1]
+    assert journal.numbers(tmp_path) == [2, 4]
