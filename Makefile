@@ -21,13 +21,14 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster attack coverage conformance chaos bench bench-peers simulate \
+.PHONY: help demo test lint types unit local cluster attack coverage conformance resume chaos bench bench-peers simulate \
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
 	@echo "make test         all test lanes, a table at the end"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
+	@echo "make resume       SAMPLE=n SEED=n, JOBS="path ...", or ALL=1: how far jobs replay"
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
 	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
@@ -129,6 +130,10 @@ coverage: $(STAMP)
 
 conformance: $(STAMP)
 	$(VENV)/bin/python -m tests.conformance $(if $(SAMPLE),--sample $(SAMPLE)) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
+
+resume: $(STAMP)
+	$(VENV)/bin/python -m tests.resume $(if $(SAMPLE),--sample $(SAMPLE)) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
 
 chaos: $(STAMP)
