@@ -84,7 +84,6 @@ def test_explained_of_a_lost_task() -> None:
             ValueError(WORKER.format(module="hazardlib/calc/gmf", name="ValueError", text="x")),
             False,
         ),
-        (InputError("wrong"), True),
     ],
 )
 def test_whose_fault(exc: BaseException, verdict: bool) -> None:

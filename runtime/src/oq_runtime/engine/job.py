@@ -166,7 +166,9 @@ class Jobs:
             traceback.print_exception(exc, file=sys.stderr)
         self.finish(Status.FAILED)
         job = self.rest[0] if self.rest else None
-        if isinstance(exc, NoWorkers):
+        if isinstance(exc, InputError):  # ours, and explained where it was raised
+            code, text = BAD_INPUT, str(exc)
+        elif isinstance(exc, NoWorkers):
             code, text = NO_WORKERS, messages.explain(exc)
         elif full := messages.no_room(exc):
             code, text = FAILED, full
@@ -289,7 +291,7 @@ class Jobs:
             inputs = messages.files(params["inputs"])
             text = messages.encoding(exc, inputs) or messages.explain(exc)
             if isinstance(exc, OSError) and str(exc.filename) in params.get("export_dir", ""):
-                text = f"export_dir={params['export_dir']}: {exc.strerror}"
+                text = f"export_dir={params['export_dir']}: {exc.strerror}; {messages.EXPORT}"
             raise InputError(self.about(path, text)) from exc
         if ignored.names:
             raise InputError(self.about(path, messages.unknown(ignored.names, dir(OqParam))))

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from oq_runtime.errors import InputError, OqRuntimeError
+from oq_runtime.errors import OqRuntimeError
 from oq_runtime.text import clean
 
 #: characters of an explanation of the engine that are shown
@@ -48,6 +48,11 @@ READERS = (
 )
 #: errors of the engine that are raised for nothing else
 OF_INPUT = ("DuplicatedID", "DuplicatedPoint", "InvalidFile", "SiteAssociationError")
+#: of a parameter of the engine that once was of help
+IGNORED = (
+    "ignore_encoding_errors = true leaves out such characters in engine 3.23, not in 3.25 and 3.26"
+)
+EXPORT = "set another directory in the job file or with --export-dir"
 #: of the files that people edit
 TEXTS = (".csv", ".ini", ".txt", ".xml")
 FRAME = re.compile(r'^  File "(.+)", line \d+, in (.+)\n(?:    (.*)\n)?', re.MULTILINE)
@@ -129,8 +134,6 @@ def of_input(exc: BaseException) -> bool:
     Then it comes from where the engine reads that, or the engine raised it on purpose before it
     calculated.
     """
-    if isinstance(exc, InputError):
-        return True
     if isinstance(exc, (OqRuntimeError, MemoryError)) or no_room(exc):
         return False
     if type(exc).__name__ in OF_INPUT:
@@ -205,7 +208,7 @@ def not_utf8(path: Path, data: bytes) -> str:
         line = data.count(b"\n", 0, exc.start) + 1
         remedy = f"save it as UTF-8, e.g. iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
         if path.suffix == ".csv":
-            remedy += ", or set ignore_encoding_errors = true to leave out such characters"
+            remedy += f" ({IGNORED})"
         return f"{path} is not UTF-8 at byte {exc.start} (line {line}); {remedy}"
     return ""
 
