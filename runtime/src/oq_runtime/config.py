@@ -8,6 +8,7 @@ The sections of the engine keep their meaning: ``[distribution] oq_distribute``,
 from __future__ import annotations
 
 import configparser
+import contextlib
 import importlib.util
 import ipaddress
 import math
@@ -61,8 +62,8 @@ class Cluster:
         if not any(not is_loopback(host) for host in hosts):
             return None
         dbserver = sections.get("dbserver", {})
-        host = dbserver.get("host") or "127.0.0.1"
-        receiver = dbserver.get("receiver_host") or host
+        host = ipv4("[dbserver] host", dbserver.get("host") or "127.0.0.1")
+        receiver = ipv4("[dbserver] receiver_host", dbserver.get("receiver_host") or host)
         if is_loopback(receiver):
             raise ConfigError(
                 f"[dbserver] receiver_host (or host) is {receiver}, which the workers "
@@ -161,8 +162,17 @@ def parse_host_cores(text: str) -> dict[str, int]:
                 f"[zworkers] host_cores: {entry!r} is {what}; give 'address cores' with cores from "
                 "0 up, or -1 for all, separated by commas"
             )
-        hosts[host] = number
+        hosts[ipv4("[zworkers] host_cores", host)] = number
     return hosts
+
+
+def ipv4(key: str, host: str) -> str:
+    """Return an address or name as it is; raises ConfigError for an address of IPv6."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host.strip("[]"))
+        if address.version == 6 and not address.is_loopback:
+            raise ConfigError(f"{key}: {host} is IPv6; give an IPv4 address, the cluster needs one")
+    return host
 
 
 def parse_ports(text: str) -> range:

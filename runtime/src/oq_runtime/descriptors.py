@@ -12,6 +12,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from oq_runtime.errors import ConfigError
+
+#: the most that a broker or an agent has open, and besides for each of its nodes or slots
+BASE, EACH = 28, 2
 #: seconds to wait for a descriptor, and between two tries
 WAIT_SECS, AGAIN_SECS = 0.5, 0.002
 T = TypeVar("T")
@@ -21,6 +25,22 @@ def raise_limit() -> None:
     """Let this process have as many open as the system admits, and what it starts as well."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def check(number: int) -> None:
+    """Raise ConfigError where the limit is too low for a broker of ``number`` nodes, or an agent.
+
+    Without a descriptor libzmq ends its process in the midst, by an assertion.
+
+    :param number: of nodes, or of slots
+    """
+    needed = BASE + EACH * number
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != most < needed:
+        raise ConfigError(
+            f"only {most} files may be open at a time, and {needed} are needed here; raise the "
+            "hard limit (ulimit -n, or LimitNOFILE= of a service)"
+        )
 
 
 def patiently(make: Callable[[], T]) -> T:

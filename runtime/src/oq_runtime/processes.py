@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import signal
+import sys
 from dataclasses import dataclass
 
 import psutil
@@ -25,6 +26,16 @@ class Process:
     name: str
     command: str
     started_s: float
+
+
+def open_standard() -> None:
+    """Give this process an empty stdin, stdout or stderr where it was started without one.
+
+    What it opens next would have that number, and be taken for it by what it starts.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def exists(pid: int) -> bool:

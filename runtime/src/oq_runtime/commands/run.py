@@ -174,6 +174,7 @@ def main(
     With several files, the first one is the hazard that the others start from. Exit codes:
     0 complete, 1 a job failed, 2 bad input, 3 no workers, 130 interrupted.
     """
+    processes.open_standard()
     checks.check_user()
     if watch is not None:
         watched(watch or None)

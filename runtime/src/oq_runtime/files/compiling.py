@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import xxhash
 
 from oq_runtime.errors import ConfigError
 from oq_runtime.files import private
@@ -74,7 +75,7 @@ def installation() -> str:
 
     versions = [importlib.metadata.version(name) for name in ("openquake.engine", "numba")]
     where = os.environ.get("NUMBA_CACHE_DIR", "")
-    return hashlib.sha256("\n".join([sys.prefix, where, *versions]).encode()).hexdigest()[:16]
+    return xxhash.xxh3_64_hexdigest("\n".join([sys.prefix, where, *versions]).encode())
 
 
 def _locked(descriptor: int) -> bool:

@@ -75,6 +75,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         wanted, why = config.available_cores()
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
     os.umask(0o077)
+    descriptors.check(wanted)
     descriptors.raise_limit()
     # named alike each time, so that what a killed predecessor has left is found
     name = f"oq-agent-{address}-{cluster.ctrl_port}"

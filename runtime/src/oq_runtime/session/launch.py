@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from oq_runtime import descriptors
 from oq_runtime.config import Config
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
@@ -40,12 +41,13 @@ SOCKET_PATH_BYTES = 107
 def start(config: Config, owner: int) -> Path:
     """Start broker and agent for ``owner`` (a pid) and return the session's directory.
 
-    With a cluster there is only the broker. Raises ConfigError for a weak authkey, and
-    OqRuntimeError when the temporary directory is full or not writable.
+    With a cluster there is only the broker. Raises ConfigError for a weak authkey or a low limit of
+    open files, and OqRuntimeError when the temporary directory is full or not writable.
     """
     if config.cluster is not None:
         security.read_secret(config.cluster.authkey)  # refuses a weak one before anything starts
     slots = config.cores if config.cluster is None else 0
+    descriptors.check(slots if config.cluster is None else len(config.cluster.hosts))
     command = [sys.executable, "-m", "oq_runtime.session.launch", str(owner), str(slots)]
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
