@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -79,8 +81,11 @@ def test_goes_on_after_each_kill(env: dict[str, str], undisturbed: Path) -> None
     assert "killed by SIGKILL" in err
     assert f"oq-run --resume {number}" in err
     before = results(env, number)
+    [segment] = journal.segments(journal.directory_of(datadir(env), number))
+    with segment.open("ab") as tail:
+        tail.write(b"torn")
     kill(env, number, before + 5, "--resume", number)
-    kept = results(env, number)
+    kept, began_s = results(env, number), time.time()
     assert kept > before
     code, out, err = run(env, "--resume", "-1", "--json")
     assert code == 0, err
@@ -90,6 +95,23 @@ def test_goes_on_after_each_kill(env: dict[str, str], undisturbed: Path) -> None
     assert compare(undisturbed, datastore) == []
     assert not journal.directory_of(datadir(env), number).exists(), "a complete job needs none"
     assert jobs(env)[-1] == (number, "complete", 0)
+    database = sqlite3.connect(datadir(env) / "db.sqlite3")
+    [[seconds]] = database.execute(
+        "SELECT strftime('%s') - strftime('%s', start_time) FROM job WHERE id = ?", [number]
+    )
+    assert seconds < time.time() - began_s, "the process would be too young for its row"
+
+
+def test_job_that_runs_is_not_begun_again(env: dict[str, str], undisturbed: Path) -> None:
+    number = last(env) + 1
+    process = start(env, JOB, "--cores=1", "--json")
+    assert wait_for(lambda: results(env, number) > 2 or process.poll() is not None, 200)
+    code, _, err = run(env, "--resume", number)
+    assert code == 2
+    assert f"job {number} runs" in one_line(err)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert compare(undisturbed, done(out)[1]) == []
 
 
 def begin(env: dict[str, str], job: Path = JOB) -> int:

@@ -284,7 +284,10 @@ def earlier(datadir: Path, number: str) -> dict[str, Any]:
     """Return what a job that did not complete was asked for."""
     try:
         found = journal.find(datadir, number)
-        reader = Reader(journal.directory_of(datadir, found))
+        directory = journal.directory_of(datadir, found)
+        if journal.claimed(directory):
+            raise BadInput(f"--resume {number}: job {found} runs; watch it with --watch {found}")
+        reader = Reader(directory)
     except JournalError as exc:
         raise BadInput(f"--resume {number}: {exc}") from exc
     asked: dict[str, Any] = reader.head["spec"]

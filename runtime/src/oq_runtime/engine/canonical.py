@@ -8,6 +8,7 @@ marks are for objects that are the task's surroundings and never its input.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 from typing import Any
@@ -37,10 +38,16 @@ class Canonical(pickle.Pickler):
         # numpy's own generator, begun by chance in each process, which every scipy distribution has
         if obj is numpy.random.mtrand._rand:
             return mark, ("RandomState",)
-        for cls in type(obj).__mro__:
-            if (cls.__module__, cls.__qualname__) in SURROUNDINGS:
-                return mark, (cls.__qualname__,)
-        return NotImplemented
+        return (mark, (name,)) if (name := _surroundings(obj.__class__)) else NotImplemented
+
+
+@functools.cache
+def _surroundings(cls: type) -> str:
+    """Return the name of what stands for objects of a class, if anything does."""
+    for one in cls.__mro__:
+        if (one.__module__, one.__qualname__) in SURROUNDINGS:
+            return one.__qualname__
+    return ""
 
 
 def digest(obj: Any) -> bytes:

@@ -96,6 +96,7 @@ class Jobs:
         self.retried = 0  # attempts of the jobs that are
         self.facts: list[dict[str, str]] = []  # of each job, which must be the same to go on
         self.before: Reader | None = None  # the journal that the first job goes on from
+        self.claimed: int | None = None  # and what keeps others from it
 
     def run(self) -> int:
         """Run all jobs, one after the other; return the exit code."""
@@ -358,9 +359,11 @@ class Jobs:
         :raises InputError: where it cannot be read, or the job is not there any more
         """
         number: int = self.spec["resume"]
+        directory = journal.directory_of(Path(self.logs.get_datadir()), number)
         try:
-            reader = Reader(journal.directory_of(Path(self.logs.get_datadir()), number))
-        except JournalError as exc:
+            self.claimed = journal.claim(directory)
+            reader = Reader(directory)
+        except (JournalError, OSError) as exc:
             raise InputError(f"--resume {number}: {exc}") from exc
         if self.table.job(number) is None:
             raise InputError(f"--resume {number}: the job database has no such job")
@@ -397,7 +400,10 @@ class Jobs:
                 self.note(f"job {other} cannot go on any more: its journal made room for others")
             free_bytes = shutil.disk_usage(datadir).free
             budget_bytes = min(self.spec["journal_bytes"], free_bytes // 2)
-            writer = Writer(directory, head, budget_bytes=budget_bytes)
+            if before is not None:
+                before.cut_tail()
+            claimed = self.claimed if before is not None else None
+            writer = Writer(directory, head, budget_bytes=budget_bytes, claimed=claimed)
         except (JournalError, OSError) as exc:
             if before is not None:
                 raise InputError(f"--resume {job.calc_id}: {exc}") from exc

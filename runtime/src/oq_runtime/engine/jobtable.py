@@ -120,6 +120,9 @@ class JobTable:
     def begin_again(self, number: int) -> None:
         """Forget what a job has left that did not complete: it is run again under its number."""
         self.call("DELETE FROM output WHERE oq_job_id=?x", number)
+        # or its process would be too young for it, see ``is_of``
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        self.call("update_job", number, {"start_time": now, "stop_time": None})
         self.own(number, Status.SUBMITTED)
 
     def finish(self, number: int, status: Status) -> None:

@@ -34,8 +34,6 @@ def facts(params: Mapping[str, Any], files: Iterable[Path]) -> dict[str, str]:
 
     :param params: of the engine
     :param files: all inputs
-
-    Raises OSError for an input that cannot be read.
     """
     found = {
         "the engine's version": versions.installed(),
@@ -83,7 +81,10 @@ def check(reader: Reader, now: Mapping[str, str]) -> None:
 
 def _digest(path: Path) -> str:
     hashed = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            hashed.update(piece)
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                hashed.update(piece)
+    except OSError as exc:  # the engine says so when it needs the file
+        return f"cannot be read: {exc.strerror}"
     return hashed.hexdigest()

@@ -211,11 +211,19 @@ class Writer:
     :param directory: of the journal, which may be there with what ``Reader.cut_tail`` has left
     :param head: what ``Reader.head`` is to return, in JSON
     :param budget_bytes: what the journal may take on the disk
+    :param claimed: what ``claim`` has returned for it, closed with this
 
     Raises OSError when it cannot be made, and JournalError when another process has it.
     """
 
-    def __init__(self, directory: Path, head: dict[str, Any], *, budget_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        head: dict[str, Any],
+        *,
+        budget_bytes: int,
+        claimed: int | None = None,
+    ) -> None:
         directory.mkdir(mode=0o700, exist_ok=True)
         self.directory = directory
         self.budget_bytes = budget_bytes
@@ -223,7 +231,7 @@ class Writer:
         self.number = len(segments(directory))
         self.waiting_bytes = 0
         self.stopped = ""  # why nothing more is written
-        self._claim = claim(directory)
+        self._claim = claim(directory) if claimed is None else claimed
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[Event, Buffer] | None] = queue.SimpleQueue()
         _write_atomically(directory / HEAD, _head_text(head))
