@@ -89,6 +89,7 @@ def example(tmp_path: Path, name: str = "hazard_classical") -> Path:
     [
         (lambda path: None, "No such file"),
         (lambda path: path.write_text(""), "empty"),
+        (os.mkfifo, "pipe"),
         (lambda path: path.write_text(" \n\n"), "empty"),
         (lambda path: path.mkdir(), "directory"),
         (lambda path: path.write_bytes(bytes(range(256)) * 10), "not a text file"),
@@ -99,7 +100,7 @@ def example(tmp_path: Path, name: str = "hazard_classical") -> Path:
         ),
         (lambda path: path.write_text("[general]", encoding="utf-16"), "is UTF-16; save it as"),
     ],
-    ids=["missing", "empty", "blank", "directory", "binary", "zeros", "latin-1", "utf-16"],
+    ids=["missing", "empty", "pipe", "blank", "directory", "binary", "zeros", "latin-1", "utf-16"],
 )
 def test_bad_file(
     env: dict[str, str], tmp_path: Path, make: Callable[[Path], object], word: str
@@ -500,3 +501,16 @@ def test_interrupt(env: dict[str, str], tmpdir: Path) -> None:
     assert wait_for(lambda: not session_processes(tmpdir))
     assert jobs(env)[-1][1:] == ("aborted", 0)
     assert took_s < LIMIT_INTERRUPT_S, f"{took_s:.1f} s"
+
+
+def test_relative_data_directory_and_exports_as_a_parameter(
+    env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    job = corpus("classical/case_02/job.ini")
+    options = ["-p", "exports=csv", "--export-dir", out, "--json"]
+    code, text, err = run(env | {"OQ_DATADIR": "data"}, job, *options)
+    assert code == 0, err
+    assert json.loads(text)["jobs"][0]["datastore"].startswith(f"{tmp_path}/data/")
+    assert list(out.glob("*.csv"))

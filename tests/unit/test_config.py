@@ -267,3 +267,11 @@ def test_a_file_that_cannot_be_parsed(
     monkeypatch.setenv("OQ_CONFIG_FILE", str(tmp_path / "bad.cfg"))
     with pytest.raises(ConfigError, match=r"bad\.cfg"):
         config.read()
+
+
+def test_file_that_is_not_utf8(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "openquake.cfg"
+    path.write_bytes(b"[oq_runtime]\n# caf\xe9\n")
+    monkeypatch.setenv("OQ_CONFIG_FILE", str(path))
+    with pytest.raises(ConfigError, match=f"{path} is not UTF-8, at byte 18"):
+        config.read()

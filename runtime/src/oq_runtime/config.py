@@ -132,10 +132,13 @@ def read() -> dict[str, dict[str, str]]:
     if extra := os.environ.get("OQ_CONFIG_FILE"):
         paths.append(Path(os.path.expanduser(extra)))
     parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(paths, encoding="utf8")
-    except configparser.Error as exc:
-        raise ConfigError(f"openquake.cfg: {exc}".replace("\n", " ")) from exc
+    for path in paths:
+        try:
+            parser.read(path, encoding="utf8")
+        except configparser.Error as exc:
+            raise ConfigError(f"openquake.cfg: {exc}".replace("\n", " ")) from exc
+        except UnicodeDecodeError as exc:
+            raise ConfigError(f"{path} is not UTF-8, at byte {exc.start}; save it as that") from exc
     return {section: dict(parser.items(section)) for section in parser.sections()}
 
 

@@ -48,6 +48,8 @@ def check_file(name: str) -> str:
     try:
         if path.is_dir():
             raise BadInput(f"{name} is a directory; give the job file in it")
+        if path.exists() and not path.is_file():  # whose reader may wait for ever
+            raise BadInput(f"{name} is a pipe or a device; give a job file (.ini)")
         data = path.read_bytes() if path.suffix != ".zip" else path.open("rb").read(1)
     except OSError as exc:
         raise BadInput(f"{name}: {exc.strerror}; check the path of the job file") from exc
@@ -95,7 +97,7 @@ def data_directory(sections: Mapping[str, Mapping[str, str]]) -> Path:
     Source: ``get_datadir`` in ``openquake/commonlib/logs.py`` of engine 3.26.
     """
     if given := os.environ.get("OQ_DATADIR"):
-        return Path(given)
+        return Path(given).absolute()
     shared = sections.get("directory", {}).get("shared_dir", "")
     if not shared:
         return Path.home() / "oqdata"

@@ -186,8 +186,8 @@ def main(
         "files": [checks.check_file(name) for name in files],
         "hc": hc,
         "resume": None,
-        "params": parse_params(params),
-        "exports": exports,
+        "params": (given := parse_params(params)),
+        "exports": exports or given.pop("exports", ""),
         "export_dir": str(Path(export_dir).expanduser().resolve()) if export_dir else None,
         "log_file": str(Path(log_file).expanduser().resolve()) if log_file else None,
         "log_level": log_level,
@@ -443,6 +443,8 @@ class Run:
         env = dict(os.environ)
         env[SESSION_VARIABLE] = str(directory)
         env["OQ_DISTRIBUTE"] = "no" if self.spec["dry_run"] else "zmq"
+        if "OQ_DATADIR" in env:  # the engine changes directories
+            env["OQ_DATADIR"] = str(self.datadir)
         env.setdefault("PYTHONHASHSEED", "0")  # a journal holds for the same order of sets only
         if self.settings.cluster is None:
             env["OQ_NUM_CORES"] = str(self.settings.cores)
