@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oq_runtime.errors import JournalError
+from oq_runtime.errors import ConfigError, JournalError
 from oq_runtime.files import journal
 from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Submitted, Writer
 
@@ -189,6 +189,17 @@ def test_of_somebody_else_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "calc_1.journal").chmod(0o700)
     (tmp_path / "calc_2.journal").symlink_to(tmp_path / "calc_1.journal")
     assert journal.numbers(tmp_path) == [1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="is about root")
+def test_root_keeps_none_in_the_directory_of_another() -> None:
+    """Who could put a link in its place."""
+    with tempfile.TemporaryDirectory() as name:  # where others may enter
+        os.chown(name, 65534, 65534)
+        os.chmod(name, 0o755)
+        with pytest.raises(ConfigError, match="is not root's"):
+            Writer(Path(name) / "calc_1.journal", HEAD, budget_bytes=GB)
+        assert not os.listdir(name)
 
 
 def test_makes_room(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from oq_runtime.engine.hook import activate
 from oq_runtime.engine.jobtable import JobTable, Status
 from oq_runtime.errors import (
     BrokerLost,
+    ConfigError,
     InputError,
     JournalError,
     NoWorkers,
@@ -404,7 +405,7 @@ class Jobs:
                 before.cut_tail()
             claimed = self.claimed if before is not None else None
             writer = Writer(directory, head, budget_bytes=budget_bytes, claimed=claimed)
-        except (JournalError, OSError) as exc:
+        except (ConfigError, JournalError, OSError) as exc:
             if before is not None:
                 raise InputError(f"--resume {job.calc_id}: {exc}") from exc
             self.note(f"the job runs without a journal, and cannot be resumed: {exc}")

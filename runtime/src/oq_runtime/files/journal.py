@@ -213,7 +213,8 @@ class Writer:
     :param budget_bytes: what the journal may take on the disk
     :param claimed: what ``claim`` has returned for it, closed with this
 
-    Raises OSError when it cannot be made, and JournalError when another process has it.
+    Raises ConfigError or OSError when it cannot be made, or others could exchange it, and
+    JournalError when another process has it.
     """
 
     def __init__(
@@ -224,8 +225,7 @@ class Writer:
         budget_bytes: int,
         claimed: int | None = None,
     ) -> None:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        self.directory = directory
+        self.directory = private.own(directory)
         self.budget_bytes = budget_bytes
         self.used_bytes = size(directory)
         self.number = len(segments(directory))
