@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from oq_runtime.commands.checks import BadInput
-from oq_runtime.commands.run import exports, parse_params, surveyed
+from oq_runtime.commands.lines import exports, surveyed
+from oq_runtime.commands.run import parse_params
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from rich.console import Console
 from oq_runtime import config, processes
 from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
+from oq_runtime.commands.lines import describe, exports, next_steps, place, surveyed
 from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
 from oq_runtime.engine import jobtable
@@ -38,7 +39,7 @@ from oq_runtime.files import compiling, journal, private
 from oq_runtime.files.journal import Reader
 from oq_runtime.node import memory
 from oq_runtime.session import launch
-from oq_runtime.text import MOST_NAMES, clean, grouped
+from oq_runtime.text import clean, grouped
 from oq_runtime.wire.protocol import Status
 
 EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
@@ -56,8 +57,8 @@ LOOK_SECS, ENDED_SECS = 1.0, 10.0
 STATUS_SECS = 0.3
 #: seconds to wait for a locked database in which a job is to be ended
 LOCK_SECS = 1.5
-#: characters of a line of the engine's log, and of a job's description, that are shown
-LINE_CHARACTERS, DESCRIPTION_CHARACTERS = 2000, 100
+#: characters of a line of the engine's log that are shown
+LINE_CHARACTERS = 2000
 #: lines of the engine's log that say what the display says, or nothing; and rows of its tables
 PERCENT = re.compile(r" \d+% \[\d+ submitted, \d+ queued\]$")
 EMPTY = re.compile(r"\[[^]]*\]\s*")
@@ -70,8 +71,6 @@ NO_NODE = (
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
 #: the file beside the results that has what a detached oq-run says
 OUTPUT = "oq-run_{}.log"
-#: names of exported files that are shown
-MOST_FILES = 4
 STOPPED = "oq-run is stopped, the tasks go on; fg shows them again"
 
 
@@ -295,67 +294,6 @@ def earlier(datadir: Path, number: str) -> dict[str, Any]:
     for name in asked["files"]:
         checks.check_file(name)
     return asked | {"resume": found}
-
-
-def describe(path: Path) -> str:
-    """Return the name of a job file with the description that is in it."""
-    name = str(Path(path.parent.name, path.name))
-    text = "" if path.suffix == ".zip" else path.read_text(errors="replace")
-    found = re.search(r"^\s*description\s*[=:](.*)$", text, re.MULTILINE)
-    words = clean(found[1].strip(), DESCRIPTION_CHARACTERS) if found else ""
-    return f"{name} ({words})" if words else name
-
-
-def place(settings: Config) -> str:
-    """Say where the tasks are run, and on how many slots."""
-    if settings.cluster is None:
-        return f"this machine, {counted(settings.cores, 'slot')}"
-    hosts = {host: slots for host, slots in settings.cluster.hosts.items() if slots}
-    nodes = f"{counted(len(hosts), 'node')} ({', '.join(list(hosts)[:MOST_NAMES])}"
-    nodes += ", ...)" if len(hosts) > MOST_NAMES else ")"
-    if -1 in hosts.values():
-        return f"{nodes}, on all their cores"
-    return f"{nodes}, {counted(sum(hosts.values()), 'slot')}"
-
-
-def surveyed(row: dict[str, Any]) -> str:
-    """Say how large a job is, in a line."""
-    if "mode" not in row:
-        return f"{row['file']}: its size depends on the job before it"
-    nouns = ("sites", "sources", "realizations")
-    found = [counted(row[noun], noun[:-1]) for noun in nouns if row[noun] is not None]
-    if row["parent"]:
-        found.append(f"the hazard of job {row['parent']}")
-    tasks = f"{row['tasks']} tasks" if row["tasks"] else "2 tasks a slot"
-    return f"{row['file']}: {row['mode']}, {', '.join(found)}; about {tasks} in its main phase"
-
-
-def exports(files: Sequence[str]) -> list[str]:
-    """Say what was exported, and where, a line for each directory."""
-    names: dict[str, list[str]] = {}
-    for file in files:
-        folder, _, name = file.rpartition("/")
-        names.setdefault(folder, []).append(name)
-    lines = []
-    for folder, found in names.items():
-        more = f" and {len(found) - MOST_FILES} more" if len(found) > MOST_FILES else ""
-        shown = ", ".join(found[:MOST_FILES])
-        lines.append(f"exported {counted(len(found), 'file')} to {folder}: {shown}{more}")
-    return lines
-
-
-def next_steps(row: dict[str, Any]) -> list[str]:
-    """Return the commands that show the results of a job, or export them."""
-    job, steps = row["job"], []
-    if not row["exported"]:
-        steps.append(f"export: oq engine --eos {job} DIR --exports csv")
-    if row["imts"] and any(output["name"] == "Hazard Curves" for output in row["outputs"]):
-        steps.append(f'plot: oq plot "hcurves?kind=mean&imt={row["imts"][0]}" {job}')
-    return [*steps, f"log: oq engine --show-log {job}"]
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class Run:

@@ -1,0 +1,75 @@
+"""What ``oq-run`` says of a job in a line: what and where it is, how large, what it has left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from oq_runtime.config import Config
+from oq_runtime.text import MOST_NAMES, clean
+
+#: characters of a job's description, and names of exported files, that are shown
+DESCRIPTION_CHARACTERS, MOST_FILES = 100, 4
+
+
+def describe(path: Path) -> str:
+    """Return the name of a job file with the description that is in it."""
+    name = str(Path(path.parent.name, path.name))
+    text = "" if path.suffix == ".zip" else path.read_text(errors="replace")
+    found = re.search(r"^\s*description\s*[=:](.*)$", text, re.MULTILINE)
+    words = clean(found[1].strip(), DESCRIPTION_CHARACTERS) if found else ""
+    return f"{name} ({words})" if words else name
+
+
+def place(settings: Config) -> str:
+    """Say where the tasks are run, and on how many slots."""
+    if settings.cluster is None:
+        return f"this machine, {counted(settings.cores, 'slot')}"
+    hosts = {host: slots for host, slots in settings.cluster.hosts.items() if slots}
+    nodes = f"{counted(len(hosts), 'node')} ({', '.join(list(hosts)[:MOST_NAMES])}"
+    nodes += ", ...)" if len(hosts) > MOST_NAMES else ")"
+    if -1 in hosts.values():
+        return f"{nodes}, on all their cores"
+    return f"{nodes}, {counted(sum(hosts.values()), 'slot')}"
+
+
+def surveyed(row: dict[str, Any]) -> str:
+    """Say how large a job is, in a line."""
+    if "mode" not in row:
+        return f"{row['file']}: its size depends on the job before it"
+    nouns = ("sites", "sources", "realizations")
+    found = [counted(row[noun], noun[:-1]) for noun in nouns if row[noun] is not None]
+    if row["parent"]:
+        found.append(f"the hazard of job {row['parent']}")
+    tasks = f"{row['tasks']} tasks" if row["tasks"] else "2 tasks a slot"
+    return f"{row['file']}: {row['mode']}, {', '.join(found)}; about {tasks} in its main phase"
+
+
+def exports(files: Sequence[str]) -> list[str]:
+    """Say what was exported, and where, a line for each directory."""
+    names: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        names.setdefault(folder, []).append(name)
+    lines = []
+    for folder, found in names.items():
+        more = f" and {len(found) - MOST_FILES} more" if len(found) > MOST_FILES else ""
+        shown = ", ".join(found[:MOST_FILES])
+        lines.append(f"exported {counted(len(found), 'file')} to {folder}: {shown}{more}")
+    return lines
+
+
+def next_steps(row: dict[str, Any]) -> list[str]:
+    """Return the commands that show the results of a job, or export them."""
+    job, steps = row["job"], []
+    if not row["exported"]:
+        steps.append(f"export: oq engine --eos {job} DIR --exports csv")
+    if row["imts"] and any(output["name"] == "Hazard Curves" for output in row["outputs"]):
+        steps.append(f'plot: oq plot "hcurves?kind=mean&imt={row["imts"][0]}" {job}')
+    return [*steps, f"log: oq engine --show-log {job}"]
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
