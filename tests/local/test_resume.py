@@ -23,7 +23,7 @@ from oq_runtime.files.journal import Reader
 from tests.conformance.compare import compare
 from tests.leftovers import wait_for
 
-from .test_oq_run import EXAMPLES, example, jobs, one_line, run, start
+from .test_oq_run import EXAMPLES, corpus, example, jobs, one_line, run, start
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -70,8 +70,9 @@ def undisturbed(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFa
     env = engine_home | {"TMPDIR": str(tmp_path_factory.mktemp("undisturbed"))}
     code, out, err = run(env, JOB, "--json", "--no-journal")
     assert code == 0, err
-    assert not journal.numbers(datadir(env))
-    return done(out)[1]
+    number, datastore = done(out)
+    assert number not in journal.numbers(datadir(env))
+    return datastore
 
 
 def test_goes_on_after_each_kill(env: dict[str, str], undisturbed: Path) -> None:
@@ -112,6 +113,34 @@ def test_job_that_runs_is_not_begun_again(env: dict[str, str], undisturbed: Path
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert compare(undisturbed, done(out)[1]) == []
+
+
+def test_second_job_goes_on_alone(env: dict[str, str]) -> None:
+    """From the hazard that is complete, as long as that is the same."""
+    files = [corpus(f"classical_damage/case_6a/job_{name}.ini") for name in ("haz", "risk")]
+    code, out, err = run(env, *files, "--json")
+    assert code == 0, err
+    _, undisturbed = json.loads(out)["jobs"]
+    dying = {"OQ_RUNTIME_FAULT": "before_end:6:3"}  # the second task of the risk
+    code, _, err = run(env | dying, *files, "--no-progress", "--cores=1")
+    number = last(env)
+    assert code == 1
+    assert f"oq-run --resume {number}" in err
+    kept = results(env, number)
+    assert kept > 0
+    before = datadir(env) / f"calc_{number - 1}.hdf5"
+    time_ns = before.stat().st_mtime_ns
+    before.touch()
+    code, _, err = run(env, "--resume", number)
+    assert code == 2
+    assert f"the results of job {number - 1}" in err
+    os.utime(before, ns=(time_ns, time_ns))
+    code, out, err = run(env, "--resume", number, "--json")
+    assert code == 0, err
+    assert f"took over the results of {kept} tasks" in err
+    again, datastore = done(out)
+    assert again == number
+    assert compare(Path(undisturbed["datastore"]), datastore) == []
 
 
 def begin(env: dict[str, str], job: Path = JOB) -> int:

@@ -647,10 +647,11 @@ class Run:
                 out.print(clean(line))
         if self.error:
             number = self.current or (self.jobs[-1] if self.jobs else None)
-            where = f" (oq engine --show-log {number})" if number else ""
-            click.echo(f"oq-run: {clean(self.error, LINE_CHARACTERS)}{where}", err=True)
+            where = f"oq engine --show-log {number}" if number else ""
             if number in journal.numbers(self.datadir):
-                click.echo(f"its results so far are kept: oq-run --resume {number}", err=True)
+                where += f"; to go on: oq-run --resume {number}"
+            where = f" ({where})" if where else ""
+            click.echo(f"oq-run: {clean(self.error, LINE_CHARACTERS)}{where}", err=True)
 
 
 def stop_session(directory: Path) -> None:

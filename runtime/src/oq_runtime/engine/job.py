@@ -122,7 +122,8 @@ class Jobs:
                     for one, oq in zip(params, checked, strict=True)
                 ]
             if self.before is not None:
-                resume.check(self.before, self.facts[0])
+                parent = resume.of_parent(self.table, self.parent)
+                resume.check(self.before, self.facts[0] | parent)
             self.create(params, place)
             hazard = self.rest[0]
             for job in list(self.rest):
@@ -394,7 +395,8 @@ class Jobs:
         hazard = job.params.get("hazard_calculation_id")
         spec = {name: self.spec[name] for name in ("params", "exports", "export_dir")}
         spec |= {"files": self.spec["files"][number:], "hc": hazard and str(hazard)}
-        head = {"job": job.calc_id, "spec": spec, "facts": self.facts[number]}
+        facts = self.facts[number] | resume.of_parent(self.table, hazard)
+        head = {"job": job.calc_id, "spec": spec, "facts": facts}
         before, self.before = self.before, None
         try:
             for other in journal.make_room(datadir, self.spec["journal_bytes"], job.calc_id):

@@ -18,13 +18,14 @@ from typing import Any
 import xxhash
 
 from oq_runtime.engine import messages, versions
+from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.errors import InputError
 from oq_runtime.files.journal import Reader
 
 #: packages whose version may change what the engine submits, or what a result is
 PACKAGES = ("oq-runtime", "numpy", "scipy", "pandas", "h5py", "numba", "shapely")
-#: parameters that change neither tasks nor results; ``inputs`` are looked at as files
-OTHERS = ("inputs", "base_path", "exports", "export_dir")
+#: parameters that change neither tasks nor results, or are looked at in another way
+OTHERS = ("inputs", "base_path", "exports", "export_dir", "hazard_calculation_id")
 #: bytes of a file that are read at a time
 PIECE_BYTES = 8 << 20
 
@@ -62,6 +63,22 @@ def inputs(params: Mapping[str, Any], oqparam: Any) -> list[Path]:
         with contextlib.suppress(Exception):  # a broken one: the engine says so in its own time
             found += [Path(name) for name in readinput.get_input_files(oqparam)]
     return [path.resolve() for path in found if path.is_file()]
+
+
+def of_parent(table: JobTable, parent: int | str | None) -> dict[str, str]:
+    """Return what must be the same of the job that another one starts from.
+
+    :param parent: its number, or the path of its results; None: there is none
+    """
+    if not parent:
+        return {}
+    job = table.job(int(parent)) if str(parent).isdigit() else None
+    path = Path(job.path if job else str(parent))
+    try:
+        found = path.stat()
+    except OSError as exc:  # the engine says so when it needs the file
+        return {f"the results of job {parent}": f"{exc.strerror}"}
+    return {f"the results of job {parent}": f"{found.st_size} bytes of {found.st_mtime_ns}"}
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
