@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from oq_runtime.errors import ConfigError, JournalError
 from oq_runtime.files import journal
-from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Submitted, Writer
+from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Slots, Submitted, Writer
 
 GB = 1 << 30
 HEAD = {"job": 7, "facts": {"the input a": "01"}}
@@ -57,7 +57,7 @@ def some(n: int, seed: int = 1) -> list[tuple[Event, bytes]]:
 def events() -> st.SearchStrategy[Event]:
     number = st.integers(0, 1 << 40)
     submitted = st.builds(Submitted, number, number, st.text(), st.binary(max_size=16))
-    return st.one_of(submitted, st.builds(Consumed, number, number))
+    return st.one_of(submitted, st.builds(Consumed, number, number), st.builds(Slots, number))
 
 
 @given(st.lists(st.tuples(events(), st.binary(max_size=300))))

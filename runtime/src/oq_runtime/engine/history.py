@@ -18,7 +18,16 @@ from typing import Any
 import xxhash
 
 from oq_runtime.engine.canonical import digest
-from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Record, Submitted, Writer
+from oq_runtime.files.journal import (
+    Consumed,
+    Cut,
+    Event,
+    Reader,
+    Record,
+    Slots,
+    Submitted,
+    Writer,
+)
 from oq_runtime.session.client import Session, Unchanged
 from oq_runtime.text import duration
 from oq_runtime.wire import payload
@@ -62,6 +71,20 @@ class History:
         found = cls._current
         return found if found is not None and found.pid == os.getpid() else None
 
+    def slots(self, found: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        """Return what the engine is told of the nodes: it cuts its tasks by the number of slots.
+
+        :param found: host, busy slots and slots of each node
+        """
+        if self.replaying and self.rest and isinstance(event := self.rest[0].event, Slots):
+            self.rest.popleft()
+            self.events += 1
+            return [("as then", 0, event.slots)]
+        if self.replaying:
+            self._end("the engine asks for the nodes, as it did not then" if self.rest else "")
+        self._note(Slots(sum(slots for _, _, slots in found)))
+        return found
+
     # ---- what the engine submits
 
     def submitting(
@@ -81,7 +104,8 @@ class History:
             self.events += 1
             return True
         if self.replaying:
-            self._end(f"{found.func} {number} of map {found.map} is another one than then")
+            other = f"{found.func} {number} of map {found.map} is another one than then"
+            self._end(other if self.rest else "")
         self._note(found)
         return False
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from oq_runtime.cluster import debug, pool
 from oq_runtime.config import Config
+from oq_runtime.engine.history import History
 from oq_runtime.engine.jobtable import JobTable, Status
 from oq_runtime.session.client import Session
 
@@ -50,7 +51,10 @@ def install_workerpool(workerpool: Any) -> None:
                 raise
 
         def wait(self, seconds: int = 120) -> list[tuple[str, int, int]]:
-            return pool.triples(self.pool.wait(seconds)) if self.pool else self.status()
+            if self.pool:
+                return pool.triples(self.pool.wait(seconds))
+            found, history = self.status(), History.current()
+            return history.slots(found) if history is not None else found
 
         def start(self) -> str:
             hosts = pool.answering(self.pool.start()) if self.pool else self.status()

@@ -60,6 +60,12 @@ EVENT_BYTES = 1 << 20
 COPY_BYTES = 8 << 20
 
 
+class Slots(msgspec.Struct, frozen=True, tag="slots", array_like=True):
+    """The engine was told how many worker slots there are."""
+
+    slots: int
+
+
 class Submitted(msgspec.Struct, frozen=True, tag="submitted", array_like=True):
     """A task was submitted: number ``task`` of map ``map``, and the digest of its arguments."""
 
@@ -82,7 +88,7 @@ class Cut(msgspec.Struct, frozen=True, tag="cut", array_like=True):
     events: int
 
 
-Event = Submitted | Consumed | Cut
+Event = Slots | Submitted | Consumed | Cut
 _encode = msgspec.msgpack.Encoder().encode
 _decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 KIND = 1  # of all records as yet
