@@ -24,8 +24,10 @@ class Attacks:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # in the background of a script it is ignored, and would be by all that the tests start
+    # in the background of a script, or under nohup, it is ignored, and would be by all that the
+    # tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.stash[ATTACKS] = Attacks()
 
 
