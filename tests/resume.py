@@ -10,14 +10,13 @@ Not covered: jobs that are killed (``tests/local/test_resume.py``).
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from tests.conformance.__main__ import Row, Side, choose, with_parents
+from tests.conformance.__main__ import Row, Side, choose, parser_of_jobs, with_parents
 from tests.conformance.compare import compare
 from tests.conformance.corpus import Job, list_jobs
 
@@ -36,14 +35,7 @@ def verdict(job: Job, first: Side, again: Side) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.resume")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--sample", type=int, metavar="N", help="N jobs, evenly over the modes")
-    which.add_argument("--jobs", metavar="NAMES", help="jobs by path, separated by blanks")
-    which.add_argument("--all", action="store_true", help="the whole corpus")
-    which.add_argument("--fixed", action="store_true", help="the jobs of fixed.txt (the default)")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample")
-    parser.add_argument("--cores", type=int, default=2)
+    parser = parser_of_jobs("tests.resume")
     parser.add_argument("--build", type=Path, default=Path("build/resume"))
     args = parser.parse_args()
 

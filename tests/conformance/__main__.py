@@ -181,6 +181,19 @@ def _cases(jobs: Sequence[Job], parents: dict[str, Job]) -> list[list[str | None
     return list(cases.values())
 
 
+def parser_of_jobs(program: str) -> argparse.ArgumentParser:
+    """Return a parser of what ``choose`` reads, and of the number of cores."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sample", type=int, metavar="N", help="N jobs, evenly over the modes")
+    which.add_argument("--jobs", metavar="NAMES", help="jobs by path, separated by blanks")
+    which.add_argument("--all", action="store_true", help="the whole corpus")
+    which.add_argument("--fixed", action="store_true", help="the jobs of fixed.txt (the default)")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample")
+    parser.add_argument("--cores", type=int, default=2)
+    return parser
+
+
 def choose(args: argparse.Namespace, jobs: list[Job]) -> list[Job]:
     if args.all:
         return jobs
@@ -231,14 +244,7 @@ def judge(job: Job, reference: Side, runtime: Side) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.conformance")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--sample", type=int, metavar="N", help="N jobs, evenly over the modes")
-    which.add_argument("--jobs", metavar="NAMES", help="jobs by path, separated by blanks")
-    which.add_argument("--all", action="store_true", help="the whole corpus")
-    which.add_argument("--fixed", action="store_true", help="the jobs of fixed.txt (the default)")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample")
-    parser.add_argument("--cores", type=int, default=2)
+    parser = parser_of_jobs("tests.conformance")
     parser.add_argument("--build", type=Path, default=Path("build/conformance"))
     parser.add_argument("--report", type=Path, help="JSON file with the result of each job")
     parser.add_argument("--runtime-mode", default="zmq", help=argparse.SUPPRESS)

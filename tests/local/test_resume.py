@@ -44,6 +44,8 @@ def results(env: dict[str, str], number: int) -> int:
 
 
 def last(env: dict[str, str]) -> int:
+    if not (datadir(env) / "db.sqlite3").exists():
+        return 0
     return max((number for number, *_ in jobs(env)), default=0)
 
 
@@ -174,6 +176,13 @@ def test_what_has_changed_is_named(env: dict[str, str], tmp_path: Path) -> None:
     assert code == 2
     assert "no journal" in err
     directory.chmod(0o700)
+    with sqlite3.connect(datadir(env) / "db.sqlite3") as database:
+        database.execute("UPDATE job SET status = 'complete' WHERE id = ?", [number])
+    code, _, err = run(env, "--resume", number)
+    assert code == 2
+    assert "the job is complete" in err
+    with sqlite3.connect(datadir(env) / "db.sqlite3") as database:
+        database.execute("UPDATE job SET status = 'failed' WHERE id = ?", [number])
     head = directory / journal.HEAD
     head.write_bytes(head.read_bytes().replace(b"1", b"2", 1))
     code, _, err = run(env, "--resume", number)

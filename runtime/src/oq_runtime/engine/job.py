@@ -367,8 +367,11 @@ class Jobs:
             reader = Reader(directory)
         except (JournalError, OSError) as exc:
             raise InputError(f"--resume {number}: {exc}") from exc
-        if self.table.job(number) is None:
+        job = self.table.job(number)
+        if job is None:
             raise InputError(f"--resume {number}: the job database has no such job")
+        if job.status in jobtable.COMPLETE:  # killed before it could remove its journal
+            raise InputError(f"--resume {number}: the job is complete; oq-journal prune {number}")
         self.note(f"going on with job {number}: the results of {reader.results} tasks are kept")
         return reader
 
