@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.provisioning.machine import PATH, Machine
+from tests.provisioning.machine import INVENTORY, PATH, Machine
 from tests.provisioning.roles import PLAYBOOKS, ROOT, ansible
 
 pytestmark = pytest.mark.timeout(300)
@@ -20,15 +20,6 @@ NAME = f"{INFO['namespace']}.{INFO['name']}"
 CONTENT = {"MANIFEST.json", "FILES.json", "README.md", "CHANGELOG.md", "LICENSE", "docs"}
 CONTENT |= {"inventory.example.ini", "meta", "playbooks", "roles"}
 CONTENT |= {"constraints", "runtime", "examples"}  # which the roles bring to the master
-INVENTORY = """\
-[master]
-m1 openquake_address=192.0.2.1
-[workers]
-w1 openquake_address=192.0.2.2
-[all:vars]
-ansible_connection=local
-ansible_python_interpreter=/usr/bin/python3
-"""
 
 
 @pytest.fixture(scope="module")
