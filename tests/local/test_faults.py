@@ -494,16 +494,17 @@ def test_full_data_directory(env: dict[str, str], tmp_path: Path) -> None:
     assert str(tmp_path) in one_line(err)
 
 
-@pytest.mark.parametrize("leave", [64_000, 120_000])
+@pytest.mark.parametrize("leave", [56_000, 64_000, 120_000])
 def test_data_directory_fills_up(env: dict[str, str], tmp_path: Path, leave: int) -> None:
-    # the datastore of the job takes 170 kB; with 120 kB HDF5 also crashes when Python ends
+    # the datastore of the job takes 170 kB; with 50 to 65 kB HDF5 crashes in the middle of a
+    # write, with 120 kB also when Python ends
     before = len(jobs(env)) if Path(env["OQ_DATADIR"], "db.sqlite3").exists() else 0
     with tmpfs(tmp_path, 4 << 20):
         fill(tmp_path, leave)
         code, _, err = run(env | {"OQ_DATADIR": str(tmp_path)}, corpus(SMALL), "--no-progress")
     assert code == 1, err
     line = one_line(err)
-    assert "No space left" in line or str(tmp_path) in line
+    assert "No space left" in line and str(tmp_path) in line
     assert [job[1:] for job in jobs(env)[before:]] == [("failed", 0)]
 
 

@@ -22,6 +22,8 @@ from oq_runtime.text import clean
 
 EXIT_INPUT = 2
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+#: free space of a file system in which a calculation cannot go on
+ALMOST_FULL_BYTES = 1 << 20
 #: bytes that no text has
 CONTROL = frozenset(range(32)) - frozenset(b"\t\n\f\r")
 #: by errno, what can be done besides taking another place
@@ -89,6 +91,15 @@ def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:
     if host == "127.0.0.1" and getpass.getuser() != "openquake":  # no DbServer, as in the engine
         file = Path(dbserver.get("file", "")).expanduser()
         room(file.parent, "set file in [dbserver] of openquake.cfg to another place")
+
+
+def is_full(directory: Path) -> bool:
+    """Whether nothing more than ALMOST_FULL_BYTES finds room in a directory of this user."""
+    try:
+        stat = os.statvfs(directory)
+    except OSError:
+        return False
+    return stat.f_bavail * stat.f_frsize < ALMOST_FULL_BYTES
 
 
 def data_directory(sections: Mapping[str, Mapping[str, str]]) -> Path:

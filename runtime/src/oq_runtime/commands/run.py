@@ -595,6 +595,11 @@ class Run:
                     ": the kernel was out of memory; run the job where there is more, or with "
                     "fewer --cores"
                 )
+            elif checks.is_full(self.datadir):  # HDF5 crashes in some of its writes then
+                self.error += (
+                    f": No space left on device: {self.datadir}; free space or set OQ_DATADIR to "
+                    "another directory"
+                )
             code = EXIT_FAILED
         if code and not self.error:
             self.error = f"the engine process {processes.ending(code)}"
