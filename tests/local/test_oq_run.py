@@ -275,15 +275,29 @@ def check_as_nobody(env: dict[str, str], tmp_path: Path, reachable: bool) -> Non
 # ---- users
 
 
-def as_number(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user without an entry in passwd."""
+def as_number(
+    env: dict[str, str], *command: str, nproc: int = 100
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user without an entry in passwd, with a limit of processes."""
+    become = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
     return subprocess.run(
-        ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *command],
+        ["prlimit", f"--nproc={nproc}", *become, *command],
         env=env,
         capture_output=True,
         text=True,
         cwd="/",
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_too_few_processes(env: dict[str, str]) -> None:
+    few = {"PATH": env["PATH"], "HOME": "/tmp", "OQ_DATADIR": "/tmp"}
+    job = str(EXAMPLES / "hazard_classical/job.ini")
+    command = [sys.executable, "-m", "oq_runtime.commands.run", "--no-progress", "--cores=1", job]
+    result = as_number(few, *command, nproc=12)
+    assert result.returncode == 2
+    said = "19 processes and threads are needed here, and 1 are in use of the 12 of this user"
+    assert said in one_line(result.stderr)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

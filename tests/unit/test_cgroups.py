@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from oq_runtime import cgroups, config
+from oq_runtime.errors import ConfigError
 from tests.cgroups import inside
 
 V1_CPU, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
@@ -95,7 +96,12 @@ def test_the_limit_of_processes_is_named(made: tuple[int, Path]) -> None:
     _, tmp_path = made
     (tmp_path / "cg/outer/pids.max").write_text("30\n")
     (tmp_path / "cg/outer/inner/pids.max").write_text("max\n")
+    (tmp_path / "cg/outer/pids.current").write_text("7\n")
     assert f"30 of {tmp_path}/cg/outer (pids.max)" in cgroups.process_limit(tmp_path / "proc")
+    cgroups.check_processes(5, tmp_path / "proc")
+    said = "24 processes .* needed here, and 7 are in use of the 30 of .*/cg/outer"
+    with pytest.raises(ConfigError, match=said):
+        cgroups.check_processes(6, tmp_path / "proc")
 
 
 def ask(*before: str | Path) -> tuple[int, str]:

@@ -8,15 +8,20 @@ and cgroup-v1 of Linux. Not covered: memory (``node.memory``).
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from oq_runtime.descriptors import patiently
+from oq_runtime.errors import ConfigError
 
 PROC = Path("/proc")
 #: the two versions, as the kinds of file systems that they are
 V1, V2 = "cgroup", "cgroup2"
+#: processes and threads of a job besides its workers
+JOB_PROCESSES = 18
 
 
 def own(controller: str, proc: Path = PROC) -> Iterator[tuple[str, Path]]:
@@ -64,14 +69,61 @@ def cpu_quota(proc: Path = PROC) -> tuple[float, Path] | None:
     return min(found, default=None)
 
 
-def process_limit(proc: Path = PROC) -> str:
-    """Say what bounds the number of processes and threads, for a person who may raise it."""
+@dataclass(frozen=True, slots=True)
+class ProcessLimit:
+    """A bound of the number of processes and threads.
+
+    :param of: who sets it, for a person who may raise it
+    """
+
+    most: int
+    used: int
+    of: str
+
+    def __str__(self) -> str:
+        return f"{self.most} of {self.of}"
+
+
+def process_limits(proc: Path = PROC) -> Iterator[ProcessLimit]:
+    """Yield what bounds the number of processes and threads of this user here."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    limits = [] if soft == resource.RLIM_INFINITY else [f"{soft} of this user (ulimit -u)"]
+    if soft != resource.RLIM_INFINITY and os.getuid() != 0:  # the kernel exempts root
+        yield ProcessLimit(soft, _threads(os.getuid(), proc), "this user (ulimit -u)")
     for _, directory in own("pids", proc):
         if (words := _words(directory / "pids.max")) and words != ["max"]:
-            limits.append(f"{words[0]} of {directory} (pids.max)")
-    return " and ".join(limits) or "those of the machine"
+            used = _words(directory / "pids.current") or ["0"]
+            yield ProcessLimit(int(words[0]), int(used[0]), f"{directory} (pids.max)")
+
+
+def process_limit(proc: Path = PROC) -> str:
+    """Say what bounds the number of processes and threads."""
+    return " and ".join(map(str, process_limits(proc))) or "those of the machine"
+
+
+def check_processes(slots: int, proc: Path = PROC) -> None:
+    """Raise ConfigError where fewer processes may be started than a job of ``slots`` needs.
+
+    Without a thread libzmq ends its process in the midst, by an assertion.
+
+    :param slots: of this machine
+    """
+    needed = JOB_PROCESSES + slots
+    for limit in process_limits(proc):
+        if limit.most - limit.used < needed:
+            raise ConfigError(
+                f"{needed} processes and threads are needed here, and {limit.used} are in use of "
+                f"the {limit}; raise this limit"
+            )
+
+
+def _threads(uid: int, proc: Path) -> int:
+    """Return how many threads a user has, those of processes that ``/proc`` hides left out."""
+    count = 0
+    for path in proc.glob("[1-9]*/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            stat = path.stat()
+            count += stat.st_nlink - 2 if stat.st_uid == uid else 0
+    return count
 
 
 def _words(path: Path) -> list[str]:

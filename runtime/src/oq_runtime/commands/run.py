@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from oq_runtime import config, processes
+from oq_runtime import cgroups, config, processes
 from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.lines import describe, exports, next_steps, place, surveyed
@@ -202,6 +202,7 @@ def main(
             check_cores(cores)
             sections = {"oq_runtime": sections.get("oq_runtime", {}) | {"cores": cores}}
         settings = Config.from_sections(sections)
+        cgroups.check_processes(0 if settings.cluster else settings.cores)
     except ConfigError as exc:
         ours = cores and str(exc).startswith("cores=")
         raise BadInput(f"--{exc}" if ours else str(exc)) from exc

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import zmq
 
-from oq_runtime import config, descriptors, facts, logs
+from oq_runtime import cgroups, config, descriptors, facts, logs
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
@@ -76,6 +76,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
     os.umask(0o077)
     descriptors.check(wanted)
+    cgroups.check_processes(wanted)
     descriptors.raise_limit()
     # named alike each time, so that what a killed predecessor has left is found
     name = f"oq-agent-{address}-{cluster.ctrl_port}"
