@@ -394,8 +394,23 @@ def test_a_parent_that_was_not_closed(database: Database, table: JobTable) -> No
         file.swmr_mode = True
         os._exit(0)  # as after SIGKILL
     os.waitpid(child, 0)
-    with pytest.raises(InputError, match=r"was not closed: its job was killed"):
+    with pytest.raises(InputError, match="or one was killed that wrote in it; close it"):
         jobtable.parent(table, str(path), pytest.fail)
+
+
+def test_a_parent_that_another_program_writes(
+    database: Database, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = database.path.parent / "calc_6.hdf5"
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "TRUE")
+    code = f"import h5py; file = h5py.File({str(path)!r}, 'w'); print(flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match="open for writing in another program; close it there"):
+            jobtable.parent(table, str(path), pytest.fail)
+        other.communicate(b"\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -59,6 +59,20 @@ def test_explained(exc: BaseException, text: str) -> None:
     assert messages.explain(exc) == text
 
 
+@pytest.mark.parametrize("worker", [False, True])
+def test_what_nobody_had_thought_of_says_where(worker: bool) -> None:
+    """The text of HDF5 does not say what it has not found."""
+    text = "'component not found'"
+    if worker:
+        exc: BaseException = RuntimeError(
+            WORKER.format(module="getters", name="KeyError", text=text)
+        )
+    else:
+        exc = raised(KeyError("component not found"), "getters")
+    line = "raise KeyError(text)" if worker else ""
+    assert messages.explain(exc) == f"KeyError: {text} (read in getters.py: {line})"
+
+
 @pytest.mark.parametrize("text", ["105: no element found", "first,\nthen second"])
 def test_explained_of_a_worker(text: str) -> None:
     exc = ValueError(WORKER.format(module="hazardlib/nrml", name="ValueError", text=text))

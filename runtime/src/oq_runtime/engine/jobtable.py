@@ -281,9 +281,13 @@ def check_datastore(path: Path, name: str) -> None:
         with h5py.File(path, "r"):
             pass
     except OSError as exc:
-        open_mark = "already open for write" in str(exc)
-        what = "was not closed: its job was killed while it wrote" if open_mark else "is damaged"
-        raise InputError(f"{name}: its datastore {path} {what}; run that job again") from None
+        what, remedy = "is damaged", "run that job again"
+        if "unable to lock" in str(exc):
+            what, remedy = "is open for writing in another program", "close it there"
+        elif "already open for write" in str(exc):
+            what = "is open for writing in another program, or one was killed that wrote in it"
+            remedy = "close it there, or run that job again"
+        raise InputError(f"{name}: its datastore {path} {what}; {remedy}") from None
 
 
 # ---- without the engine

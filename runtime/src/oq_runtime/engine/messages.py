@@ -6,6 +6,7 @@ several lines, and opens files whose name it does not mention when something is 
 
 from __future__ import annotations
 
+import builtins
 import codecs
 import difflib
 import errno
@@ -91,7 +92,22 @@ def explain(exc: BaseException) -> str:
     text = " ".join(text.split())
     if isinstance(exc, UNFORESEEN) or not text:
         text = f"{name}: {text}" if text else name
+    if unforeseen(text) and (trace := in_engine(exc)):
+        own = [frame for frame in trace if "/baselib/" not in frame.file]  # a library of its own
+        path, function, line = (own or trace)[-1]
+        text += f" ({function} in {path.rpartition('/openquake/')[2]}: {line})"
     return clean(text, MOST_CHARACTERS)
+
+
+def unforeseen(text: str) -> bool:
+    """Whether a text begins with the name of an error of which it alone says nothing."""
+    kind = getattr(builtins, text.partition(":")[0], None)
+    return isinstance(kind, type) and issubclass(kind, UNFORESEEN)
+
+
+def in_engine(exc: BaseException) -> list[Frame]:
+    """Return the frames of an error that are the engine's, the innermost last."""
+    return [frame for frame in frames(exc) if "/openquake/" in frame.file]
 
 
 def no_room(exc: BaseException) -> str:
@@ -138,7 +154,7 @@ def of_input(exc: BaseException) -> bool:
         return False
     if type(exc).__name__ in OF_INPUT:
         return True
-    trace = [frame for frame in frames(exc) if "/openquake/" in frame.file]
+    trace = in_engine(exc)
     if any(frame.file.endswith(READERS) for frame in trace):
         return True
     early = any(frame.function == "pre_execute" for frame in trace)
