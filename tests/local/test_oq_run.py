@@ -400,6 +400,22 @@ def test_without_streams(env: dict[str, str], tmp_path: Path) -> None:
     assert list(tmp_path.glob("calc_*.hdf5"))
 
 
+@pytest.mark.parametrize("stream, code", [(1, 1), (2, 0)])
+def test_stream_without_room(env: dict[str, str], tmp_path: Path, stream: int, code: int) -> None:
+    env = env | {"OQ_DATADIR": str(tmp_path)}
+    job = str(corpus("classical/case_02/job.ini"))
+    command = [sys.executable, "-m", "oq_runtime.commands.run", job, "--no-progress"]
+    shell = ["sh", "-c", f'exec "$@" {stream}>/dev/full', "sh", *command]
+    done = subprocess.run(shell, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert list(tmp_path.glob("calc_*.hdf5"))
+    if stream == 1:
+        said = "oq-run: stdout: No space left on device; list the jobs with oq engine --lhc"
+        assert one_line(done.stderr) == said
+    else:
+        assert " complete in " in done.stdout
+
+
 def test_import_that_takes_long(env: dict[str, str], tmp_path: Path) -> None:
     """Another process of this user has not come to the end of the first import."""
     env = env | {"XDG_CACHE_HOME": str(tmp_path)}

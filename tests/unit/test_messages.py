@@ -172,3 +172,15 @@ def test_the_file_that_is_not_utf8(tmp_path: Path) -> None:
 def test_inputs_are_nested() -> None:
     inputs = {"a": "1", "b": ["2", "3"], "c": {"d": "4", "e": ["5"]}, "f": 6}
     assert list(messages.files(inputs)) == ["1", "2", "3", "4", "5"]
+
+
+def test_files_that_a_logic_tree_names(tmp_path: Path) -> None:
+    tree = tmp_path / "tree.xml"
+    tree.write_text("<uncertaintyModel>sources.xml\n area.xml</uncertaintyModel>")
+    (tmp_path / "sources.xml").write_bytes("<sourceModel name='\xe9'>".encode("latin-1"))
+    exc = ValueError(f"filename '{tree}', line 1: 'utf-8' codec can't decode byte 0xe9")
+    assert f"{tmp_path}/sources.xml is not UTF-8 at byte 19" in messages.encoding(exc, [str(tree)])
+    assert messages.no_file([str(tree), str(tmp_path)]) == ""
+    os.mkfifo(tmp_path / "area.xml")
+    assert f"{tmp_path}/area.xml is not a file" in messages.no_file([str(tree)])
+    assert "/dev/zero is not a file" in messages.no_file(["/dev/zero"])

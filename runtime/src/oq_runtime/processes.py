@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import signal
 import sys
@@ -28,14 +29,33 @@ class Process:
     started_s: float
 
 
-def open_standard() -> None:
-    """Give this process an empty stdin, stdout or stderr where it was started without one.
+class Lossy(io.TextIOWrapper):
+    """A stream that loses what it cannot write: its terminal is gone, or its disk full."""
 
-    What it opens next would have that number, and be taken for it by what it starts.
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def open_standard() -> None:
+    """Give this process streams by which it does not come to harm.
+
+    An empty stdin, stdout or stderr where it was started without one: what it opens next would
+    have that number, and be taken for it by what it starts. And nothing ends it that it cannot
+    write to stderr.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    given = sys.stderr
+    if isinstance(given, io.TextIOWrapper):
+        encoding, errors = given.encoding, given.errors
+        sys.stderr = Lossy(given.detach(), encoding, errors, line_buffering=True)
 
 
 def exists(pid: int) -> bool:

@@ -219,10 +219,16 @@ def main(
     )
     call.announce()
     code = call.execute()
-    if as_json:
-        print_json(code, call.error, call.surveys if dry_run else call.finished)
-    else:
-        call.print_summary()
+    try:
+        if as_json:
+            print_json(code, call.error, call.surveys if dry_run else call.finished)
+        else:
+            call.print_summary()
+        sys.stdout.flush()
+    except OSError as exc:  # what has been calculated stays
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        click.echo(f"oq-run: stdout: {exc.strerror}; list the jobs with oq engine --lhc", err=True)
+        code = code or EXIT_FAILED
     sys.exit(code)
 
 

@@ -286,6 +286,8 @@ class Jobs:
         from openquake.commonlib.oqvalidation import OqParam
 
         path = params["inputs"]["job_ini"]
+        if wrong := messages.no_file(messages.files(params["inputs"])):
+            raise InputError(self.about(path, wrong))
         checked = None
         try:
             with Ignored() as ignored, contextlib.suppress(*[Exception] if lacking else []):
@@ -422,7 +424,8 @@ def created_in(exc: BaseException) -> set[int]:
     """Return the numbers of the jobs that the engine created before it failed to create one."""
     frames = [frame for frame, _ in traceback.walk_tb(exc.__traceback__)]
     values = [value for frame in frames for value in frame.f_locals.values()]
-    return {value.calc_id for value in values if type(value).__name__ == "LogContext"}
+    contexts = [value for value in values if type(value).__name__ == "LogContext"]
+    return {value.calc_id for value in contexts if hasattr(value, "calc_id")}
 
 
 def summary(logs: Any, job_id: int, started_s: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import codecs
+import contextlib
 import difflib
 import errno
 import linecache
@@ -56,6 +57,9 @@ IGNORED = (
 EXPORT = "set another directory in the job file or with --export-dir"
 #: of the files that people edit
 TEXTS = (".csv", ".ini", ".txt", ".xml")
+#: of an XML file in which the names of others are looked for
+MOST_BYTES = 4 << 20
+FILE_NAME = re.compile(r"[^\s<>\"']+\.(?:csv|hdf5|xml)")
 FRAME = re.compile(r'^  File "(.+)", line \d+, in (.+)\n(?:    (.*)\n)?', re.MULTILINE)
 
 
@@ -182,9 +186,12 @@ def encoding(exc: BaseException, inputs: Iterable[str]) -> str:
     """
     # a worker's UnicodeDecodeError cannot be raised again with a text, which is a TypeError
     if re.search(r"codec can't decode|function takes exactly 5 arguments", str(exc)):
-        for path in map(Path, inputs):
-            if path.suffix in TEXTS and (wrong := not_utf8(path, path.read_bytes())):
-                return clean(wrong)
+        for given in map(Path, inputs):
+            for path in (given, *named_in(given)):
+                if not (path.suffix in TEXTS and path.is_file()):
+                    continue
+                if wrong := not_utf8(path, path.read_bytes()):
+                    return clean(wrong)
     return ""
 
 
@@ -212,6 +219,23 @@ def files(inputs: object) -> Iterator[str]:
     elif isinstance(inputs, list | tuple):
         for one in inputs:
             yield from files(one)
+
+
+def named_in(path: Path) -> Iterator[Path]:
+    """Yield the files that a small XML file names, such as a logic tree those of its sources."""
+    with contextlib.suppress(OSError):
+        if path.suffix == ".xml" and path.is_file() and path.stat().st_size < MOST_BYTES:
+            for name in dict.fromkeys(FILE_NAME.findall(path.read_text(errors="replace"))):
+                yield path.parent / name
+
+
+def no_file(inputs: Iterable[str]) -> str:
+    """Say which input would be waited for without an end, such as a pipe; nothing: none would."""
+    for path in map(Path, inputs):
+        for one in (path, *named_in(path)):
+            if one.exists() and not (one.is_file() or one.is_dir()):
+                return clean(f"{one} is not a file, but a pipe or device; give a file")
+    return ""
 
 
 def not_utf8(path: Path, data: bytes) -> str:
