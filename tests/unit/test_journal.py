@@ -203,9 +203,11 @@ def test_root_keeps_none_in_the_directory_of_another() -> None:
 
 
 def test_makes_room(tmp_path: Path) -> None:
-    for number in range(1, 5):
+    for number in range(1, 6):
         write(tmp_path / f"calc_{number}.journal", some(20))
     size = journal.size(tmp_path / "calc_1.journal")
     (tmp_path / "calc_3.journal" / journal.HEAD).unlink()
-    assert journal.make_room(tmp_path, size + 1, but=4) == [3, 1]
-    assert journal.numbers(tmp_path) == [2, 4]
+    assert journal.make_room(tmp_path, 2 * size, 5, lambda number: number == 4) == []
+    assert journal.numbers(tmp_path) == [1, 2, 5]  # 3 has no head, 4 was deleted
+    assert journal.make_room(tmp_path, size + 1, 5, lambda _: False) == [1]
+    assert journal.numbers(tmp_path) == [2, 5]

@@ -403,11 +403,17 @@ class Jobs:
         facts = self.facts[number] | resume.of_parent(self.table, hazard)
         head = {"job": job.calc_id, "spec": spec, "facts": facts}
         before, self.before = self.before, None
+
+        def deleted(other: int) -> bool:  # a row may be in another database
+            gone = not (datadir / f"calc_{other}.hdf5").exists()
+            return gone and self.table.job(other) is None
+
+        most_bytes = self.spec["journal_bytes"]
         try:
-            for other in journal.make_room(datadir, self.spec["journal_bytes"], job.calc_id):
+            for other in journal.make_room(datadir, most_bytes, job.calc_id, deleted):
                 self.note(f"job {other} cannot go on any more: its journal made room for others")
             free_bytes = shutil.disk_usage(datadir).free
-            budget_bytes = min(self.spec["journal_bytes"], free_bytes // 2)
+            budget_bytes = min(most_bytes, free_bytes // 2)
             if before is not None:
                 before.cut_tail()
             claimed = self.claimed if before is not None else None

@@ -27,7 +27,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -176,20 +176,25 @@ def remove(directory: Path) -> bool:
     return True
 
 
-def make_room(datadir: Path, most_bytes: int, but: int) -> list[int]:
+def make_room(
+    datadir: Path, most_bytes: int, but: int, deleted: Callable[[int], bool]
+) -> list[int]:
     """Delete the oldest journals until all others together have so many bytes at most.
 
     :param but: the calculation whose journal stays
-    :returns: the calculations whose journal was deleted
+    :param deleted: whether a calculation is no more, so that its journal is of no use
+    :returns: the calculations that cannot go on any more
     """
     directories = {n: directory_of(datadir, n) for n in numbers(datadir) if n != but}
+    for number, directory in list(directories.items()):
+        # without a head: its process was killed when it began
+        useless = not (directory / HEAD).exists() or deleted(number)
+        if useless and remove(directory):
+            del directories[number]
     sizes = {number: size(directory) for number, directory in directories.items()}
-    # without a head: its process was killed when it began
-    useless = [number for number in sizes if not (directories[number] / HEAD).exists()]
     removed = []
-    for number in (*useless, *(number for number in sizes if number not in useless)):
-        wanted = number in useless or sum(sizes.values()) > most_bytes
-        if wanted and remove(directories[number]):
+    for number, directory in directories.items():
+        if sum(sizes.values()) > most_bytes and remove(directory):
             del sizes[number]
             removed.append(number)
     return removed
