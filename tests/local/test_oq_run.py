@@ -456,7 +456,7 @@ def test_names_of_the_engine_exports_and_next_commands(env: dict[str, str], tmp_
     assert not list(Path("/tmp").glob(f"hazard_curve-mean*_{number}.csv"))
     oq = Path(sys.executable).with_name("oq")
     plot = re.search(r"^plot: oq plot (.*)$", out, re.MULTILINE)
-    assert plot, out
+    assert plot and plot[1].endswith(f" {number} -s hcurves_{number}.png"), out
     log = ("engine", "--show-log", str(number))
     for command in (("plot", *shlex.split(plot[1])), log):
         shown_by = subprocess.run(
@@ -467,6 +467,7 @@ def test_names_of_the_engine_exports_and_next_commands(env: dict[str, str], tmp_
             cwd=tmp_path,
         )
         assert shown_by.returncode == 0, shown_by.stderr
+    assert (tmp_path / f"hcurves_{number}.png").stat().st_size
 
 
 def test_dry_run(env: dict[str, str], tmp_path: Path) -> None:

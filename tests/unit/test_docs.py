@@ -1,4 +1,4 @@
-"""The documents show what the code has: the wire and its states, the settings.
+"""The documents show what the code has: the wire, its states, the settings; their links lead on.
 
 ``python -m tests.unit.test_docs`` writes the diagram and the table anew.
 """
@@ -17,9 +17,12 @@ from oq_runtime.session import peer
 from oq_runtime.settings import KEYS, Key
 from oq_runtime.wire import protocol
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 PAGE, SETTINGS = DOCS / "protocol.md", DOCS / "configuration.md"
 BLOCK = re.compile(r"```mermaid\n.*?```", re.DOTALL)
+#: of a link to a file of this repository
+LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 TABLE = re.compile(r"^\| key \| default \|.*?\n(?=\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -71,6 +74,35 @@ def _default(key: Key) -> str:
 
 def test_settings_are_those_that_are_read() -> None:
     assert TABLE.findall(SETTINGS.read_text()) == [settings()]
+
+
+def pages() -> list[Path]:
+    """Every page in the language of Markdown that is ours."""
+    folders = ("benchmarks", "docs", "molecule", "playbooks", "roles", "runtime", "tests")
+    found = [page for folder in folders for page in (ROOT / folder).rglob("*.md")]
+    return [*ROOT.glob("*.md"), *found]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind the # of a page: its headings."""
+    headings = re.findall(r"^#+ +(.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    dead = []
+    for page in pages():
+        for target in LINK.findall(page.read_text()):
+            path, _, anchor = target.partition("#")
+            to = (page.parent / path).resolve() if path else page
+            if not to.exists() or (anchor and anchor not in anchors(to)):
+                dead.append(f"{page.relative_to(ROOT)}: {target}")
+    assert dead == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = set(LINK.findall((DOCS / "README.md").read_text()))
+    assert {page.name for page in DOCS.glob("*.md")} - index == {"README.md"}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from oq_runtime.text import MOST_NAMES, clean
 #: characters of a job's description, and names of exported files, that are shown
 DESCRIPTION_CHARACTERS, MOST_FILES = 100, 4
 
+#: what oq plot draws, by the output that it needs; the first that there is
+PLOTS = {"Hazard Maps": "hmaps", "Hazard Curves": "hcurves"}
+
 
 def describe(path: Path) -> str:
     """Return the name of a job file with the description that is in it."""
@@ -66,8 +69,14 @@ def next_steps(row: dict[str, Any]) -> list[str]:
     job, steps = row["job"], []
     if not row["exported"]:
         steps.append(f"export: oq engine --eos {job} DIR --exports csv")
-    if row["imts"] and any(output["name"] == "Hazard Curves" for output in row["outputs"]):
-        steps.append(f'plot: oq plot "hcurves?kind=mean&imt={row["imts"][0]}" {job}')
+    named = {output["name"] for output in row["outputs"]}
+    for name, what in PLOTS.items():
+        if row["imts"] and name in named:
+            picture = f"{what}_{job}.png"
+            steps.append(
+                f'plot: oq plot "{what}?kind=mean&imt={row["imts"][0]}" {job} -s {picture}'
+            )
+            break
     return [*steps, f"log: oq engine --show-log {job}"]
 
 
