@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit local cluster attack coverage conformance resume chaos bench bench-peers simulate \
+.PHONY: help demo test docs lint types unit local cluster attack coverage conformance resume chaos bench bench-peers simulate \
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
 	@echo "make system-test  a cluster of real kernels, row by row (ROWS=expression: some of them)"
 	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
+	@echo "make docs         the documentation for a browser, in build/docs"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
 	@echo "make clean        remove build/ and caches (virtual environments stay)"
 
@@ -79,6 +80,13 @@ venv: $(STAMP)
 	@.venv-provision/bin/python -m pip install $(PIP_FLAGS) -r constraints/provision.txt
 	@touch $@
 
+.venv-docs/.stamp: constraints/docs.txt
+	@echo "making .venv-docs with Sphinx"
+	@rm -rf .venv-docs
+	@$(call MAKE_VENV,.venv-docs)
+	@.venv-docs/bin/python -m pip install $(PIP_FLAGS) -r constraints/docs.txt
+	@touch $@
+
 # The packages of an engine series, for clusters without Internet; FOR_PYTHON=3.12 where their
 # Python is another one than here.
 wheelhouse: build/wheelhouse/$(ENGINE)/.stamp
@@ -97,8 +105,12 @@ demo: $(STAMP)
 
 # The contract lane also runs under the two older engine series.
 test:
-	@$(MAKE) --no-print-directory --jobs=4 $(ALL_STAMPS) .venv-provision/.stamp
+	@$(MAKE) --no-print-directory --jobs=4 $(ALL_STAMPS) .venv-provision/.stamp .venv-docs/.stamp
 	@.venv/bin/python tests/lanes.py
+
+docs: .venv-docs/.stamp
+	@.venv-docs/bin/python -m sphinx -q -W --keep-going docs build/docs
+	@echo "build/docs/README.html"
 
 lint: $(STAMP)
 	$(VENV)/bin/python -m ruff check .

@@ -40,8 +40,10 @@ CONFORMANCE = (("tests.conformance", "--fixed"),)
 MOLECULE = (("molecule/run", "test"),)
 CLUSTER = (("pytest", "-rs", "-m", "not slow and not attack", "tests/cluster"),)
 ATTACK = (("pytest", "-rs", "-m", "attack and not slow", "tests/local", "tests/cluster"),)
+DOCS = ("sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")
 LANES = (
     Lane("lint", "tests", (("ruff", "check", "."), ("ruff", "format", "--check", "."))),
+    Lane("docs", "docs/conf.py", (DOCS,), ".venv-docs"),
     Lane("types", "runtime/src", (("mypy",),)),
     Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
     Lane("local", "tests/local", (("pytest", "-m", "not attack", "tests/local"),)),
