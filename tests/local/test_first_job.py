@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/first-job.md"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_commands_of_the_page(env: dict[str, str], tmp_path: Path) -> None:
     commands = re.findall(r"^    (.+)$", PAGE.read_text(), re.MULTILINE)
     assert commands[0] == "make demo"

@@ -89,6 +89,7 @@ class Config:
     :param journal_bytes: of results of a job that are kept until it is complete
     :param limits: for broker and agents
     :param log_level: for broker and agents
+    :param notify: to whom, or to what, the end of a job is told
     :param cluster: None: this machine alone
     """
 
@@ -97,6 +98,7 @@ class Config:
     journal_bytes: int = 20 * 10**9
     limits: Limits = DEFAULTS
     log_level: logs.Level = "info"
+    notify: str = ""
     cluster: Cluster | None = None
 
     @classmethod
@@ -113,6 +115,7 @@ class Config:
             journal_bytes=int(own.journal_gb * 1e9),
             limits=own.limits,
             log_level=own.log_level,
+            notify=own.notify,
             cluster=Cluster.from_sections(sections) if distribute == "zmq" else None,
         )
 

@@ -60,6 +60,14 @@ class Settings(Limits):
         logs.Level, Meta(description="the least that the logs of agents and brokers tell")
     ] = "info"
 
+    notify: Annotated[
+        str,
+        Meta(
+            description="what tells of the end of the jobs of an `oq-run`: a command, which is "
+            "given a JSON object on stdin, a mail address, or a URL to which the object is posted"
+        ),
+    ] = ""
+
     @property
     def limits(self) -> Limits:
         """The limits alone."""

@@ -31,6 +31,7 @@ from oq_runtime import cgroups, config, processes
 from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.lines import describe, exports, next_steps, place, surveyed
+from oq_runtime.commands.notice import Notice
 from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
 from oq_runtime.engine import jobtable
@@ -43,6 +44,7 @@ from oq_runtime.text import clean, grouped
 from oq_runtime.wire.protocol import Status
 
 EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
+STATES = {0: jobtable.Status.COMPLETE, EXIT_INTERRUPTED: jobtable.Status.ABORTED}
 #: seconds that an interrupted engine process has to end by itself
 STOP_SECS = 2.5
 #: seconds after which a node that is missing, or a wait, is worth a line
@@ -353,6 +355,8 @@ class Run:
         self.aborted = False  # from elsewhere
         self.loaded = False  # the engine, or it was said that this takes long
         self.oom_kills = memory.oom_kills()
+        self.notice: Notice | None = None
+        self.began_s = time.monotonic()
 
     def announce(self) -> None:
         """Say what is run, where, on how many slots: long before the engine is there."""
@@ -376,13 +380,21 @@ class Run:
             self.display.close()
             self.error = str(exc)
             return EXIT_INPUT if isinstance(exc, ConfigError) else EXIT_NO_WORKERS
+        if self.settings.notify and not self.spec["dry_run"]:
+            self.notice = Notice(self.settings.notify)
         try:
-            return self._engine(directory)
+            code = self._engine(directory)
         finally:
             self.display.close()
             # broker and agent end with this process; do not wait for that when the caller may
             # import us, and let nothing of the session outlive the command
             stop_session(directory)
+        if self.notice is not None:
+            state = STATES.get(code, jobtable.Status.FAILED)
+            seconds = round(time.monotonic() - self.began_s, 1)
+            if unsent := self.notice.end(state=state, error=self.error, seconds=seconds):
+                self._print(f"the notice of [oq_runtime] notify could not be sent: {unsent}")
+        return code
 
     def _engine(self, directory: Path) -> int:
         env = dict(os.environ)
@@ -548,6 +560,9 @@ class Run:
                 self._print(row["text"])
             case "created":
                 self.jobs.append(row["job"])
+                if self.notice is not None:
+                    given = "; ".join(describe(Path(file)) for file in self.spec["files"])
+                    self.notice.add(jobs=self.jobs, description=given)
                 assert self.directory is not None
                 sessions.note(self.directory, row["job"], row["database"])
                 if self.tell is not None:

@@ -1,0 +1,130 @@
+"""The notice at the end of a job: by a command, a webhook and a mail, and when oq-run is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oq_runtime.commands import notice
+from tests.leftovers import wait_for
+from tests.local.test_oq_run import EXAMPLES, corpus, run, start
+
+TINY = "classical/case_02/job.ini"
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Path:
+    """A command that keeps what it is given, and openquake.cfg that names it."""
+    command = tmp_path / "tell"
+    command.write_text(f"#!/bin/sh\ncat >{tmp_path}/part && mv {tmp_path}/part {tmp_path}/told\n")
+    command.chmod(0o755)
+    (tmp_path / "openquake.cfg").write_text(f"[oq_runtime]\nnotify = {command}\n")
+    return tmp_path / "told"
+
+
+def notified(env: dict[str, str], folder: Path) -> dict[str, str]:
+    return env | {"OQ_CONFIG_FILE": str(folder / "openquake.cfg")}
+
+
+def test_command_at_the_end(env: dict[str, str], told: Path) -> None:
+    code, out, err = run(notified(env, told.parent), corpus(TINY), "--json")
+    assert code == 0, err
+    [job] = json.loads(out)["jobs"]
+    said = json.loads(told.read_text())
+    assert said["jobs"] == [job["job"]]
+    assert (said["state"], said["error"]) == ("complete", "")
+    assert said["text"].startswith(f"job {job['job']} complete after ")
+    assert "case_02/job.ini" in said["description"]
+
+
+def test_no_job_no_notice(env: dict[str, str], told: Path) -> None:
+    code, _, _ = run(notified(env, told.parent), corpus(TINY), "-p", "truncation_level=x")
+    assert code == 2
+    assert not told.exists()
+
+
+def test_oq_run_is_killed(env: dict[str, str], told: Path, tmp_path: Path) -> None:
+    many = "ses_per_logic_tree_path=100000"
+    job = EXAMPLES / "event_based_risk/job.ini"
+    process = start(notified(env, told.parent), job, "-p", many, "--no-progress")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "Running " in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert wait_for(told.exists, 20)
+    said = json.loads(told.read_text())
+    assert (said["state"], said["error"]) == ("failed", "oq-run was killed")
+
+
+def test_notice_that_cannot_be_sent(env: dict[str, str], told: Path) -> None:
+    (told.parent / "tell").write_text("#!/bin/sh\nexit 3\n")
+    code, _, err = run(notified(env, told.parent), corpus(TINY), "--no-progress")
+    assert code == 0
+    assert "the notice of [oq_runtime] notify could not be sent: " in err
+    assert "returned non-zero exit status 3" in err
+
+
+class Hook(BaseHTTPRequestHandler):
+    """Keeps what is posted; refuses at /no."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.posted = json.loads(body)  # type: ignore[attr-defined]
+        self.send_response(500 if self.path == "/no" else 204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def sent(target: str, **facts: Any) -> str:
+    one = notice.Notice(target)
+    one.add(jobs=[7], description="a/job.ini")
+    return one.end(**({"state": "complete", "error": "", "seconds": 61} | facts))
+
+
+def test_webhook() -> None:
+    with HTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert sent(url) == ""
+        assert server.posted["text"].startswith("job 7 complete after 1 min 1 s on ")  # type: ignore[attr-defined]
+        assert sent(f"{url}/no") == "HTTP Error 500: Internal Server Error"
+        server.shutdown()
+    assert "refused" in sent(url)
+
+
+def test_mail(tmp_path: Path) -> None:
+    """By the program that sends mails, here one that keeps it."""
+    program = tmp_path / "sendmail"
+    program.write_text(f'#!/bin/sh\n[ "$*" = "-t -i" ] && cat >{tmp_path}/mail\n')
+    program.chmod(0o755)
+    code = (
+        f"from oq_runtime.commands import notice; notice.SENDMAIL = {str(program)!r}; notice.main()"
+    )
+    lines = [
+        {"target": "anna@example.org"},
+        {"jobs": [7, 8], "state": "failed", "error": "no\nroom"},
+    ]
+    subprocess.run(
+        [sys.executable, "-c", code],
+        input="".join(f"{json.dumps(line)}\n" for line in lines),
+        text=True,
+        check=True,
+        env=os.environ,
+    )
+    mail = (tmp_path / "mail").read_text()
+    assert "To: anna@example.org" in mail
+    assert "Subject: jobs 7, 8 failed on " in mail and ": no room\n" in mail
