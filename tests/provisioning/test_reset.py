@@ -1,0 +1,93 @@
+"""``reset.yml`` takes off all that the roles have put on the hosts, but data and accounts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.provisioning.machine import role
+from tests.provisioning.machines import Machines
+from tests.provisioning.roles import failures
+
+pytestmark = pytest.mark.timeout(400)
+
+RESET = "playbooks/reset.yml"
+#: as the roles leave a host; the service notes its end
+INSTALLED = r"""
+groupadd --gid 880 openquake
+useradd --uid 880 --gid openquake --home /var/lib/openquake openquake
+install -d -o openquake -g openquake /var/lib/openquake /var/cache/openquake
+install -d -m 0700 /var/lib/openquake-ansible /etc/openquake/ssh
+mkdir -p /etc/systemd/system/nftables.service.d
+echo secret >/etc/openquake/authkey
+echo '[Service]' >/etc/systemd/system/nftables.service.d/openquake.conf
+printf '[Service]\nExecStart=sleep infinity\n' >/etc/systemd/system/openquake-$1.service
+systemctl start openquake-$1.service
+"""
+MASTER = """
+mkdir -p /opt/openquake/venv-old/bin
+cd /opt/openquake
+ln -s venv-old venv
+ln -s venv-new changing-from
+touch openquake.cfg venv/bin/oq
+ln -s /opt/openquake/venv/bin/oq /usr/bin/oq
+runuser -u openquake -- sh -c 'umask 077; mkdir ~/oqdata; touch ~/oqdata/db.sqlite3'
+"""
+DATABASE = "/var/lib/openquake/oqdata/db.sqlite3"
+JOB = f"""python3 -c "import sqlite3
+with sqlite3.connect('{DATABASE}') as database:
+    database.execute('CREATE TABLE job (id, status)')
+    database.execute('INSERT INTO job VALUES (7, ?)', ('executing',))"
+"""
+#: what of the cluster is on a host
+TRACES = (
+    "ls -d /etc/openquake /usr/bin/oq* /var/cache/openquake* /var/lib/openquake-ansible"
+    " /etc/systemd/system/*openquake* /etc/systemd/system/nftables.service.d /opt/openquake"
+    " 2>/dev/null || true; pgrep -lu openquake || true"
+)
+YES = ("-e", "openquake_reset_confirmation=yes")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    made = Machines(tmp_path_factory.mktemp("reset"), openquake_shared_dir="/oq_shared")
+    try:
+        for name, service in ("m1", "dbserver"), ("w1", "worker"), ("w2", "worker"):
+            made[name].sh(INSTALLED.replace("$1", service))
+        made["m1"].sh(MASTER)
+        yield made
+    finally:
+        made.close()
+
+
+def test_refused_without_a_yes_and_while_a_job_runs(cluster: Machines) -> None:
+    machine = cluster["m1"]
+    before = cluster.sh(TRACES)
+    machine.sh(f"cp -p {DATABASE} /tmp/empty; {JOB}")
+    done = cluster.play(RESET)
+    assert failures(done.stdout)[0].startswith("Nothing was changed; answer yes"), done.stdout
+    done = cluster.play(RESET, *YES)
+    assert failures(done.stdout)[0].startswith("Job 7 is running; wait for it"), done.stdout
+    machine.sh(f"cp -p /tmp/empty {DATABASE}")
+    assert cluster.sh(TRACES) == before
+
+
+def test_taken_down(cluster: Machines) -> None:
+    """An empty job database, which a first run has left that was killed, runs no job."""
+    done = cluster.play(RESET, *YES)
+    assert done.returncode == 0, done.stdout
+    assert cluster.sh(TRACES) == {"m1": "", "w1": "", "w2": ""}
+    assert cluster["m1"].can(f"test -e {DATABASE}", "openquake")
+
+
+def test_account_that_still_has_processes(cluster: Machines) -> None:
+    """userdel refuses then; one that does not mind SIGTERM is ended as well."""
+    machine = cluster["m1"]
+    for script in "sleep 999", "trap : TERM; while sleep 1; do :; done":
+        machine.sh(f"runuser -u openquake -- sh -c '{script}' >/dev/null 2>&1 &")
+    done = machine.play(role("openquake_user", "remove"), openquake_user_remove_account=True)
+    assert done.returncode == 0, done.stdout
+    assert not machine.can("getent passwd openquake || test -e /var/lib/openquake", "root")
+    again = machine.play(role("openquake_user", "remove"), openquake_user_remove_account=True)
+    assert "changed=0" in again.stdout, again.stdout
