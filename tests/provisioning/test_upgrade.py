@@ -136,7 +136,21 @@ def running(cluster: Machines, *names: str) -> list[str]:
 ALL = ["m1", "w1", "w2"]
 
 
+#: one of long ago, one that a process uses, two that are half built, the second right now
+OTHERS = """
+cd /opt/openquake
+mkdir -p venv-older venv-used venv-half/packages venv-building/packages
+touch venv-older/.complete
+cp /bin/sleep venv-used/sleep
+/opt/openquake/venv-used/sleep 999 >/dev/null 2>&1 &
+touch venv-half/packages/lock
+flock venv-building/packages/lock sleep 999 >/dev/null 2>&1 &
+"""
+
+
 def test_change(cluster: Machines) -> None:
+    """What nothing uses goes; the environment of before stays, to go back to."""
+    cluster["m1"].sh(OTHERS)
     done = cluster.play(UPGRADE)
     assert done.returncode == 0, done.stdout
     assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
@@ -144,6 +158,8 @@ def test_change(cluster: Machines) -> None:
     again = cluster.play(UPGRADE)
     assert again.returncode == 0
     assert again.stdout.count("changed=0") == 4, again.stdout
+    left = cluster["m1"].sh("cd /opt/openquake; ls -d venv-*").split()
+    assert left == ["venv-building", "venv-new", "venv-old", "venv-used"]
 
 
 def test_environment_that_does_not_work_is_taken_back(cluster: Machines) -> None:
