@@ -72,3 +72,19 @@ def test_directory_for_temporary_files_must_be_there(machine: Machine) -> None:
     assert "openquake_custom_tmp=/srv/scratch is no directory here" in failures(done.stdout)[0]
     machine.sh("mkdir /srv/scratch")
     assert machine.play(validate, openquake_custom_tmp="/srv/scratch").returncode == 0
+
+
+def test_little_space_and_a_number_for_people_are_told(machine: Machine) -> None:
+    """With figures, and nothing fails."""
+    machine.sh("mount -t tmpfs -o size=300m small /tmp; mkdir /oq_shared")
+    machine.sh("mount -t tmpfs -o size=3000m small /oq_shared")
+    parts = role("openquake", "storage"), role("openquake_user", "validate")
+    done = machine.play(*parts, openquake_uid=1880, openquake_shared_dir="/oq_shared/results")
+    assert done.returncode == 0, done.stdout
+    assert "/oq_shared/results has 3.1 GB free for results, less than 20.0 GB" in done.stdout
+    assert "/tmp has 0.3 GB free for temporary files, less than 2.0 GB" in done.stdout
+    assert "openquake_uid=1880 is above 999" in done.stdout
+    assert "partition of its own" not in done.stdout
+    done = machine.play(*parts, openquake_shared_dir="/srv")
+    assert "/srv is in the file system of the system" in done.stdout, done.stdout
+    assert "is above 999" not in done.stdout
