@@ -1,12 +1,15 @@
-"""The script that makes an environment: one build at a time, whoever was interrupted."""
+"""The script that makes an environment: one build at a time, which ends with its playbook."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.leftovers import wait_for
 from tests.provisioning.roles import ROOT
 
 pytestmark = pytest.mark.timeout(60)
@@ -32,4 +35,33 @@ def test_two_builds_of_one_environment(tmp_path: Path) -> None:
     builds = [subprocess.Popen(command) for _ in range(3)]
     assert [build.wait() for build in builds] == [0, 0, 0]
     assert (tmp_path / "packages/log").read_text() == "begin\nend\n"
+    assert (tmp_path / ".complete").exists()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_build_ends_with_the_connection_of_its_playbook(tmp_path: Path, terminal: bool) -> None:
+    """Half of it is not complete, and does not hold up the next one."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/engine-3.26.txt").touch()
+    for name, text in (
+        ("python", PYTHON.replace("sleep 1;", f"sleep 50; touch {tmp_path}/packages/late;")),
+        ("quick", PYTHON),
+        ("sshd-session", '#!/bin/sh\n"$@"\nexit\n'),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "packages/log"
+    command = ["sh", str(SCRIPT), str(tmp_path / "python"), str(tmp_path)]
+    server = subprocess.Popen([str(tmp_path / "sshd-session"), *command], start_new_session=True)
+    assert wait_for(log.exists, 20)
+    if terminal:
+        os.killpg(server.pid, signal.SIGHUP)
+    else:
+        server.kill()
+    server.wait()
+    lock = ["flock", "--nonblock", str(tmp_path / "packages/lock"), "true"]
+    assert wait_for(lambda: subprocess.run(lock).returncode == 0, 20)
+    assert not (tmp_path / ".complete").exists()
+    subprocess.run(["sh", str(SCRIPT), str(tmp_path / "quick"), str(tmp_path)], check=True)
+    assert log.read_text() == "begin\nbegin\nend\n"
     assert (tmp_path / ".complete").exists()

@@ -2,10 +2,40 @@
 # Make a virtual environment of the packages that lie in its directory packages/.
 # Arguments: PYTHON DIRECTORY [gdal]
 set -eu
+
+# The processes from this one up to the server of the connection, or Ansible on this host, one a
+# line. Those above may go without an end of the playbook.
+ancestors() {
+    pid=$$
+    while [ "$pid" -gt 1 ] && read -r name <"/proc/$pid/comm"; do
+        echo "$pid"
+        case $name in sshd* | ansible-*) return ;; esac
+        pid=$(sed -n 's/^PPid:[^0-9]*//p' "/proc/$pid/status")
+    done
+}
+
+# Nothing tells a command that its connection is gone: the build runs in a session of its own, which
+# is ended when one of those above it is not there any more.
+if [ -z "${OPENQUAKE_BUILD:-}" ]; then
+    above=$(ancestors)
+    OPENQUAKE_BUILD=1 setsid sh "$0" "$@" &
+    build=$!
+    {
+        trap '' HUP INT # of a terminal that goes, to all but the build
+        while [ "$(ancestors)" = "$above" ]; do sleep 1; done
+        kill -TERM "-$build"
+    } >/dev/null 2>&1 &
+    watcher=$!
+    status=0
+    wait "$build" || status=$?
+    kill "$watcher"
+    exit "$status"
+fi
+
 umask 022 # every user runs what is installed here, and the workers read it
 python=$1 venv=$2 gdal=${3:-}
 cd "$venv"
-# One at a time: a build whose playbook was interrupted goes on, and this one waits for its end.
+# One at a time: this one waits for the end of another.
 exec 9>packages/lock
 flock 9
 [ ! -e .complete ] || exit 0
