@@ -88,3 +88,18 @@ def test_little_space_and_a_number_for_people_are_told(machine: Machine) -> None
     done = machine.play(*parts, openquake_shared_dir="/srv")
     assert "/srv is in the file system of the system" in done.stdout, done.stdout
     assert "is above 999" not in done.stdout
+
+
+def test_cloud_init_that_keeps_the_names_is_told(machine: Machine) -> None:
+    """Of several settings the last one counts."""
+    machine.sh("mkdir -p /etc/cloud/cloud.cfg.d; cd /etc/cloud; echo '# none' >cloud.cfg")
+    for name, setting, told in (
+        ("50", "false", False),
+        ("60", "'localhost'  # of the image", True),
+        ("70", "True", True),
+        ("80", "false", False),
+    ):
+        machine.sh(f"cat >/etc/cloud/cloud.cfg.d/{name}.cfg", stdin=f"manage_etc_hosts: {setting}")
+        done = machine.play(role("openquake_user", "validate"))
+        assert done.returncode == 0, done.stdout
+        assert ("cloud-init writes /etc/hosts here" in done.stdout) is told, done.stdout
