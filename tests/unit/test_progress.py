@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from oq_runtime.commands.progress import Display, Pace, duration, fitting, rate
+from oq_runtime.commands.progress import Display, Pace, clock, fitting, rate
 from oq_runtime.wire.protocol import Node, NodeState, Phase, Status
 
 NODE = Node(host="n1", slots=4, busy=3, state=NodeState.LEASED)
@@ -19,7 +19,7 @@ NODE = Node(host="n1", slots=4, busy=3, state=NodeState.LEASED)
     [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3600, "1:00:00"), (90061, "25:01:01")],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert clock(seconds) == text
 
 
 @pytest.mark.parametrize(

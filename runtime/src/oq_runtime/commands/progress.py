@@ -93,7 +93,7 @@ class Pace:
         self.done, self.total = done, total
 
 
-def duration(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Return a time as ``m:ss`` or ``h:mm:ss``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -146,7 +146,7 @@ class Display:
 
     def wait(self, what: str, seconds: float) -> None:
         """Say what the tasks wait for, and how long already; an empty word: nothing."""
-        self.wants = f"waiting for {what} {duration(seconds)}" if what else ""
+        self.wants = f"waiting for {what} {clock(seconds)}" if what else ""
 
     def print(self, line: str) -> None:
         """Print a line, above the frame."""
@@ -210,7 +210,7 @@ class Display:
                 (
                     f"{clean(phase.name, NAME_COLUMNS):<{NAME_COLUMNS}}",
                     f"{f'{phase.done}/{phase.total} tasks':>16}",
-                    f"{duration(pace.took_s):>7}",
+                    f"{clock(pace.took_s):>7}",
                     f"{phase.retries} retried" if phase.retries else "",
                     f"{rate(phase.done - pace.before, pace.took_s):>12}",
                     f"{phase.received_bytes / 1e6:.1f} MB",
@@ -225,13 +225,13 @@ class Display:
     def _whole(self, now: float, columns: int) -> str:
         done = sum(phase.done for phase in self.status.phases)
         total = sum(phase.total for phase in self.status.phases)
-        passed = duration(now - self.began_s)
+        passed = clock(now - self.began_s)
         if self.wants or done == total:  # else the engine computes by itself
-            stage = self.wants or f"{self.stage} {duration(now - self.stage_s)}"
+            stage = self.wants or f"{self.stage} {clock(now - self.stage_s)}"
             return fitting((self.title, stage, f"{passed} in all" if total else ""), columns)
         left_s = max((pace.left_s or 0.0 for pace in self.paces), default=0.0)
         if left_s:
-            passed += f", about {duration(left_s)} left"
+            passed += f", about {clock(left_s)} left"
         wide = WIDE_BAR_COLUMNS if columns >= NARROW_COLUMNS else BAR_COLUMNS
         filled = wide * done // total
         full, empty = "\u2501\u2500" if self.console.encoding.startswith("utf") else "#-"
@@ -248,11 +248,11 @@ class Display:
             step = (phase.done * 10 // max(phase.total, 1), phase.retries)
             if self.tenths.get(number) != step:
                 self.tenths[number] = step
-                left = f"about {duration(pace.left_s)} left" if pace.left_s else ""
+                left = f"about {clock(pace.left_s)} left" if pace.left_s else ""
                 retried = f"{phase.retries} retried" if phase.retries else ""
                 parts = (
                     f"{clean(phase.name)}: {phase.done}/{phase.total} tasks",
-                    duration(pace.took_s),
+                    clock(pace.took_s),
                     left,
                     rate(phase.done - pace.before, pace.took_s),
                     self._busy(),
