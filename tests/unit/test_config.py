@@ -8,6 +8,7 @@ import pathlib
 import pwd
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -275,3 +276,35 @@ def test_file_that_is_not_utf8(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("OQ_CONFIG_FILE", str(path))
     with pytest.raises(ConfigError, match=f"{path} is not UTF-8, at byte 18"):
         config.read()
+
+
+def test_file_that_cannot_be_read(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "openquake.cfg"
+    monkeypatch.setenv("OQ_CONFIG_FILE", str(path))
+    with pytest.raises(ConfigError, match=f"OQ_CONFIG_FILE={path}: there is no such file"):
+        config.read()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=f"{path} is not a file, but a pipe"):
+        config.read()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=f"{path}: Is a directory"):
+        config.read()
+    monkeypatch.setenv("OQ_CONFIG_FILE", os.devnull)
+    assert config.read()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
+def test_file_that_others_may_not_read(tmp_path: pathlib.Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        path = pathlib.Path(name, "openquake.cfg")
+        path.touch(0o600)
+        code = f"import os; from oq_runtime import config; os.setuid({NOBODYS_UID}); config.read()"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"OQ_CONFIG_FILE": str(path)},
+            capture_output=True,
+            text=True,
+        )
+    assert f"ConfigError: {path}: Permission denied; its owner must let you" in done.stderr

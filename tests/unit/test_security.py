@@ -257,6 +257,12 @@ def test_file_that_cannot_be_used(tmp_path: Path, content: bytes | None) -> None
     assert str(path) in str(caught.value)
 
 
+def test_pipe_in_place_of_the_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "authkey", 0o600)
+    with pytest.raises(ConfigError, match="is not a file, but a pipe"):
+        read_secret(f"file:{tmp_path}/authkey")
+
+
 @pytest.mark.usefixtures("gate")
 def test_a_peer_that_hangs_up_has_no_wrong_key(context: zmq.Context[Any]) -> None:
     server = context.socket(zmq.ROUTER)

@@ -137,7 +137,21 @@ def read() -> dict[str, dict[str, str]]:
     parser = configparser.ConfigParser(interpolation=None)
     for path in paths:
         try:
-            parser.read(path, encoding="utf8")
+            if not path.exists():
+                if extra and path == paths[-1]:
+                    raise ConfigError(f"OQ_CONFIG_FILE={extra}: there is no such file")
+                continue
+            if path.is_fifo():
+                raise ConfigError(f"{path} is not a file, but a pipe; give a file")
+            with path.open(encoding="utf8") as file:
+                parser.read_file(file, str(path))
+        except PermissionError as exc:
+            if exc.filename and os.access(path.parent, os.X_OK):  # else there may be none
+                raise ConfigError(
+                    f"{path}: {exc.strerror}; its owner must let you read it"
+                ) from exc
+        except OSError as exc:
+            raise ConfigError(f"{path}: {exc.strerror}; give a file") from exc
         except configparser.Error as exc:
             raise ConfigError(f"openquake.cfg: {exc}".replace("\n", " ")) from exc
         except UnicodeDecodeError as exc:

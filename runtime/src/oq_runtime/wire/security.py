@@ -8,6 +8,7 @@ Not covered: what an admitted member may do; the right to submit is the right to
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -49,6 +50,8 @@ def read_secret(authkey: str) -> bytes:
         path = Path(authkey.removeprefix("file:"))
         where += f" ({path})"
         try:
+            if path.is_fifo():
+                raise OSError(errno.EINVAL, "is not a file, but a pipe")
             with path.open() as file:
                 status = os.fstat(file.fileno())
                 authkey = file.readline().strip()
