@@ -22,12 +22,13 @@ TINY = "classical/case_02/job.ini"
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Path:
+def told(env: dict[str, str], tmp_path: Path) -> Path:
     """A command that keeps what it is given, and openquake.cfg that names it."""
     command = tmp_path / "tell"
     command.write_text(f"#!/bin/sh\ncat >{tmp_path}/part && mv {tmp_path}/part {tmp_path}/told\n")
     command.chmod(0o755)
-    (tmp_path / "openquake.cfg").write_text(f"[oq_runtime]\nnotify = {command}\n")
+    given = Path(env["OQ_CONFIG_FILE"]).read_text()
+    (tmp_path / "openquake.cfg").write_text(given + f"notify = {command}\n")
     return tmp_path / "told"
 
 
