@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oq_runtime.commands.run import EXIT_NO_WORKERS
 from oq_runtime.session.client import READY_SECS
 from tests.cluster import netns
 from tests.cluster.cluster import Cluster
@@ -179,14 +180,15 @@ class Drill:
     def judge(self, report: dict[str, Any]) -> str:
         self.run.retries = report.get("retries", 0)
         error = str(report.get("error") or "").splitlines()
-        if "NoWorkers" in "".join(error[:1]):
+        # a calculation's error has no name, but its exit code
+        if "NoWorkers" in "".join(error[:1]) or report.get("exit") == EXIT_NO_WORKERS:
             text = str(report.get("text") or report["error"])
             limit_s = self.settings["no_nodes_limit_s"] + self.settings["lost_s"] + GIVE_UP_S
             if "no worker slots after" in text:  # they were lost before the session had any
                 limit_s += READY_SECS
             late = self.run.seconds > self.reference_s.get(self.run.job, 0.0) + limit_s
             hosts = [self.net.address[node] for node in self.cluster.slots]
-            named = all(host in text for host in hosts) or self.run.job == "calculation"
+            named = all(host in text for host in hosts)
             return "given up" + (", late" if late else "") + ("" if named else ": no hosts named")
         if error:
             return f"failed: {error[0]} {str(report.get('text', ''))[:300]}"
