@@ -23,7 +23,12 @@ GATEWAY = f"{NETWORK}.1"
 STRANGER, STRANGER_ADDRESS = f"{PREFIX}-stranger", f"{NETWORK}.250"
 #: what remove needs to know of the machine as it was
 STATE = Path("/run/openquake-system-test")
-FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
+#: what is set on this machine meanwhile; each page of a host can be a mapping of its kernel here,
+#: of which 65,530 are too few for a host that compiles: its kernel then kills at random
+SETTINGS = {
+    Path("/proc/sys/net/ipv4/ip_forward"): "1",
+    Path("/proc/sys/vm/max_map_count"): "1048576",
+}
 MASQUERADE = f"""
 table ip {PREFIX} {{
     chain out {{
@@ -42,7 +47,9 @@ def make(taps: list[str]) -> None:
     """
     remove()
     STATE.mkdir(mode=0o700, exist_ok=True)
-    (STATE / FORWARDING.name).write_text(FORWARDING.read_text())
+    for setting, value in SETTINGS.items():
+        (STATE / setting.name).write_text(setting.read_text())
+        setting.write_text(f"{value}\n")
     _run("ip", "link", "add", PREFIX, "type", "bridge", "mcast_snooping", "0")
     _run("ip", "address", "add", f"{GATEWAY}/24", "dev", PREFIX)
     _run("ip", "link", "set", PREFIX, "up")
@@ -56,15 +63,15 @@ def make(taps: list[str]) -> None:
     _run("ip", "-n", STRANGER, "address", "add", f"{STRANGER_ADDRESS}/24", "dev", "eth0")
     _run("ip", "-n", STRANGER, "link", "set", "eth0", "up")
     _run("nft", "-f", "-", text=MASQUERADE)
-    FORWARDING.write_text("1\n")
 
 
 def remove() -> None:
     """Remove all of it, of whichever run; there may be nothing."""
-    before = STATE / FORWARDING.name
-    if before.exists():
-        FORWARDING.write_text(before.read_text())
-        before.unlink()
+    for setting in SETTINGS:
+        before = STATE / setting.name
+        if before.exists():
+            setting.write_text(before.read_text())
+            before.unlink()
     links = json.loads(_run("ip", "-json", "link", "show"))
     for name in (link["ifname"] for link in links):
         if name == PREFIX or name.startswith(f"{PREFIX}-"):
