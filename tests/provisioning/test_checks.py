@@ -103,3 +103,24 @@ def test_cloud_init_that_keeps_the_names_is_told(machine: Machine) -> None:
         done = machine.play(role("openquake_user", "validate"))
         assert done.returncode == 0, done.stdout
         assert ("cloud-init writes /etc/hosts here" in done.stdout) is told, done.stdout
+
+
+def test_users_are_people(machine: Machine) -> None:
+    """Whatever root and the service account are called."""
+    machine.sh("groupadd --gid 880 openquake; useradd --uid 880 --gid 880 openquake; useradd alice")
+    for name, number in ("toor", 0), ("oq", 880):
+        machine.sh(f"useradd --non-unique --uid {number} --gid 880 {name}")
+    for name, other in ("toor", "root"), ("oq", "openquake"):
+        done = machine.play(role("openquake_user", "validate"), openquake_users=["alice", name])
+        expected = f"openquake_users names {name}, who has the number of {other} here"
+        assert expected in "".join(failures(done.stdout)), done.stdout
+
+
+def test_look_up_of_the_names_must_work(machine: Machine) -> None:
+    """One that does not run finds nothing wrong."""
+    names = {"openquake_user_manage_hosts": False, "openquake_python": "/bin/false"}
+    done = machine.play(role("openquake_user", "names"), **names)
+    assert done.returncode != 0, done.stdout
+    machine.sh("echo 192.0.2.1 m1 >/etc/hosts; echo 192.0.2.2 w1 >>/etc/hosts; hostname m1")
+    names["openquake_python"] = "/usr/bin/python3"
+    assert machine.play(role("openquake_user", "names"), **names).returncode == 0

@@ -85,6 +85,12 @@ def test_settings_as_text(site: Site, args: tuple[str, ...]) -> None:
     assert "UNREACHABLE" in output, output
 
 
+@pytest.mark.parametrize("path", ["/etc/oq", "/srv/oq", "/opt/oq/settings"])
+def test_directory_of_the_settings_of_ones_own(site: Site, path: str) -> None:
+    _, output = site.run(f"{GOOD}openquake_config_dir={path}\n")
+    assert "UNREACHABLE" in output, output
+
+
 def test_hosts_that_are_not_of_the_cluster_do_not_matter(site: Site) -> None:
     bastion = "[bastions]\nb1 ansible_host=192.0.2.9 openquake_shared_dir=odd openquake_uid=0\n"
     _, output = site.run(bastion + GOOD)
@@ -124,6 +130,11 @@ SETTINGS = {
     "openquake_shared_dir=/usr": "openquake_shared_dir=/usr is a directory of the system",
     "openquake_shared_dir=/srv": "openquake_shared_dir=/srv is a directory of the system",
     "openquake_home=/etc/oq": "openquake_home=/etc/oq is a directory of the system",
+    "openquake_config_dir=/etc": "openquake_config_dir=/etc is a directory of the system",
+    "openquake_config_dir=/srv": "openquake_config_dir=/srv is a directory of the system",
+    "openquake_config_dir=/usr/oq": "openquake_config_dir=/usr/oq is a directory of the system",
+    "openquake_shared_dir=/oq_shared\nopenquake_home=/home": "openquake_home=/home is a directory",
+    "openquake_shared_dir=/oq_shared\nopenquake_prefix=/home": "openquake_prefix=/home is a",
     "openquake_shared_dir=/opt/openquake/x": "openquake_shared_dir=/opt/openquake/x in "
     "openquake_prefix=/opt/openquake",
     "openquake_shareddir=/data": "openquake_shareddir is no setting, did you mean "
@@ -144,6 +155,8 @@ SETTINGS = {
     "openquake_receiver_ports=1912": "openquake_receiver_ports=1912 is not a range",
     "openquake_uid=0": "openquake_uid=0 or openquake_gid=880 is out of range",
     'openquake_users=["alice", "b c"]': "openquake_users: b c is no login name",
+    'openquake_users=["alice", "root"]': "openquake_users: root is no account of a user",
+    'openquake_users=["openquake"]': "openquake_users: openquake is no account of a user",
     'openquake_webui_sources=["192.0.2.0/33"]': "openquake_webui_sources: 192.0.2.0/33 is not "
     "understood",
     "openquake_wheelhouse=/nowhere": "=/nowhere is no directory of this machine",

@@ -20,7 +20,9 @@ useradd --uid 880 --gid openquake --home /var/lib/openquake openquake
 install -d -o openquake -g openquake /var/lib/openquake /var/cache/openquake
 install -d -m 0700 /var/lib/openquake-ansible /etc/openquake/ssh
 mkdir -p /etc/systemd/system/nftables.service.d
-echo secret >/etc/openquake/authkey
+for file in authkey firewall.nft firewall.opened swap-masked webui-admin-password webui-secret-key; do
+    echo secret >/etc/openquake/$file
+done
 echo '[Service]' >/etc/systemd/system/nftables.service.d/openquake.conf
 printf '[Service]\nExecStart=sleep infinity\n' >/etc/systemd/system/openquake-$1.service
 systemctl start openquake-$1.service
@@ -74,10 +76,15 @@ def test_refused_without_a_yes_and_while_a_job_runs(cluster: Machines) -> None:
 
 
 def test_taken_down(cluster: Machines) -> None:
-    """An empty job database, which a first run has left that was killed, runs no job."""
+    """An empty job database, which a first run has left that was killed, runs no job.
+
+    The administrator's own file is spared.
+    """
+    cluster.sh("echo mine >/etc/openquake/openquake.cfg", "w2")
     done = cluster.play(RESET, *YES)
     assert done.returncode == 0, done.stdout
-    assert cluster.sh(TRACES) == {"m1": "", "w1": "", "w2": ""}
+    assert cluster.sh(TRACES) == {"m1": "", "w1": "", "w2": "/etc/openquake"}
+    assert cluster["w2"].sh("ls /etc/openquake") == "openquake.cfg"
     assert cluster["m1"].can(f"test -e {DATABASE}", "openquake")
 
 
