@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ import pytest
 import yaml
 
 from tests.provisioning.machine import INVENTORY, PATH, Machine
-from tests.provisioning.roles import PLAYBOOKS, ROOT, ansible
+from tests.provisioning.roles import PLAYBOOKS, ROLES, ROOT, ansible, read
 
 pytestmark = pytest.mark.timeout(300)
 
 INFO = yaml.safe_load((ROOT / "galaxy.yml").read_text())
 NAME = f"{INFO['namespace']}.{INFO['name']}"
+LOCK = ROOT / "constraints/provision.txt"
 CONTENT = {"MANIFEST.json", "FILES.json", "README.md", "CHANGELOG.md", "LICENSE", "docs"}
 CONTENT |= {"inventory.example.ini", "meta", "playbooks", "roles"}
 CONTENT |= {"constraints", "runtime", "examples"}  # which the roles bring to the master
@@ -52,6 +54,17 @@ def test_version_is_one() -> None:
     version = INFO["version"]
     assert f'version = "{version}"' in (ROOT / "runtime/pyproject.toml").read_text()
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_version_of_ansible_is_the_one_that_is_tried() -> None:
+    pinned = re.search(r"^ansible-core==(\d+\.\d+)\.", LOCK.read_text(), re.MULTILINE)
+    assert pinned is not None
+    version = pinned[1]
+    said = {read(name, "meta/main.yml")["galaxy_info"]["min_ansible_version"] for name in ROLES}
+    assert said == {version}
+    assert f'">={version}.0"' in (ROOT / "meta/runtime.yml").read_text()
+    assert f"is version('{version}', '>=')" in (ROOT / "playbooks/inventory.yml").read_text()
+    assert f"ansible-core {version}" in (ROOT / "docs/operating.md").read_text()
 
 
 @pytest.mark.parametrize("what", ["--syntax-check", "--list-tasks"])

@@ -20,7 +20,8 @@ useradd --uid 880 --gid openquake --home /var/lib/openquake openquake
 install -d -o openquake -g openquake /var/lib/openquake /var/cache/openquake
 install -d -m 0700 /var/lib/openquake-ansible /etc/openquake/ssh
 mkdir -p /etc/systemd/system/nftables.service.d
-for file in authkey firewall.nft firewall.opened swap-masked webui-admin-password webui-secret-key; do
+for file in authkey firewall.nft firewall.opened swap-masked webui-admin-password \
+    webui-secret-key; do
     echo secret >/etc/openquake/$file
 done
 echo '[Service]' >/etc/systemd/system/nftables.service.d/openquake.conf
