@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import Attacks
-from tests.provisioning.machine import Machine, role
+from tests.provisioning.machine import PATH, Machine, role
 from tests.provisioning.roles import ROOT, failures
 
 pytestmark = [pytest.mark.attack, pytest.mark.timeout(300)]
@@ -302,3 +304,87 @@ def test_no_task_of_root_has_a_path_inside_what_is_theirs() -> None:
                     if THEIRS.search(path) and path not in HOMES
                 ]
     assert found == []
+
+
+# ---- what root of a worker says of the worker
+
+BY_NAME = """\
+[master]
+m1 openquake_address=192.0.2.1
+[workers]
+w1 ansible_python_interpreter=/usr/local/bin/liar
+[all:vars]
+ansible_connection=local
+ansible_become=false
+ansible_python_interpreter=/usr/bin/python3
+openquake_shared_dir=/oq_shared
+"""
+#: what a worker makes of its answers to Ansible, as a script for sed, and how that is refused
+SAID = {
+    "as it is": ("", "Two hosts of the inventory have the same address (192.0.2.1, 192.0.2.1)"),
+    "an address and a line": (
+        r's/"address": "192.0.2.1"/"address": "192.0.2.9\\n[x]\\ncode = 1"/',
+        "is no IPv4 address in a cluster",
+    ),
+    "an address and an end of line": (
+        r's/"address": "192.0.2.1"/"address": "192.0.2.9\\n"/',
+        "is no IPv4 address in a cluster",
+    ),
+    "a key and a line": (
+        r's/"address": "192.0.2.1"/"address": "192.0.2.9"/;'
+        r's/\("ssh_host_key_[a-z0-9]*_public": "\|"ansible_ssh_host_key_[a-z0-9]*_public": "\)/&A\\n/',
+        "w1 has a host key that is none",
+    ),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_worker_that_says_what_is_not(tmp_path: Path, attacks: Attacks, said: str) -> None:
+    """Its address and its host keys go into files of root on the other nodes."""
+    script, expected = SAID[said]
+    machine = Machine(tmp_path, address="192.0.2.1")
+    try:
+        machine.sh("ip route add default dev lo src 192.0.2.1; rm -f /etc/ssh/ssh_host_*")
+        machine.sh("ssh-keygen -qA; cat >/tmp/inventory.ini", stdin=BY_NAME)
+        liar = f'#!/bin/sh\n/usr/bin/python3 "$@" | sed \'{script}\'\n'
+        machine.sh("cat >/usr/local/bin/liar; chmod +x /usr/local/bin/liar", stdin=liar)
+        done = validate(machine)
+    finally:
+        machine.close()
+    attacks.tried(successes=expected not in "".join(failures(done.stdout)))
+    assert expected in "".join(failures(done.stdout)), done.stdout
+
+
+def validate(machine: Machine) -> subprocess.CompletedProcess[str]:
+    env = {
+        "PATH": f"{Path(sys.executable).parent}:{PATH}",
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_CACHE_PLUGIN": "memory",
+        "ANSIBLE_NOCOLOR": "1",
+        "HOME": "/root",
+    }
+    playbook = str(ROOT / "playbooks/validate.yml")
+    return machine.run("ansible-playbook", "-i/tmp/inventory.ini", playbook, env=env)
+
+
+def test_worker_that_takes_the_name_of_another(machine: Machine, attacks: Attacks) -> None:
+    """What it calls itself is its own affair; the others know it by the inventory."""
+    names = {"fqdn": "deb.debian.org", "nodename": "m1", "hostname": "mirror"}
+    key = {"ssh_host_key_rsa_public": "AAAA", "ssh_host_key_rsa_public_keytype": "ssh-rsa"}
+    says = {
+        "name": "Hear w1",
+        "ansible.builtin.set_fact": {**names, **key, "cacheable": True},
+        "delegate_to": "w1",
+        "delegate_facts": True,
+    }
+    machine.sh("hostname master.example; mkdir /etc/openquake/ssh")
+    parts = role("openquake_user", "names"), role("openquake_ssh", "master")
+    machine.play(says, *parts)
+    hosts = machine.sh("cat /etc/hosts")
+    assert "192.0.2.2 w1\n" in hosts
+    assert "192.0.2.1 master.example m1 master\n" in hosts
+    known = machine.sh("cat /etc/openquake/ssh/known_hosts")
+    assert "192.0.2.2,w1 ssh-rsa AAAA" in known
+    for name in names.values():
+        attacks.tried(successes=bool(re.search(rf"^192\.0\.2\.2.*\b{name}\b", hosts, re.M)))
+        attacks.tried(successes=name in known)
