@@ -7,6 +7,7 @@ import shutil
 import socket
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,3 +97,20 @@ def test_what_dead_sessions_left_is_removed(tmp_path: Path) -> None:
         sorted(shared.iterdir()) == sorted([kept, new, elsewhere]) and left not in shared.iterdir()
     )
     assert archives.place(living, None).parent == living
+
+
+@pytest.mark.parametrize("above", ["../victim", "{folder}/victim"])
+def test_archives_that_a_job_names_move_nothing_away(tmp_path: Path, above: str) -> None:
+    """The engine's own function would rename it to ``victim.bak``."""
+    from openquake.commonlib import readinput
+
+    archives.install_readinput(engine := SimpleNamespace(unzip_rename=readinput.unzip_rename))
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "job").mkdir()
+    inner = packed(tmp_path / "job/e.zip", above.format(folder=tmp_path))
+    with pytest.raises(InputError, match="would lie outside of its folder"):
+        engine.unzip_rename(str(inner), "exposure.xml")
+    assert victim.read_text() == "mine"
+    packed(inner, "exposure.xml")
+    assert engine.unzip_rename(str(inner), "exposure.xml") == str(tmp_path / "job/e.xml")

@@ -12,7 +12,8 @@ import socket
 import tempfile
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from oq_runtime.errors import InputError
 from oq_runtime.text import clean
@@ -74,6 +75,27 @@ def unpack(archive: Path, place: Path) -> list[Path]:
         hint = f"; rename {near[0]} to {Path(near[0]).stem}.ini" if near else ""
         raise InputError(clean(f"{archive} holds no job file (.ini){hint}"))
     return found
+
+
+def install_readinput(readinput: Any) -> None:
+    """Look at archives that a job file names, before the engine unpacks them beside it.
+
+    It moves away what is there already under the names in the archive, wherever these lead.
+    """
+    theirs = readinput.unzip_rename
+
+    def unzip_rename(zpath: str, name: str) -> str:
+        path = Path(zpath)
+        if path.is_file() and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:
+                check(path, packed, shutil.disk_usage(path.parent).free)
+                for member in map(PurePosixPath, packed.namelist()):
+                    if member.is_absolute() or ".." in member.parts:
+                        raise InputError(clean(f"{path}: {member} would lie outside of its folder"))
+        unpacked: str = theirs(zpath, name)
+        return unpacked
+
+    readinput.unzip_rename = unzip_rename
 
 
 def check(archive: Path, packed: zipfile.ZipFile, free_bytes: int) -> None:

@@ -34,6 +34,10 @@ INSTALLERS = {
         "oq_runtime.engine.dbserver:install_dbserver",
         ("DbServer", "actions", "p", "w"),
     ),
+    "openquake.commonlib.readinput": (
+        "oq_runtime.engine.archives:install_readinput",
+        ("unzip_rename",),
+    ),
     "openquake.engine.engine": (
         "oq_runtime.engine.queue:install_queue",
         ("poll_queue", "run_jobs", "create_jobs"),
