@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,10 @@ class Server:
         self.start()
         self.job = self.ask("create_job", str(datadir), "classical", "a job", "alice")
 
+    python_arguments: tuple[str, ...] = ("-m", "openquake.commands")
+
     def start(self) -> None:
-        command = ("-m", "openquake.commands", "dbserver", "start", "-f")
+        command = (*self.python_arguments, "dbserver", "start", "-f")
         with self.log.open("w") as log:
             self.process = psutil.Popen(
                 [sys.executable, *command],
@@ -270,6 +273,39 @@ def test_sql_opens_no_other_file(server: Server, attacks: Attacks, tmp_path: Pat
     with pytest.raises(sqlite3.Error):
         server.ask("ATTACH ?x AS other", str(other))
     attacks.tried(successes=int(other.exists()))
+
+
+class Impatient(Server):
+    """A server whose queries may take 2 s."""
+
+    python_arguments = (
+        "-c",
+        "import runpy; from oq_runtime.engine import dbserver; dbserver.QUERY_SECS = 2; "
+        "runpy.run_module('openquake.commands', run_name='__main__')",
+    )
+
+
+@pytest.fixture
+def impatient(engine_home: dict[str, str], tmp_path: Path) -> Iterator[Server]:
+    server = Impatient(engine_home | {"TMPDIR": str(tmp_path)}, tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.mark.attack
+def test_queries_without_end(impatient: Server, attacks: Attacks) -> None:
+    """One for each of its threads, and one more; then one whose rows would fill the memory."""
+    server = impatient
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c) SELECT x FROM c"
+    with ThreadPoolExecutor(6) as pool:
+        for what in ("count(*)", "x"):
+            sql = f"SELECT {what} FROM ({endless})"
+            answers = [pool.submit(server.ask, sql) for _ in range(6)]
+            for found in answers:
+                with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+                    found.result(60)
+                attacks.tried()
+            assert server.ask("getpid") == server.process.pid
 
 
 @pytest.mark.attack

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import os
 import signal
 import socket
 import sqlite3
+import time
 import traceback
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -24,6 +27,7 @@ import zmq
 from oq_runtime.descriptors import raise_limit
 from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.engine.unpickler import Names, Refused, Section, check_size, loads
+from oq_runtime.node.memory import Resident
 from oq_runtime.wire import bombs
 from oq_runtime.wire.bombs import Bombs
 from oq_runtime.wire.strangers import Strangers
@@ -39,6 +43,9 @@ WORKERS_ACTION = "workers_start"
 LINGER_MS = 1000
 #: seconds after which a thread of the server notices that it is to end
 POLL_SECS = 1
+#: seconds that a query may take, bytes that the server may hold meanwhile, and the steps of SQLite
+#: between two looks at both
+QUERY_SECS, MOST_MEMORY_BYTES, STEPS = 60, 1 << 30, 100_000
 #: settings of SQL that name directories, or let the database be damaged
 REFUSED_PRAGMAS = ("temp_store_directory", "data_store_directory", "writable_schema")
 
@@ -159,6 +166,24 @@ def install_zeromq(zeromq: Any) -> None:
     zeromq.context = Context()
 
 
+class Patience:
+    """Ends a query that takes too long, or whose rows fill the memory; for one thread.
+
+    SQLite calls it as a progress handler, and ends the query where it returns True.
+    """
+
+    def __init__(self) -> None:
+        self.until_s = math.inf
+        self.memory = Resident(os.getpid())
+
+    def begin(self) -> None:
+        """A query is to come."""
+        self.until_s = time.monotonic() + QUERY_SECS
+
+    def __call__(self) -> bool:
+        return time.monotonic() > self.until_s or self.memory.own_nbytes > MOST_MEMORY_BYTES
+
+
 def authorize(action: int, first: str | None, *_: str | None) -> int:
     """Decide about a step of SQL: it opens no other file, which VACUUM INTO and ATTACH would make.
 
@@ -226,12 +251,16 @@ def install_dbserver(dbserver: Any) -> None:
 
     def dworker(self: Any, sock: Any) -> None:
         self.db.conn.set_authorizer(authorize)
+        patience = Patience()
+        self.db.conn.set_progress_handler(patience, STEPS)
         sock.running = True
         # not that of ``sock``, which the main thread would close at the end, in the midst of a poll
         with dbserver.z.connect(self.backend, zmq.REP) as own:
             while sock.running:
                 if own.poll(POLL_SECS * 1000):
-                    own.send_pyobj(answer(self, own.recv_multipart()))
+                    frames = own.recv_multipart()
+                    patience.begin()
+                    own.send_pyobj(answer(self, frames))
 
     engines_start = dbserver.DbServer.start
 
