@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -74,7 +75,7 @@ def test_notice_that_cannot_be_sent(env: dict[str, str], told: Path) -> None:
     code, _, err = run(notified(env, told.parent), corpus(TINY), "--no-progress")
     assert code == 0
     assert "the notice of [oq_runtime] notify could not be sent: " in err
-    assert "returned non-zero exit status 3" in err
+    assert "tell ended with exit code 3" in err
 
 
 class Hook(BaseHTTPRequestHandler):
@@ -83,6 +84,7 @@ class Hook(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.posted = json.loads(body)  # type: ignore[attr-defined]
+        self.server.login = self.headers["Authorization"]  # type: ignore[attr-defined]
         self.send_response(500 if self.path == "/no" else 204)
         self.end_headers()
 
@@ -93,7 +95,8 @@ class Hook(BaseHTTPRequestHandler):
 def sent(target: str, **facts: Any) -> str:
     one = notice.Notice(target)
     one.add(jobs=[7], description="a/job.ini")
-    return one.end(**({"state": "complete", "error": "", "seconds": 61} | facts))
+    told: list[str] = []
+    return one.end(told.append, **({"state": "complete", "error": "", "seconds": 61} | facts))
 
 
 def test_webhook() -> None:
@@ -102,9 +105,32 @@ def test_webhook() -> None:
         url = f"http://127.0.0.1:{server.server_port}"
         assert sent(url) == ""
         assert server.posted["text"].startswith("job 7 complete after 1 min 1 s on ")  # type: ignore[attr-defined]
-        assert sent(f"{url}/no") == "HTTP Error 500: Internal Server Error"
+        assert sent(f"{url}/no") == f"127.0.0.1:{server.server_port} answers with status 500"
+        assert sent(url.replace("//", "//anna:geheim@")) == ""
+        assert server.login == "Basic YW5uYTpnZWhlaW0="  # type: ignore[attr-defined]
         server.shutdown()
     assert "refused" in sent(url)
+
+
+def test_what_a_command_leaves_or_says_is_not_waited_for(tmp_path: Path) -> None:
+    assert sent("sh -c 'sleep 60 & echo done'") == ""
+    assert sent("sh -c 'exit 4' --token geheim") == "sh ended with exit code 4"
+    assert sent("no-such-command --token geheim") == "no-such-command: No such file or directory"
+    assert sent("sh -c 'unclosed") == "the command: No closing quotation"
+
+
+def test_silent_host_is_not_waited_for_without_a_word() -> None:
+    """Its own limit counts, and ``oq-run`` says that it waits."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        one = notice.Notice(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        one.add(jobs=[7])
+        told: list[str] = []
+        asked = threading.Thread(target=one.end, args=(told.append,), kwargs={"state": "complete"})
+        asked.start()
+        assert wait_for(lambda: told == ["sending the notice of the end"], 10)
+        one.process.kill()
+        asked.join(10)
+        assert not asked.is_alive()
 
 
 def test_mail(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LIMIT_INTERRUPT_S = 5.0
 
 
+TINY = "classical/case_02/job.ini"
+
+
 def corpus(job: str) -> Path:
     spec = importlib.util.find_spec("openquake.qa_tests_data")
     assert spec is not None and spec.submodule_search_locations
@@ -414,6 +417,60 @@ def test_stream_without_room(env: dict[str, str], tmp_path: Path, stream: int, c
         assert one_line(done.stderr) == said
     else:
         assert " complete in " in done.stdout
+
+
+def test_number_of_another_job_is_no_parameter(env: dict[str, str]) -> None:
+    code, out, err = run(env, corpus(TINY), "--json")
+    assert code == 0, err
+    [job] = json.loads(out)["jobs"]
+    before = Path(job["datastore"]).stat()
+    code, _, err = run(env, corpus(TINY), "-p", f"job_id={job['job']}", "--no-progress")
+    assert code == 2
+    assert "job_id is no parameter of a job file" in one_line(err)
+    after = Path(job["datastore"]).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert jobs(env)[-1] == (job["job"], "complete", 0)
+
+
+def test_archive_keeps_no_journal(env: dict[str, str], tmp_path: Path) -> None:
+    """Its files are elsewhere each time, so it could not go on."""
+    folder = example(tmp_path)
+    with zipfile.ZipFile(tmp_path / "job.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    dying = {"OQ_RUNTIME_FAULT": "before_end:5:3"}
+    code, _, err = run(env | dying, tmp_path / "job.zip", "--no-progress", "--cores=1")
+    assert code == 1, err
+    number = jobs(env)[-1][0]
+    assert "--resume" not in err
+    assert not Path(env["OQ_DATADIR"], f"calc_{number}.journal").exists()
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["JOB", "--watch"], "--watch shows a job that runs"),
+        (["JOB", "--log-file", "PIPE"], "is a pipe; give a file"),
+        (["JOB", "--log-file", "/proc/none"], "--log-file /proc/none: No such file"),
+        (["~no_such_user/job.ini"], "there is no such user; write ./~no_such_user/job.ini"),
+        (["JOB", "--export-dir", "~no_such_user"], "there is no such user"),
+    ],
+)
+def test_odd_calls(env: dict[str, str], tmp_path: Path, args: list[str], words: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    given = {"JOB": str(corpus(TINY)), "PIPE": str(tmp_path / "pipe")}
+    code, _, err = run(env, *(given.get(word, word) for word in args))
+    assert code == 2
+    assert words in one_line(err)
+
+
+def test_relative_directory_for_temporary_files(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "oq_runtime.commands.run", str(corpus(TINY)), "--no-progress"]
+    here = env | {"TMPDIR": "tmp"}
+    done = subprocess.run(command, env=here, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert wait_for(lambda: not list((tmp_path / "tmp").glob("oq-run-*")), 20)
 
 
 def test_import_that_takes_long(env: dict[str, str], tmp_path: Path) -> None:

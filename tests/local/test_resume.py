@@ -6,6 +6,7 @@ Not covered: the bytes of a journal (``unit/test_journal``), how far each calcul
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import sqlite3
@@ -182,7 +183,18 @@ def test_what_has_changed_is_named(env: dict[str, str], tmp_path: Path) -> None:
     assert code == 2
     assert "the job is complete" in err
     with sqlite3.connect(datadir(env) / "db.sqlite3") as database:
-        database.execute("UPDATE job SET status = 'failed' WHERE id = ?", [number])
+        database.execute("UPDATE job SET status = 'failed', user_name = 'x' WHERE id = ?", [number])
+    code, _, err = run(env, "--resume", number)
+    assert code == 2
+    assert f"job {number} in " in err and " is x's" in err
+    with sqlite3.connect(datadir(env) / "db.sqlite3") as database:
+        user = getpass.getuser()
+        database.execute("UPDATE job SET user_name = ? WHERE id = ?", [user, number])
+    other = journal.directory_of(datadir(env), number - 1)  # of a job that is there, too
+    directory.rename(other)
+    code, _, err = run(env, "--resume", number - 1)
+    assert code == 2, err
+    other.rename(directory)
     head = directory / journal.HEAD
     head.write_bytes(head.read_bytes().replace(b"1", b"2", 1))
     code, _, err = run(env, "--resume", number)

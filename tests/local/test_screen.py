@@ -238,6 +238,11 @@ def test_what_a_detached_job_is_refused_for(env: dict[str, str], tmp_path: Path)
     job = example(tmp_path) / "job.ini"
     code, out, _ = run(env, job, "--detach", "--json", "-p", "no_such=1")
     assert code == json.loads(out)["exit"] == 2 and "no_such" in out
+    before = set(Path(env["OQ_DATADIR"]).glob("oq-run_*.log"))
+    code, out, err = run(env, "--detach", "--json", "--", job, tmp_path / "none.ini")
+    assert code == json.loads(out)["exit"] == 2, err
+    assert "none.ini: No such file" in json.loads(out)["error"]
+    assert set(Path(env["OQ_DATADIR"]).glob("oq-run_*.log")) == before
     code, _, err = run(env, "--watch", "99999")
     assert code == 2 and "--watch: job 99999 is none of yours" in err
 

@@ -23,8 +23,13 @@ HEAD = {"job": 7, "facts": {"the input a": "01"}}
 MUTATIONS = 2000
 
 
-def write(directory: Path, items: list[tuple[Event, bytes]], budget_bytes: int = GB) -> Writer:
-    writer = Writer(directory, HEAD, budget_bytes=budget_bytes)
+def write(
+    directory: Path,
+    items: list[tuple[Event, bytes]],
+    budget_bytes: int = GB,
+    claimed: int | None = None,
+) -> Writer:
+    writer = Writer(directory, HEAD, budget_bytes=budget_bytes, claimed=claimed)
     for event, body in items:
         writer.put(event, body)
     writer.close()
@@ -85,10 +90,31 @@ def test_goes_on_after_a_crash(tmp_path: Path) -> None:
     assert reader.torn
     good = len(reader.records)
     assert 0 < good < 10
+    claimed = journal.claim(tmp_path / "j")
     reader.cut_tail()
     reader.close()
-    write(tmp_path / "j", items[10:])
+    write(tmp_path / "j", items[10:], claimed=claimed)
     assert read(tmp_path / "j") == items[:good] + items[10:]
+
+
+def test_another_job_of_that_number_begins_anew(tmp_path: Path) -> None:
+    write(tmp_path / "j", some(10))
+    write(tmp_path / "j", some(3)[3:])
+    assert read(tmp_path / "j") == some(3)[3:]
+
+
+def test_odd_journals_are_told_in_a_line(tmp_path: Path) -> None:
+    write(tmp_path / "j", some(2))
+    (tmp_path / "j" / "0 (copy).oqj").touch()
+    assert read(tmp_path / "j") == some(2)
+    (tmp_path / "j" / "000001.oqj").mkdir()
+    with pytest.raises(JournalError, match=r"000001.oqj: Is a directory"):
+        Reader(tmp_path / "j")
+    (tmp_path / "j" / journal.LOCK).unlink()
+    (tmp_path / "j" / journal.LOCK).symlink_to("elsewhere")
+    with pytest.raises(JournalError, match="Too many levels"):
+        journal.claim(tmp_path / "j")
+    assert not journal.remove(tmp_path / "j")
 
 
 def test_cut(tmp_path: Path) -> None:

@@ -106,6 +106,12 @@ def test_paths_outside_are_refused(line: str) -> None:
         uploads.check([archive({"job.ini": f"{JOB}{line}\n"})], ".ini")
 
 
+def test_number_of_a_job_is_refused() -> None:
+    """The engine would overwrite the job that has it."""
+    with pytest.raises(InputError, match="job_id is no parameter"):
+        uploads.check_job_file("job.ini", "[general]\njob_id = 7\n")
+
+
 def test_what_the_engine_reads_lies_in_the_upload(tmp_path: Path) -> None:
     root = tmp_path / "calc_1"
     (root / "in").mkdir(parents=True)

@@ -44,9 +44,37 @@ class BadInput(click.ClickException):
         click.echo(f"oq-run: {clean(self.format_message(), messages.MOST_CHARACTERS)}", err=True)
 
 
+def expanded(name: str) -> Path:
+    """Return a path with ``~`` and ``~user`` put in."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise BadInput(f"{name}: there is no such user; write ./{name} for a file") from None
+
+
+def place(name: str) -> Path:
+    """Return the absolute path of what may not be there yet."""
+    return expanded(name).resolve()
+
+
+def check_log(name: str) -> str:
+    """Return the absolute path of a log file, which need not be there."""
+    path = place(name)
+    if path.is_fifo():  # the engine would wait for its reader, and all jobs for the engine
+        raise BadInput(f"--log-file {name} is a pipe; give a file")
+    there = path.exists()
+    try:
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as exc:
+        raise BadInput(f"--log-file {name}: {exc.strerror}; give another one") from exc
+    return str(path)
+
+
 def check_file(name: str) -> str:
     """Return the absolute path of a job file."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         if path.is_dir():
             raise BadInput(f"{name} is a directory; give the job file in it")

@@ -97,7 +97,7 @@ def prune(numbers: tuple[str, ...], everything: bool) -> None:
         if journal.remove(directory):
             click.echo(f"removed {directory}")
         else:
-            click.echo(f"{directory} stays: its job runs")
+            click.echo(f"{directory} stays: its job runs, or it cannot be removed")
 
 
 if __name__ == "__main__":

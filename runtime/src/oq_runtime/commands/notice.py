@@ -6,22 +6,31 @@ from which it reads what is known of the jobs, a JSON object per line.
 
 from __future__ import annotations
 
+import base64
 import getpass
+import http.client
 import json
 import re
 import shlex
+import signal
 import smtplib
 import socket
 import subprocess
 import sys
+import tempfile
+import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from email.message import EmailMessage
+from pathlib import Path
 from typing import Any
 
+from oq_runtime import processes
 from oq_runtime.text import clean, duration
 
-#: seconds that a notice may take
-LIMIT_SECS = 30
+#: seconds that a notice may take, and after which that is worth a line
+LIMIT_SECS, TELL_SECS = 30, 2
 MAIL, WEBHOOK = re.compile(r"[^@\s/]+@[^@\s/]+"), re.compile(r"https?://")
 KILLED = {"state": "failed", "error": "oq-run was killed"}
 #: what sends mails, where there is one; else the host's own server has to
@@ -55,15 +64,24 @@ class Notice:
         except OSError:  # it has ended, ``end`` says why
             pass
 
-    def end(self, **facts: Any) -> str:
-        """Say what became of them; return why the notice could not be sent, else nothing."""
+    def end(self, tell: Callable[[str], None], **facts: Any) -> str:
+        """Say what became of them; return why the notice could not be sent, else nothing.
+
+        :param tell: is given a line where that takes long
+        """
         self.add(**facts)
         try:
-            _, said = self.process.communicate(timeout=LIMIT_SECS + 5)
+            try:
+                _, said = self.process.communicate(timeout=TELL_SECS)
+            except subprocess.TimeoutExpired:
+                tell("sending the notice of the end")
+                _, said = self.process.communicate(timeout=LIMIT_SECS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return f"no answer within {LIMIT_SECS} s"
-        return clean(said.strip().rpartition("\n")[2])
+            said = ""
+        if self.process.wait() == 0:
+            return ""
+        return clean(said.strip().rpartition("\n")[2]) or f"no answer within {LIMIT_SECS} s"
 
 
 def words(facts: dict[str, Any]) -> str:
@@ -76,26 +94,61 @@ def words(facts: dict[str, Any]) -> str:
 
 
 def send(target: str, facts: dict[str, Any]) -> None:
-    """Send a notice; raises OSError, or subprocess.SubprocessError, when that is not possible."""
-    body = json.dumps(facts)
+    """Send a notice; ends the process with a line, without the target, when that is not possible.
+
+    A target may have a password in it.
+    """
+    body = json.dumps(facts).encode()
     if WEBHOOK.match(target):
-        head = {"Content-Type": "application/json"}
-        request = urllib.request.Request(target, body.encode(), head)
-        urllib.request.urlopen(request, timeout=LIMIT_SECS).close()
+        post(target, body)
     elif MAIL.fullmatch(target):
         mail = EmailMessage()
         mail["To"], mail["Subject"] = target, facts["text"]
         mail["From"] = f"{facts['user']}@{facts['host']}"
         mail.set_content(f"{facts['text']}\n\n{facts.get('description', '')}\n")
+        if Path(SENDMAIL).exists():
+            run([SENDMAIL, "-t", "-i"], bytes(mail))
+            return
         try:
-            command = [SENDMAIL, "-t", "-i"]
-            subprocess.run(command, input=bytes(mail), check=True, timeout=LIMIT_SECS)
-        except FileNotFoundError:
             with smtplib.SMTP("localhost", timeout=LIMIT_SECS) as server:
                 server.send_message(mail)
+        except (OSError, smtplib.SMTPException) as exc:
+            sys.exit(f"there is no {SENDMAIL}, and the mail server of localhost says: {exc}")
     else:
-        command = shlex.split(target)
-        subprocess.run(command, input=body.encode(), check=True, timeout=LIMIT_SECS)
+        try:
+            run(shlex.split(target), body)
+        except ValueError as exc:
+            sys.exit(f"the command: {exc}")
+
+
+def run(command: list[str], given: bytes) -> None:
+    """Give a command its stdin. What it says is kept apart: oq-run may be gone, or wait for it."""
+    with tempfile.TemporaryFile() as said:
+        try:
+            done = subprocess.run(command, input=given, stdout=said, stderr=said)
+        except OSError as exc:
+            sys.exit(f"{command[0]}: {exc.strerror}")
+    if done.returncode:
+        sys.exit(f"{command[0]} {processes.ending(done.returncode)}")
+
+
+def post(url: str, body: bytes) -> None:
+    """Post a JSON object; a login in the URL becomes a header."""
+    parts = urllib.parse.urlsplit(url)
+    login, _, host = parts.netloc.rpartition("@")
+    head = {"Content-Type": "application/json"}
+    if login:
+        word = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+        head["Authorization"] = f"Basic {word}"
+    try:
+        request = urllib.request.Request(parts._replace(netloc=host).geturl(), body, head)
+        urllib.request.urlopen(request, timeout=LIMIT_SECS).close()
+    except urllib.error.HTTPError as exc:
+        sys.exit(f"{host} answers with status {exc.code}")
+    except urllib.error.URLError as exc:
+        sys.exit(f"{host}: {exc.reason}")
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        sys.exit(f"{host}: {type(exc).__name__}")
 
 
 def main() -> None:
@@ -109,11 +162,8 @@ def main() -> None:
         facts |= KILLED
     facts |= {"host": socket.gethostname(), "user": getpass.getuser()}
     facts["text"] = words(facts)
-    try:
-        send(target, facts)
-    except (OSError, ValueError, subprocess.SubprocessError) as exc:
-        # an HTTPError is an OSError; the target stays out of it, as it may have a password in it
-        sys.exit(str(exc).replace(target, "the target"))
+    signal.alarm(LIMIT_SECS)  # whatever it waits for, and whoever has asked for it
+    send(target, facts)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import re
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -177,8 +178,12 @@ def main(
     """
     processes.open_standard()
     checks.check_user()
+    if temporary := os.environ.get("TMPDIR"):  # what is started works in other directories
+        os.environ["TMPDIR"] = os.path.abspath(temporary)
     if watch is not None:
-        watched(watch or None)
+        if files or resume or detach or dry_run or params or hc:
+            raise BadInput("--watch shows a job that runs: give no job file, and no other option")
+        watched(watch or None, as_json)
     if bool(files) == bool(resume):
         raise BadInput("give a job file, or --resume ID alone")
     if resume and (hc or params or exports or export_dir or dry_run):
@@ -189,13 +194,11 @@ def main(
         "resume": None,
         "params": (given := parse_params(params)),
         "exports": exports or given.pop("exports", ""),
-        "export_dir": str(Path(export_dir).expanduser().resolve()) if export_dir else None,
-        "log_file": str(Path(log_file).expanduser().resolve()) if log_file else None,
+        "export_dir": str(checks.place(export_dir)) if export_dir else None,
+        "log_file": checks.check_log(log_file) if log_file else None,
         "log_level": log_level,
         "dry_run": dry_run,
     }
-    if spec["log_file"] and not os.access(Path(spec["log_file"]).parent, os.W_OK):
-        raise BadInput(f"--log-file {log_file}: its directory is missing or not writable")
     try:
         sections = config.read()
         checks.check_directories(sections)
@@ -231,18 +234,23 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         click.echo(f"oq-run: stdout: {exc.strerror}; list the jobs with oq engine --lhc", err=True)
         code = code or EXIT_FAILED
+    call.end_notice(code)
     sys.exit(code)
 
 
-def watched(number: int | None) -> NoReturn:
+def watched(number: int | None, as_json: bool) -> NoReturn:
     """Show a job that another ``oq-run`` runs, until its end."""
     console = Console(stderr=True)
     try:
         job, state = sessions.watch(number, console)
     except OqRuntimeError as exc:
         raise BadInput(str(exc)) from exc
-    click.echo(f"job {job} is {state}")
-    sys.exit(EXIT_FAILED if state not in jobtable.COMPLETE else 0)
+    code = EXIT_FAILED if state not in jobtable.COMPLETE else 0
+    if as_json:
+        print_json(code, "", [{"job": job, "state": state}])
+    else:
+        click.echo(f"job {job} is {state}")
+    sys.exit(code)
 
 
 def detached(folder: Path, as_json: bool) -> NoReturn:
@@ -253,24 +261,32 @@ def detached(folder: Path, as_json: bool) -> NoReturn:
     :param folder: for what it says
     """
     arguments = [word for word in sys.argv[1:] if word != "--detach"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     number_in, number_out = os.pipe()
-    output = folder / OUTPUT.format(f"p{os.getpid()}")
-    with output.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "oq_runtime.commands.run", *arguments, f"--tell={number_out}"],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            pass_fds=[number_out],
-            start_new_session=True,
-        )
+    stream, name = tempfile.mkstemp(".log", "oq-run_", folder)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "oq_runtime.commands.run", f"--tell={number_out}", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=stream,
+        stderr=stream,
+        pass_fds=[number_out],
+        start_new_session=True,
+    )
+    os.close(stream)
     os.close(number_out)
-    with os.fdopen(number_in) as numbers:
-        number = numbers.readline().strip()
+    try:
+        with os.fdopen(number_in) as numbers:
+            number = numbers.readline().strip()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        number = ""
+    output = Path(name)
     if not number:  # there is no job: what it says is all that there is
         code = process.wait()
-        click.echo(output.read_text(errors="replace"), err=not as_json, nl=False)
+        said = output.read_text(errors="replace").splitlines()
         output.unlink()
+        for line in said:
+            click.echo(line, err=not (as_json and line == said[-1]))
         sys.exit(code)
     output = output.rename(folder / OUTPUT.format(number))
     if as_json:
@@ -382,6 +398,8 @@ class Run:
             return EXIT_INPUT if isinstance(exc, ConfigError) else EXIT_NO_WORKERS
         if self.settings.notify and not self.spec["dry_run"]:
             self.notice = Notice(self.settings.notify)
+            given = "; ".join(describe(Path(file)) for file in self.spec["files"])
+            self.notice.add(description=given)
         try:
             code = self._engine(directory)
         finally:
@@ -389,11 +407,6 @@ class Run:
             # broker and agent end with this process; do not wait for that when the caller may
             # import us, and let nothing of the session outlive the command
             stop_session(directory)
-        if self.notice is not None:
-            state = STATES.get(code, jobtable.Status.FAILED)
-            seconds = round(time.monotonic() - self.began_s, 1)
-            if unsent := self.notice.end(state=state, error=self.error, seconds=seconds):
-                self._print(f"the notice of [oq_runtime] notify could not be sent: {unsent}")
         return code
 
     def _engine(self, directory: Path) -> int:
@@ -561,10 +574,12 @@ class Run:
             case "created":
                 self.jobs.append(row["job"])
                 if self.notice is not None:
-                    given = "; ".join(describe(Path(file)) for file in self.spec["files"])
-                    self.notice.add(jobs=self.jobs, description=given)
+                    self.notice.add(jobs=self.jobs)
                 assert self.directory is not None
-                sessions.note(self.directory, row["job"], row["database"])
+                try:
+                    sessions.note(self.directory, row["job"], row["database"])
+                except OSError as exc:
+                    self._print(f"{self.directory}: {exc.strerror}; --watch will not find the job")
                 if self.tell is not None:
                     with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
                         os.write(self.tell, f"{row['job']}\n".encode())
@@ -652,6 +667,19 @@ class Run:
             jobtable.Outside(self.table.place, answer_s=LOCK_SECS).finish(self.jobs, status)
         except jobtable.DatabaseError as exc:
             self._print(f"{exc}; the next oq-run will set the job to failed")
+
+    def end_notice(self, code: int) -> None:
+        """Have the notice sent, if there is to be one; say when it could not be."""
+        if self.notice is None:
+            return
+        seconds = round(time.monotonic() - self.began_s, 1)
+        state = STATES.get(code, jobtable.Status.FAILED)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it goes on by itself
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        facts = {"state": state, "error": self.error, "seconds": seconds}
+        if unsent := self.notice.end(self._print, **facts):
+            self._print(f"the notice of [oq_runtime] notify could not be sent: {unsent}")
 
     def print_summary(self) -> None:
         """Print the outcome for a person."""

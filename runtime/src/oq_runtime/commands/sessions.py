@@ -94,8 +94,13 @@ def watch(number: int | None, console: Console) -> tuple[int, str]:
     display.enter("the engine is at work", f"job {one.job}")
     status = StatusReader(one.directory)
     try:
-        while (state := table.status(one.job)) in jobtable.UNFINISHED and one.directory.exists():
+        state: str | None = jobtable.Status.EXECUTING
+        there = True
+        while state in jobtable.UNFINISHED and there:
             display.show(status.poll())
+            there = one.directory.exists()
+            with contextlib.suppress(jobtable.DatabaseError):  # it is locked just now
+                state = table.status(one.job)
             time.sleep(LOOK_SECS)
     finally:
         display.close()

@@ -97,14 +97,15 @@ class Jobs:
         self.retried = 0  # attempts of the jobs that are
         self.facts: list[dict[str, str]] = []  # of each job, which must be the same to go on
         self.before: Reader | None = None  # the journal that the first job goes on from
+        self.place = ""  # where the job database is
         self.claimed: int | None = None  # and what keeps others from it
 
     def run(self) -> int:
         """Run all jobs, one after the other; return the exit code."""
         try:
-            place = self.open_table()
+            self.place = self.open_table()
             if self.spec["resume"]:
-                self.before = self.go_on()
+                self.before = self.go_on(self.place)
             self.parent = jobtable.parent(self.table, self.spec["hc"], self.note)
             params = [self.read(Path(name)) for name in self.spec["files"]]
             checked = [
@@ -124,7 +125,7 @@ class Jobs:
             if self.before is not None:
                 parent = resume.of_parent(self.table, self.parent)
                 resume.check(self.before, self.facts[0] | parent)
-            self.create(params, place)
+            self.create(params, self.place)
             hazard = self.rest[0]
             for job in list(self.rest):
                 if job is not hazard and self.parent is None:
@@ -239,6 +240,13 @@ class Jobs:
             text = messages.encoding(exc, [str(path)]) or messages.explain(exc)
             raise InputError(self.about(path, text)) from exc
         params.update(self.spec["params"])
+        if "job_id" in params:  # the engine would overwrite that job
+            raise InputError(
+                self.about(
+                    path,
+                    "job_id is no parameter of a job file; leave it out, a job is given its number",
+                )
+            )
         params["exports"] = self.spec["exports"]
         if self.spec["export_dir"]:
             params["export_dir"] = self.spec["export_dir"]
@@ -357,9 +365,10 @@ class Jobs:
 
     # ---- what is kept of a job until it is complete
 
-    def go_on(self) -> Reader:
+    def go_on(self, place: str) -> Reader:
         """Return the journal of the job that goes on.
 
+        :param place: of the job database
         :raises InputError: where it cannot be read, or the job is not there any more
         """
         number: int = self.spec["resume"]
@@ -374,13 +383,24 @@ class Jobs:
             raise InputError(f"--resume {number}: the job database has no such job")
         if job.status in jobtable.COMPLETE:  # killed before it could remove its journal
             raise InputError(f"--resume {number}: the job is complete; oq-journal prune {number}")
+        if job.status in jobtable.UNFINISHED:  # a dead one has just been mended
+            raise InputError(f"--resume {number}: the job is {job.status}; wait for its end")
+        # a number says little: the database may be another one by now, or the journal renamed
+        then = (reader.head["job"], reader.head.get("database", place), job.user)
+        if then != (number, place, jobtable.user_name()):
+            raise InputError(
+                f"--resume {number}: the journal is that of job {then[0]} in {then[1]}, and job "
+                f"{number} in {place} is {clean(job.user)}'s; oq-journal prune {number} removes it"
+            )
         self.note(f"going on with job {number}: the results of {reader.results} tasks are kept")
         return reader
 
     @contextlib.contextmanager
     def history(self, job: Any) -> Iterator[History | None]:
         """Keep the history of a job while it runs, and the journal when it does not complete."""
-        history = self.begin_history(job) if self.spec["journal_bytes"] else None
+        # what is unpacked of an archive is elsewhere each time, and so the tasks are not the same
+        kept = self.spec["journal_bytes"] and "input_zip" not in job.params["inputs"]
+        history = self.begin_history(job) if kept else None
         History.begin(history)
         complete = False
         try:
@@ -401,7 +421,7 @@ class Jobs:
         spec = {name: self.spec[name] for name in ("params", "exports", "export_dir")}
         spec |= {"files": self.spec["files"][number:], "hc": hazard and str(hazard)}
         facts = self.facts[number] | resume.of_parent(self.table, hazard)
-        head = {"job": job.calc_id, "spec": spec, "facts": facts}
+        head = {"job": job.calc_id, "database": self.place, "spec": spec, "facts": facts}
         before, self.before = self.before, None
 
         def deleted(other: int) -> bool:  # a row may be in another database
@@ -413,7 +433,8 @@ class Jobs:
             for other in journal.make_room(datadir, most_bytes, job.calc_id, deleted):
                 self.note(f"job {other} cannot go on any more: its journal made room for others")
             free_bytes = shutil.disk_usage(datadir).free
-            budget_bytes = min(most_bytes, free_bytes // 2)
+            # of what is there already the disk need not have room
+            budget_bytes = min(most_bytes, journal.size(directory) + free_bytes // 2)
             if before is not None:
                 before.cut_tail()
             claimed = self.claimed if before is not None else None

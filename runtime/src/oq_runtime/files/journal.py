@@ -139,18 +139,26 @@ def find(datadir: Path, number: str) -> int:
     )
 
 
+class Claimed(JournalError):
+    """Another process has the journal."""
+
+
 def claim(directory: Path) -> int:
     """Return a descriptor that keeps other processes from this journal until it is closed.
 
     Raises JournalError when one has it.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(directory / LOCK, flags, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = -1
     try:
+        descriptor = os.open(directory / LOCK, flags, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise JournalError(f"{directory} belongs to a job that runs") from None
+    except OSError as exc:
+        if descriptor >= 0:
+            os.close(descriptor)
+        if isinstance(exc, BlockingIOError):
+            raise Claimed(f"{directory} belongs to a job that runs") from None
+        raise JournalError(f"{directory / LOCK}: {exc.strerror}") from None
     return descriptor
 
 
@@ -158,7 +166,7 @@ def claimed(directory: Path) -> bool:
     """Whether a process has this journal."""
     try:
         os.close(claim(directory))
-    except JournalError:
+    except Claimed:
         return True
     return False
 
@@ -170,7 +178,10 @@ def size(directory: Path) -> int:
 
 def remove(directory: Path) -> bool:
     """Delete a journal, unless a process has it; return whether it is gone."""
-    if claimed(directory):
+    try:
+        if claimed(directory):
+            return False
+    except JournalError:  # nobody can say
         return False
     shutil.rmtree(directory, ignore_errors=True)
     return True
@@ -202,7 +213,7 @@ def make_room(
 
 def segments(directory: Path) -> list[Path]:
     """Return the segments in their order."""
-    return sorted(directory.glob("[0-9]*.oqj"))
+    return sorted(directory.glob(f"{'[0-9]' * 6}.oqj"))
 
 
 def _segment(directory: Path, number: int) -> Path:
@@ -222,7 +233,8 @@ class Writer:
     :param directory: of the journal, which may be there with what ``Reader.cut_tail`` has left
     :param head: what ``Reader.head`` is to return, in JSON
     :param budget_bytes: what the journal may take on the disk
-    :param claimed: what ``claim`` has returned for it, closed with this
+    :param claimed: what ``claim`` has returned for the journal that is gone on with, closed with
+        this; without it the journal begins anew
 
     Raises ConfigError or OSError when it cannot be made, or others could exchange it, and
     JournalError when another process has it.
@@ -237,12 +249,15 @@ class Writer:
         claimed: int | None = None,
     ) -> None:
         self.directory = private.own(directory)
+        self._claim = claim(directory) if claimed is None else claimed
+        if claimed is None:  # of a job that had this number before the database was made anew
+            for path in segments(directory):
+                path.unlink()
         self.budget_bytes = budget_bytes
         self.used_bytes = size(directory)
         self.number = len(segments(directory))
         self.waiting_bytes = 0
         self.stopped = ""  # why nothing more is written
-        self._claim = claim(directory) if claimed is None else claimed
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[Event, Buffer] | None] = queue.SimpleQueue()
         _write_atomically(directory / HEAD, _head_text(head))
@@ -380,7 +395,11 @@ class Reader:
         self._maps: dict[int, mmap.mmap] = {}
         for path in segments(directory):
             number = int(path.stem)
-            if number != len(self.whole_bytes) or not self._scan(number, path):
+            try:
+                whole = number == len(self.whole_bytes) and self._scan(number, path)
+            except OSError as exc:
+                raise JournalError(f"{path}: {exc.strerror}") from exc
+            if not whole:
                 self.torn = self.torn or f"{path.name} is missing"
                 break
 

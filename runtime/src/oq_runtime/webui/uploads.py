@@ -145,6 +145,8 @@ def check_job_file(name: str, text: str) -> None:
         raise InputError(clean(str(exc), 300)) from None
     for section in parser.sections():
         for key, value in parser.items(section):
+            if key == "job_id":  # the engine would overwrite that job
+                raise InputError(f"{name}: job_id is no parameter of a job file; leave it out")
             if PATHS.fullmatch(key) or (value.endswith(".hdf5") and key != "description"):
                 for path in filter(None, BETWEEN.split(value)):
                     if not _inside(PurePosixPath(name).parent, path):
