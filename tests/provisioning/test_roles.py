@@ -72,6 +72,14 @@ def test_packages_are_installed_in_one_way() -> None:
     assert "lock_timeout: 600" in found[0].read_text()
 
 
+def test_no_proxy_is_asked_for_the_hosts_own_services() -> None:
+    files = [*(ROOT / "roles").glob("*/tasks/*.yml"), *(ROOT / "playbooks").rglob("*.yml")]
+    asked = re.compile(r"ansible\.builtin\.uri:\n(.*?)(?:\n\n|\Z)", re.DOTALL)
+    tasks = [task for path in files for task in asked.findall(path.read_text())]
+    assert tasks
+    assert [task for task in tasks if "use_proxy: false" not in task] == []
+
+
 def test_requirements_name_the_collection_for_enterprise_linux() -> None:
     found = yaml.safe_load((ROOT / "requirements.yml").read_text())
     assert [collection["name"] for collection in found["collections"]] == ["ansible.posix"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.leftovers import wait_for
 from tests.provisioning.machine import Machine, role
 from tests.provisioning.roles import ROOT
 
@@ -63,7 +64,8 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 def verify(machine: Machine, place: str, **changed: Any) -> dict[str, str]:
     """Return the details of the checks, those of a failed one after a ``!``."""
     settings = json.dumps(SETTINGS | changed)
-    done = machine.run("python3", "-", place, settings, stdin=SCRIPT.read_text())
+    proxy = {"http_proxy": "http://127.0.0.1:9"}  # of the host, to other hosts
+    done = machine.run("python3", "-", place, settings, stdin=SCRIPT.read_text(), env=proxy)
     rows = json.loads(done.stdout)
     return {row["check"]: ("" if row["ok"] else "!") + row["detail"] for row in rows}
 
@@ -177,6 +179,32 @@ def test_workers_that_are_down_are_told_as_text(machine: Machine) -> None:
     machine.sh(f"cat >{program}; chmod +x {program}", stdin=WORKERS)
     found = verify(machine, "master")
     assert found["workers"].startswith("!192.0.2.2: down; see journalctl"), found
+
+
+WEBUI = """\
+#!/usr/bin/python3
+import http.server
+class Login(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(302 if self.path == "/engine/" else 200)
+        self.send_header("Location", "/accounts/login/")
+        self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", 8800), Login)
+with open("/run/serves", "w"):
+    server.serve_forever()
+"""
+WEBUI_UNIT = """
+printf '[Service]\\nExecStart=/usr/bin/webui\\n[Install]\\nWantedBy=spare.target\\n' \
+    >/etc/systemd/system/openquake-webui.service
+chmod +x /usr/bin/webui
+systemctl enable --now openquake-webui
+"""
+
+
+def test_webui_is_asked_without_a_proxy(machine: Machine) -> None:
+    machine.sh(f"cat >/usr/bin/webui; {WEBUI_UNIT}", stdin=WEBUI)
+    assert wait_for(lambda: machine.can("test -e /run/serves", "root"))
+    assert verify(machine, "master", webui_port=8800)["webui"] == "asks for a login"
 
 
 #: as a worker's kernel shows it: what waits for the first use, and the mount on it
