@@ -229,6 +229,51 @@ def test_dead_worker_is_left_out(cluster: Machines) -> None:
     assert running(cluster, "m1", "w1") == ["m1", "w1"]
 
 
+#: the software is a mount that shows the environment of before until it is mounted anew
+CACHED = """
+cp -a /opt/openquake /srv/old
+cp -a /opt/openquake /srv/new
+ln -sfn venv-new /srv/new/venv
+ln -s old /srv/now
+printf '[Mount]\\nWhat=/srv/now\\nWhere=/opt/openquake\\nType=none\\nOptions=bind\\n' \
+    >/etc/systemd/system/opt-openquake.mount
+systemctl daemon-reload
+systemctl start opt-openquake.mount
+ln -sfn new /srv/now
+printf '[Service]\\nExecStart=true\\nType=oneshot\\nRemainAfterExit=yes\\n' \
+    >/etc/systemd/system/openquake-firewall.service
+touch /var/cache/openquake/venv-new.compiled
+"""
+SERVE = """\
+#!/usr/bin/python3
+import os, socket, time
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+    notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1))
+time.sleep(600)
+"""
+#: for site.yml refuses a mount that is not of NFS
+WORKERS_ALONE = """
+- hosts: w1:w2
+  gather_facts: false
+  pre_tasks: [ansible.builtin.setup: {gather_subset: [min]}]
+  roles: [openquake, openquake_worker]
+"""
+
+
+def test_worker_that_was_away_changes_with_the_next_run(cluster: Machines) -> None:
+    cluster["m1"].sh("ln -sfn venv-new /opt/openquake/venv")
+    agent = "cd /opt/openquake; cat >venv-old/bin/oq-agent; chmod +x venv-old/bin/oq-agent; "
+    for name in "w1", "w2":
+        cluster[name].sh(agent + "cp -a venv-old/bin/oq-agent venv-new/bin", stdin=SERVE)
+    cluster.sh(CACHED, "w1", "w2")
+    book = cluster.folder / "workers.yml"
+    book.write_text(WORKERS_ALONE)
+    done = cluster.play(str(book), "-e", "openquake_nfs_client_provider=kernel")
+    assert done.returncode == 0, done.stdout
+    assert set(cluster.sh("readlink /opt/openquake/venv", "w1", "w2").values()) == {"venv-new"}
+    assert running(cluster, "w1", "w2") == ["w1", "w2"]
+
+
 def test_worker_that_dies_meanwhile_is_left_out(cluster: Machines) -> None:
     cluster["m1"].sh("touch /tmp/hold")
     process = cluster.start(UPGRADE)
