@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.provisioning.machine import Machine, role
+from tests.provisioning.roles import failures
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -83,6 +84,54 @@ def test_mounts_of_other_settings_go(machine: Machine) -> None:
     assert automounts(machine) == []
 
 
+#: one that is stopped by a change of the mounts
+WORKER = """
+printf '[Service]\\nExecStart=sleep infinity\\n[Install]\\nWantedBy=spare.target\\n' \
+    >/etc/systemd/system/openquake-worker.service
+systemctl enable --now openquake-worker.service
+"""
+
+
+def test_agent_that_a_change_of_the_mounts_has_stopped_runs_again(machine: Machine) -> None:
+    machine.sh("touch /usr/sbin/mount.nfs4; mknod /dev/autofs c 10 235; systemctl daemon-reexec")
+    mount = (role("openquake_nfs_client", "validate"), role("openquake_nfs_client", "mount"))
+    machine.play(*mount, host="w1", openquake_shared_dir="/srv/one")
+    machine.sh(WORKER)
+    pid = "systemctl show --value --property=MainPID openquake-worker"
+    first = machine.sh(pid)
+    done = machine.play(*mount, host="w1", openquake_shared_dir="/srv/two")
+    assert done.returncode == 0, done.stdout
+    assert machine.sh(pid) not in ("0", first)
+    done = machine.play(*mount, host="w1", openquake_shared_dir="/srv/two")
+    assert "changed=0" in done.stdout, done.stdout
+
+
+#: as where the kernel has NFS: what is mounted, by the path
+FINDMNT = """\
+#!/bin/sh
+case $* in
+*/opt/openquake) echo "nfs4 192.0.2.9:/opt/openquake" ;;
+*) exit 1 ;;
+esac
+"""
+
+
+def test_mounts_of_another_address_of_the_master_are_no_strangers(machine: Machine) -> None:
+    machine.sh("touch /usr/sbin/mount.nfs4; mv /usr/bin/findmnt /usr/bin/findmnt.real")
+    validate = role("openquake_nfs_client", "validate")
+    stub = "cat >/usr/bin/findmnt; chmod +x /usr/bin/findmnt"
+    machine.sh(stub, stdin=FINDMNT)
+    done = machine.play(validate, host="w1")
+    assert "is already a mount of 192.0.2.9:/opt/openquake here" in str(failures(done.stdout))
+    machine.sh("cp /usr/bin/findmnt.real /usr/bin/findmnt")
+    before = {"openquake_master_address": "192.0.2.9"}
+    mount = role("openquake_nfs_client", "mount")
+    machine.play(validate, mount, host="w1", args=("-e", json.dumps(before)))
+    machine.sh(stub, stdin=FINDMNT)
+    done = machine.play(validate, host="w1")
+    assert done.returncode == 0, done.stdout
+
+
 # ---- the server of NFS
 
 RPCBIND = """
@@ -91,9 +140,22 @@ printf '[Service]\\nExecStart=sleep infinity\\n' >/usr/lib/systemd/system/rpcbin
 systemctl daemon-reload
 systemctl start rpcbind.socket
 """
+#: its table is a file; it fails while there is /run/refused
+EXPORTFS = """\
+#!/bin/sh
+case $1 in
+-s) [ ! -e /run/exported ] || awk '/^\\// {for (i = 2; i <= NF; i++) print $1, $i}' /run/exported ;;
+*)
+    [ ! -e /run/refused ] || exit 1
+    cat /etc/exports.d/*.exports >/run/exported 2>/dev/null || true
+    ;;
+esac
+"""
 #: stands in for the server, which a kernel without NFS has not
 NFS = f"""
-printf '#!/bin/sh\\n' >/usr/sbin/exportfs
+cat >/usr/sbin/exportfs <<'EOF'
+{EXPORTFS}
+EOF
 chmod +x /usr/sbin/exportfs
 printf '[Service]\\nExecStart=sleep infinity\\n[Install]\\nWantedBy=spare.target\\n' \
     >/etc/systemd/system/nfs-server.service
@@ -126,6 +188,23 @@ def test_server_speaks_one_version_and_is_restarted_for_its_settings_alone(
     assert machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout == "static\n"
 
 
+def test_exports_that_a_run_has_failed_to_withdraw_go_with_the_next(machine: Machine) -> None:
+    machine.sh(NFS)
+    server = role("openquake_nfs_server")
+    both = ["192.0.2.2", "192.0.2.7"]
+    for clients, options in (both, "rw"), (both[:1], "rw"), (both[:1], "ro"):
+        given = {"__openquake_nfs_server_clients": clients}
+        args = ("-e", json.dumps(given | {"openquake_nfs_server_options": [options]}))
+        machine.sh("touch /run/refused")
+        assert machine.play(server, args=args).returncode != 0
+        machine.sh("rm /run/refused")
+        done = machine.play(server, args=args)
+        assert done.returncode == 0, done.stdout
+        exported = machine.sh("exportfs -s | grep ^/opt/openquake").splitlines()
+        assert exported == [f"/opt/openquake {client}({options})" for client in clients]
+    assert "changed=0" in machine.play(server, args=args).stdout
+
+
 def rpcbind(machine: Machine) -> str:
     return machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout.strip()
 
@@ -146,6 +225,50 @@ def test_rpcbind_is_shut_on_a_worker_too_until_its_last_mount_goes(machine: Mach
     done = machine.play(role("openquake_nfs_client", "remove"), host="w1")
     assert done.returncode == 0, done.stdout
     assert rpcbind(machine) == "static"
+
+
+@pytest.mark.parametrize("name", ["openquake_nfs_client", "openquake_nfs_server"])
+def test_what_the_roles_have_masked_is_unmasked_and_nothing_else(
+    machine: Machine, name: str
+) -> None:
+    machine.sh("touch /usr/sbin/mount.nfs4")
+    machine.sh(NFS)
+    machine.sh("ln -s /dev/null /etc/systemd/system/rpc-statd.service")  # by its administrator
+    make, host = role(name), "m1"
+    if name == "openquake_nfs_client":
+        make, host = role(name, "mount"), "w1"
+    for undo, settings in (make, {f"{name}_v4_only": False}), (role(name, "remove"), {}):
+        for _ in range(2):  # the second notes nothing else
+            machine.play(make, host=host)
+        assert rpcbind(machine) == "masked"
+        machine.play(undo, host=host, **settings)
+        assert rpcbind(machine) == "static"
+        assert machine.sh("readlink /etc/systemd/system/rpc-statd.service") == "/dev/null"
+
+
+# ---- the keys
+
+
+def test_key_that_a_killed_run_has_half_made_is_made_good(machine: Machine) -> None:
+    machine.sh(SETUP)
+    machine.sh("mkdir -p /etc/openquake/ssh")
+    key = "/etc/openquake/ssh/id_ed25519"
+    client = {"__openquake_ssh_client_package": "openssh-client"}
+    public = []
+    for left in "true", f"rm {key}.pub", f"mv {key} {key}.new", f"mv {key} {key}.new; rm {key}.pub":
+        machine.sh(left)
+        done = machine.play(role("openquake_ssh", "master"), **client)
+        assert done.returncode == 0, done.stdout
+        public.append(machine.sh(f"cat {key}.pub"))
+        assert machine.sh(f"ssh-keygen -y -f {key}", "openquake") == public[-1]
+        assert machine.sh("cd /etc/openquake/ssh; ls id*").split() == [
+            "id_ed25519",
+            "id_ed25519.pub",
+        ]
+        assert machine.sh(f"stat --format=%a {key}.pub") == "644"
+    assert public[0] == public[1]
+    done = machine.play(role("openquake_ssh", "master"), **client)
+    assert "changed=0" in done.stdout
 
 
 # ---- the agent
@@ -190,3 +313,38 @@ def test_agent_learns_a_new_secret(machine: Machine) -> None:
         pids.append(machine.sh("systemctl show --value --property=MainPID openquake-worker"))
     assert pids[0] != pids[1] == pids[2] != "0"
     assert "changed=0" in done.stdout
+
+
+def test_agent_learns_of_another_environment(machine: Machine) -> None:
+    machine.sh(SETUP)
+    machine.sh("ip address add 192.0.2.2/24 dev lo")
+    machine.sh("cp -r /opt/openquake/venv-1 /opt/openquake/venv-2")
+    machine.sh("touch /var/cache/openquake/venv-2.compiled")
+    pids = []
+    for environment in "venv-1", "venv-2", "venv-2":
+        machine.sh(
+            f"cd /opt/openquake; [ $(readlink venv) = {environment} ] || ln -sfn {environment} venv"
+        )
+        done = machine.play(role("openquake_worker"), host="w1", openquake_master_host="w1")
+        assert done.returncode == 0, done.stdout
+        pids.append(machine.sh("systemctl show --value --property=MainPID openquake-worker"))
+    assert pids[0] != pids[1] == pids[2] != "0"
+    assert "changed=0" in done.stdout
+
+
+# ---- the account
+
+
+def test_account_of_another_installer_that_is_busy_is_told(machine: Machine) -> None:
+    machine.sh("groupadd --gid 880 openquake; useradd --uid 880 --gid 880 -m openquake")
+    unit = "[Service]\nUser=openquake\nExecStart=sleep infinity\n"
+    machine.sh("cat >/etc/systemd/system/openquake-dbserver.service", stdin=unit)
+    machine.sh("systemctl start openquake-dbserver")
+    pid = machine.sh("systemctl show --value --property=MainPID openquake-dbserver")
+    done = machine.play(role("openquake_user", "validate"))
+    told = f"with home /home/openquake, and has running processes ({pid}), so its home cannot"
+    assert told in str(failures(done.stdout))
+    machine.sh("systemctl stop openquake-dbserver")
+    done = machine.play(role("openquake_user", "validate"), role("openquake_user", "account"))
+    assert done.returncode == 0, done.stdout
+    assert machine.sh("getent passwd openquake").split(":")[5] == "/var/lib/openquake"
