@@ -369,7 +369,7 @@ def validate(machine: Machine) -> subprocess.CompletedProcess[str]:
 
 def test_worker_that_takes_the_name_of_another(machine: Machine, attacks: Attacks) -> None:
     """What it calls itself is its own affair; the others know it by the inventory."""
-    names = {"fqdn": "deb.debian.org", "nodename": "m1", "hostname": "mirror"}
+    names = {"fqdn": "packages.example.org", "nodename": "m1", "hostname": "mirror"}
     key = {"ssh_host_key_rsa_public": "AAAA", "ssh_host_key_rsa_public_keytype": "ssh-rsa"}
     says = {
         "name": "Hear w1",

@@ -52,14 +52,14 @@ def expanded(name: str) -> Path:
         raise BadInput(f"{name}: there is no such user; write ./{name} for a file") from None
 
 
-def place(name: str) -> Path:
+def absolute(name: str) -> Path:
     """Return the absolute path of what may not be there yet."""
     return expanded(name).resolve()
 
 
 def check_log(name: str) -> str:
     """Return the absolute path of a log file, which need not be there."""
-    path = place(name)
+    path = absolute(name)
     if path.is_fifo():  # the engine would wait for its reader, and all jobs for the engine
         raise BadInput(f"--log-file {name} is a pipe; give a file")
     there = path.exists()
@@ -122,7 +122,7 @@ def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def is_full(directory: Path) -> bool:
-    """Whether nothing more than ALMOST_FULL_BYTES finds room in a directory of this user."""
+    """Whether a directory has less room than ALMOST_FULL_BYTES; not where nobody can say."""
     try:
         stat = os.statvfs(directory)
     except OSError:

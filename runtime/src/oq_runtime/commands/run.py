@@ -194,7 +194,7 @@ def main(
         "resume": None,
         "params": (given := parse_params(params)),
         "exports": exports or given.pop("exports", ""),
-        "export_dir": str(checks.place(export_dir)) if export_dir else None,
+        "export_dir": str(checks.absolute(export_dir)) if export_dir else None,
         "log_file": checks.check_log(log_file) if log_file else None,
         "log_level": log_level,
         "dry_run": dry_run,
@@ -401,13 +401,12 @@ class Run:
             given = "; ".join(describe(Path(file)) for file in self.spec["files"])
             self.notice.add(description=given)
         try:
-            code = self._engine(directory)
+            return self._engine(directory)
         finally:
             self.display.close()
             # broker and agent end with this process; do not wait for that when the caller may
             # import us, and let nothing of the session outlive the command
             stop_session(directory)
-        return code
 
     def _engine(self, directory: Path) -> int:
         env = dict(os.environ)

@@ -105,7 +105,7 @@ class Jobs:
         try:
             self.place = self.open_table()
             if self.spec["resume"]:
-                self.before = self.go_on(self.place)
+                self.before = self.go_on()
             self.parent = jobtable.parent(self.table, self.spec["hc"], self.note)
             params = [self.read(Path(name)) for name in self.spec["files"]]
             checked = [
@@ -365,10 +365,9 @@ class Jobs:
 
     # ---- what is kept of a job until it is complete
 
-    def go_on(self, place: str) -> Reader:
+    def go_on(self) -> Reader:
         """Return the journal of the job that goes on.
 
-        :param place: of the job database
         :raises InputError: where it cannot be read, or the job is not there any more
         """
         number: int = self.spec["resume"]
@@ -386,11 +385,12 @@ class Jobs:
         if job.status in jobtable.UNFINISHED:  # a dead one has just been mended
             raise InputError(f"--resume {number}: the job is {job.status}; wait for its end")
         # a number says little: the database may be another one by now, or the journal renamed
-        then = (reader.head["job"], reader.head.get("database", place), job.user)
-        if then != (number, place, jobtable.user_name()):
+        then = (reader.head["job"], reader.head.get("database", self.place), job.user)
+        if then != (number, self.place, jobtable.user_name()):
             raise InputError(
                 f"--resume {number}: the journal is that of job {then[0]} in {then[1]}, and job "
-                f"{number} in {place} is {clean(job.user)}'s; oq-journal prune {number} removes it"
+                f"{number} in {self.place} is {clean(job.user)}'s; "
+                f"oq-journal prune {number} removes it"
             )
         self.note(f"going on with job {number}: the results of {reader.results} tasks are kept")
         return reader
