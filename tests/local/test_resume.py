@@ -190,11 +190,16 @@ def test_what_has_changed_is_named(env: dict[str, str], tmp_path: Path) -> None:
     with sqlite3.connect(datadir(env) / "db.sqlite3") as database:
         user = getpass.getuser()
         database.execute("UPDATE job SET user_name = ? WHERE id = ?", [user, number])
-    other = journal.directory_of(datadir(env), number - 1)  # of a job that is there, too
+    other = journal.directory_of(datadir(env), number + 1)  # which has a row, too
+    with sqlite3.connect(datadir(env) / "db.sqlite3") as database:
+        database.execute("UPDATE job SET id = ? WHERE id = ?", [number + 1, number])
     directory.rename(other)
-    code, _, err = run(env, "--resume", number - 1)
+    code, _, err = run(env, "--resume", number + 1)
     assert code == 2, err
+    assert f"the journal is that of job {number} in " in err
     other.rename(directory)
+    with sqlite3.connect(datadir(env) / "db.sqlite3") as database:
+        database.execute("UPDATE job SET id = ? WHERE id = ?", [number, number + 1])
     head = directory / journal.HEAD
     head.write_bytes(head.read_bytes().replace(b"1", b"2", 1))
     code, _, err = run(env, "--resume", number)
