@@ -110,10 +110,29 @@ def test_agent_that_a_change_of_the_mounts_has_stopped_runs_again(machine: Machi
 FINDMNT = """\
 #!/bin/sh
 case $* in
-*/opt/openquake) echo "nfs4 192.0.2.9:/opt/openquake" ;;
+*/opt/openquake) echo "nfs4 192.0.2.9:/opt/openquake ro,nosuid,nodev,relatime,vers=4.2" ;;
 *) exit 1 ;;
 esac
 """
+
+
+@pytest.mark.parametrize("lacks", ["", "ro", "noexec"])
+def test_what_is_mounted_by_hand_for_writing_is_mounted_anew(machine: Machine, lacks: str) -> None:
+    machine.sh("touch /usr/sbin/mount.nfs4; mknod /dev/autofs c 10 235; systemctl daemon-reexec")
+    mount = (role("openquake_nfs_client", "validate"), role("openquake_nfs_client", "mount"))
+    done = machine.play(*mount, host="w1", openquake_shared_dir="/srv/results")
+    assert done.returncode == 0, done.stdout
+    machine.sh(WORKER)
+    pid = "systemctl show --value --property=MainPID openquake-worker"
+    first = machine.sh(pid)
+    options = ",".join({"ro", "nosuid", "nodev", "noexec", "relatime"} - {lacks})
+    row = f"nfs4 192.0.2.1:/srv/results {options}"
+    findmnt = f'#!/bin/sh\ncase $* in */srv/results) echo "autofs systemd-1 rw"; echo "{row}" ;; esac\n'
+    machine.sh("cat >/usr/bin/findmnt; chmod +x /usr/bin/findmnt", stdin=findmnt)
+    done = machine.play(*mount, host="w1", openquake_shared_dir="/srv/results")
+    assert done.returncode == 0, done.stdout
+    assert (machine.sh(pid) == first) == (lacks == ""), done.stdout
+    assert ("changed=0" in done.stdout) == (lacks == ""), done.stdout
 
 
 def test_mounts_of_another_address_of_the_master_are_no_strangers(machine: Machine) -> None:

@@ -318,7 +318,7 @@ def mounts() -> str:
         tried = subprocess.run([*OPENQUAKE, "touch", file], capture_output=True)
         if "ro" not in mount.options or not tried.returncode:
             subprocess.run([*OPENQUAKE, "rm", "-f", file], capture_output=True)
-            raise Wrong(f"{path} is not mounted read-only", "unmount it, and run site.yml")
+            raise Wrong(f"{path} is not mounted read-only")
     return "read-only, of the master"
 
 
