@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,75 @@ def test_an_import_that_fails_was_none(cache: Path) -> None:
         raise ImportError
     [path] = (cache / "oq-runtime").iterdir()
     assert path.stat().st_size == 0 and not compiling.done()
+
+
+# ---- what was compiled at the installation
+
+COMPILES = """
+import numba, sys
+from oq_runtime.files import compiling
+sys.prefix = sys.argv[1]
+compiling.take()
+
+@numba.njit("f8(f8)", cache=True)
+def twice(x):
+    return 2 * x
+
+assert twice(1.5) == 3.0
+"""
+
+
+def compiles(script: Path, caches: Path) -> str:
+    """Run it for a user with these caches; return what numba says of its cache."""
+    env = os.environ | {"NUMBA_CACHE_DIR": str(caches), "NUMBA_DEBUG_CACHE": "1"}
+    command = (sys.executable, str(script), str(script.parent / "environment"))
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_user_takes_what_was_compiled_at_the_installation(tmp_path: Path) -> None:
+    script = tmp_path / "compiles.py"
+    script.write_text(COMPILES)
+    compiled = tmp_path / "environment" / compiling.COMPILED
+    assert "data saved" in compiles(script, compiled)
+    before = {path: path.stat().st_mtime_ns for path in compiled.rglob("*")}
+    for _ in range(2):
+        said = compiles(script, tmp_path / "caches")
+        assert "data loaded" in said and "saved" not in said, said
+    assert {path: path.stat().st_mtime_ns for path in compiled.rglob("*")} == before
+    [directory] = (tmp_path / "caches").iterdir()
+    assert {path.name for path in directory.iterdir()} == {
+        path.name for path in before if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_cache_that_is_there_stays(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Nothing of it is mixed: its index may be of another processor. Without any, all is well."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    own = cache / "numba/sources_1"
+    own.mkdir(parents=True)
+    (own / "f.nbi").write_text("own")
+    if there:
+        for name in "sources_1/f.nbi", "sources_1/f.1.nbc", "sources_2/g.nbi":
+            path = tmp_path / compiling.COMPILED / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("taken")
+    compiling.take()
+    assert [path.read_text() for path in own.iterdir()] == ["own"]
+    assert sorted(path.name for path in (cache / "numba").iterdir()) == (
+        ["sources_1", "sources_2"] if there else ["sources_1"]
+    )
+
+
+def test_a_cache_that_cannot_be_is_none(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    (tmp_path / compiling.COMPILED / "sources").mkdir(parents=True)
+    cache.touch()
+    compiling.take()
+    assert cache.read_bytes() == b""

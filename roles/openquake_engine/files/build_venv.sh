@@ -39,7 +39,7 @@ cd "$venv"
 exec 9>packages/lock
 flock 9
 [ ! -e .complete ] || exit 0
-rm -rf bin include lib lib64 share pyvenv.cfg # of an earlier try
+rm -rf bin compiled include lib lib64 share pyvenv.cfg # of an earlier try
 "$python" -m venv .
 
 index=
@@ -66,6 +66,13 @@ for example in lib/python3*/site-packages/openquake/server/templates/registratio
         cp "$example" "${example%.default.tmpl}"
     fi
 done
+
+# What numba compiles when the engine is imported, for minutes: the runtime gives it to each user. In
+# a home that is empty, and before the settings are there, for it is root who imports it.
+mkdir -p packages/home
+env -i CI=true HOME="$PWD/packages/home" LC_ALL=C.UTF-8 NUMBA_CACHE_DIR="$PWD/compiled" PATH="$PATH" \
+    bin/python -c 'import openquake.engine.engine'
+rm -rf packages/home
 
 ln -sf ../openquake.cfg openquake.cfg # the settings are the same for all environments
 rm -rf packages/wheelhouse

@@ -8,5 +8,7 @@ exists::
 """
 
 from oq_runtime.engine.hook import activate
+from oq_runtime.files import compiling
 
+compiling.take()  # before the engine's first compiled function
 activate()

@@ -3,6 +3,10 @@
 Numba compiles parts of the engine while they are imported and keeps the outcome in a cache. Until
 it is filled that takes minutes of CPU, in each process that does not find it: at once in the engine
 process and in the fork server of the same job, and in those of the next job of an impatient user.
+
+Numba reads no cache that it may not write to. So what the installation of a cluster has compiled, in
+``COMPILED``, is copied into the cache of each user. What another kind of processor has compiled is
+never run: the index of each function in the cache has the processor in its keys.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +28,8 @@ from oq_runtime.files import private
 
 #: seconds to wait for another process, which may have been stopped
 WAIT_SECS, LOOK_SECS = 600.0, 0.1
+#: under the directory of the environment, as numba has it: a directory for each one of sources
+COMPILED = "compiled"
 
 
 @contextlib.contextmanager
@@ -58,12 +66,35 @@ def done() -> bool:
         return False
 
 
+def take() -> None:
+    """Give this user what was compiled at the installation; what is in the cache already stays.
+
+    Where there is none, or it cannot be copied, numba compiles.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # the latter: no home
+        found = list(Path(sys.prefix, COMPILED).iterdir())
+        cache = Path(os.environ.get("NUMBA_CACHE_DIR") or caches() / "numba")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="taken-", dir=cache) as scratch:
+            for directory in found:
+                if not (cache / directory.name).exists():
+                    copy = Path(scratch, directory.name)
+                    shutil.copytree(directory, copy, copy_function=shutil.copyfile)
+                    with contextlib.suppress(OSError):  # another process has been quicker
+                        copy.rename(cache / directory.name)
+
+
+def caches() -> Path:
+    """Return the user's own directory of caches; RuntimeError for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+
+
 def place() -> Path:
     """Return the directory of the files, in the user's own cache directory, which is made.
 
     Raises ConfigError where that cannot be, RuntimeError for a user without a home.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    cache = caches()
     if not cache.exists():
         private.own(cache)
     return private.own(cache / "oq-runtime")
