@@ -127,7 +127,8 @@ def test_what_is_mounted_by_hand_for_writing_is_mounted_anew(machine: Machine, l
     first = machine.sh(pid)
     options = ",".join({"ro", "nosuid", "nodev", "noexec", "relatime"} - {lacks})
     row = f"nfs4 192.0.2.1:/srv/results {options}"
-    findmnt = f'#!/bin/sh\ncase $* in */srv/results) echo "autofs systemd-1 rw"; echo "{row}" ;; esac\n'
+    said = f"echo autofs systemd-1 rw; echo {row}"
+    findmnt = f"#!/bin/sh\ncase $* in */srv/results) {said} ;; esac\n"
     machine.sh("cat >/usr/bin/findmnt; chmod +x /usr/bin/findmnt", stdin=findmnt)
     done = machine.play(*mount, host="w1", openquake_shared_dir="/srv/results")
     assert done.returncode == 0, done.stdout

@@ -4,9 +4,9 @@ Numba compiles parts of the engine while they are imported and keeps the outcome
 it is filled that takes minutes of CPU, in each process that does not find it: at once in the engine
 process and in the fork server of the same job, and in those of the next job of an impatient user.
 
-Numba reads no cache that it may not write to. So what the installation of a cluster has compiled, in
-``COMPILED``, is copied into the cache of each user. What another kind of processor has compiled is
-never run: the index of each function in the cache has the processor in its keys.
+Numba reads no cache that it may not write to. So what the installation of a cluster has compiled,
+in ``COMPILED``, is copied into the cache of each user. What was compiled for another kind of
+processor is never run: the index of each function in the cache has the processor in its keys.
 """
 
 from __future__ import annotations
