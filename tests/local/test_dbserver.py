@@ -33,6 +33,7 @@ pytestmark = pytest.mark.timeout(300)
 START_S, ANSWER_S, END_S = 120.0, 30.0, 20.0
 GROWTH_BYTES = 300 << 20
 EMPTY: list[Any] = []
+JOB = Path(__file__).parents[2] / "examples" / "hazard_classical" / "job.ini"
 #: with which a connection of ZeroMQ 3.1 without keys begins, and what says which socket it is of:
 #: RFC 23
 GREETING = (
@@ -254,6 +255,28 @@ def test_silent_connections_beyond_the_limit_of_open_files(
         server.process.rlimit(psutil.RLIMIT_NOFILE, before)
 
 
+def test_wait_for_a_server_that_does_not_answer_is_told(server: Server) -> None:
+    """Before there is a job, and while one runs."""
+    command = [sys.executable, "-m", "oq_runtime.commands.run", str(JOB), "--no-progress"]
+    told = f"waiting: the DbServer tcp://127.0.0.1:{server.port} does not answer"
+    server.process.suspend()
+    run = subprocess.Popen(command, env=server.env, stderr=subprocess.PIPE, text=True)
+    try:
+        assert run.stderr is not None
+        for _ in range(2):
+            assert any(line.startswith(told) for line in run.stderr), "it has ended"
+            server.process.resume()
+            if any("Sent " in line for line in run.stderr):
+                server.process.suspend()
+        server.process.resume()
+        _, err = run.communicate(timeout=100)
+        assert run.returncode == 0, err
+    finally:
+        server.process.resume()
+        run.kill()
+        run.communicate()
+
+
 @pytest.mark.attack
 def test_sql_opens_no_other_file(server: Server, attacks: Attacks, tmp_path: Path) -> None:
     other = tmp_path / "other"
@@ -264,6 +287,7 @@ def test_sql_opens_no_other_file(server: Server, attacks: Attacks, tmp_path: Pat
         f"VACUUM main INTO '{other}'",
         f"PRAGMA temp_store_directory = '{tmp_path}'",
         "PRAGMA writable_schema = ON",
+        "PRAGMA Writable_Schema = ON",
         f"SELECT load_extension('{other}')",
     ]:
         for command in [(sql,), ("fetch", sql)]:

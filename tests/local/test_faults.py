@@ -146,6 +146,20 @@ def test_kill(
         assert_closed(env, calculating.number)
 
 
+def test_stopped_process_is_named(calculating: Calculating) -> None:
+    said = calculating.process.stderr
+    assert said is not None
+    for name in ("engine", "broker", "agent"):
+        victim = getattr(calculating, name)
+        victim.suspend()
+        told = f"waiting: the {name} process of this job is stopped; kill -CONT {victim.pid} lets"
+        assert any(line.startswith(told) for line in said), "the job has ended"
+        victim.resume()
+    calculating.process.send_signal(signal.SIGINT)
+    code, err = calculating.end("SIGINT")
+    assert code == 130, err
+
+
 def test_kill_of_oq_run(env: dict[str, str], calculating: Calculating) -> None:
     # nobody is left to tell the database; the next job must not wait for this one
     phase = "SIGKILL to oq-run"
@@ -306,6 +320,9 @@ def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) ->
     said = abort(env, calculating.number)
     assert "Unable to find a process" in said
     assert state(env, calculating.number) == ("failed", 0), said
+    with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
+        db.execute("UPDATE job SET status='\x1b[31mred' WHERE id=?", (calculating.number,))
+    assert "\\x1b[31mred" in abort(env, calculating.number), "whoever reaches the table writes it"
 
 
 # ---- other jobs, and what they leave
@@ -506,6 +523,24 @@ def test_data_directory_fills_up(env: dict[str, str], tmp_path: Path, leave: int
     line = one_line(err)
     assert "No space left" in line and str(tmp_path) in line
     assert [job[1:] for job in jobs(env)[before:]] == [("failed", 0)]
+
+
+def test_limit_of_the_size_of_a_file(env: dict[str, str], tmp_path: Path) -> None:
+    """Above that of the new job database, and below that of the datastore, 170 kB."""
+    with own_database(env, tmp_path) as own:
+        process = start(own, corpus(SMALL), "--no-progress")
+        try:
+            assert process.stderr is not None
+            assert any(" running " in line for line in process.stderr), "there is no job"
+            [engine] = psutil.Process(process.pid).children()
+            engine.rlimit(psutil.RLIMIT_FSIZE, (130_000, 130_000))
+            _, err = process.communicate(timeout=100)
+        finally:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 1, err
+    line = one_line(err)
+    assert "File too large" in line and "raise the limit of the size of a file (ulimit -f)" in line
 
 
 def test_full_temporary_directory(env: dict[str, str], tmpdir: Path) -> None:

@@ -97,13 +97,25 @@ def example(tmp_path: Path, name: str = "hazard_classical") -> Path:
         (lambda path: path.mkdir(), "directory"),
         (lambda path: path.write_bytes(bytes(range(256)) * 10), "not a text file"),
         (lambda path: path.write_bytes(b"[general]\n\0\0"), "not a text file"),
+        (lambda path: path.open("wb").truncate(1 << 30), "has 1074 MB; give a job file"),
         (
             lambda path: path.write_bytes("[general]\ndescription = Zürich".encode("latin-1")),
             "not UTF-8 at byte 25 (line 2); save it as UTF-8, e.g. iconv",
         ),
         (lambda path: path.write_text("[general]", encoding="utf-16"), "is UTF-16; save it as"),
     ],
-    ids=["missing", "empty", "pipe", "blank", "directory", "binary", "zeros", "latin-1", "utf-16"],
+    ids=[
+        "missing",
+        "empty",
+        "pipe",
+        "blank",
+        "directory",
+        "binary",
+        "zeros",
+        "datastore",
+        "latin-1",
+        "utf-16",
+    ],
 )
 def test_bad_file(
     env: dict[str, str], tmp_path: Path, make: Callable[[Path], object], word: str
@@ -143,6 +155,15 @@ def test_too_few_open_files(env: dict[str, str]) -> None:
     done = subprocess.run([*shell, *command], env=env, capture_output=True, text=True)
     assert done.returncode == 2
     said = "only 20 files may be open at a time, and 30 are needed here; raise the hard limit"
+    assert said in one_line(done.stderr)
+
+
+def test_too_small_files(env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "oq_runtime.commands.run", str(corpus(TINY))]
+    shell = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash"]
+    done = subprocess.run([*shell, *command], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = "a file may have 200 KiB at most here, and a job needs more than 128 MiB; raise this"
     assert said in one_line(done.stderr)
 
 
@@ -227,9 +248,10 @@ def test_whole_sentence(env: dict[str, str], tmp_path: Path) -> None:
 
 def test_no_such_parent(env: dict[str, str]) -> None:
     job = EXAMPLES / "hazard_classical/job.ini"
-    code, _, err = run(env, job, "--hc", "99999", "--no-progress")
-    assert code == 2
-    assert "--hc 99999" in one_line(err)
+    for number in ("99999", "99999999999999999999"):  # also one that no table can have
+        code, _, err = run(env, job, "--hc", number, "--no-progress")
+        assert code == 2
+        assert f"--hc {number}: there is no such job" in one_line(err)
 
 
 @pytest.mark.parametrize(
@@ -537,6 +559,19 @@ def test_dry_run(env: dict[str, str], tmp_path: Path) -> None:
     [row] = json.loads(out)["jobs"]
     assert code == 0 and 1 < row["sites"] < 181
     assert jobs(env) == before
+
+
+def test_modules_beside_a_job_are_nobodys(env: dict[str, str], tmp_path: Path) -> None:
+    """The folder of a job may be a colleague's, and what lies there is not run."""
+    folder, mark = example(tmp_path), tmp_path / "mark"
+    for name in ("msgspec", "zmq", "psutil", "numpy", "h5py", "toml"):
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write('{name} ')\n")
+    command = Path(sys.executable).with_name("oq-run")  # as users do: Python's -m adds the folder
+    done = subprocess.run(
+        [command, "job.ini", "--dry-run"], env=env, cwd=folder, capture_output=True, text=True
+    )
+    assert not mark.exists(), mark.read_text()
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -232,11 +232,12 @@ def test_passwords_are_not_tried_for_ever(site: Sites, attacks: Attacks) -> None
     attacks.tried(15)
     assert wrong[-1].json() == {"error": "too many failed logins; try again in 5 minutes"}
     for page in ("accounts/login/", "admin/login/"):
-        client = requests.Session()
-        form = {"username": "victim", "password": PASSWORD}
-        form["csrfmiddlewaretoken"] = token(client, f"{site.url}/{page}")
-        client.post(f"{site.url}/{page}", form)
-        attacks.tried(successes=int("sessionid" in client.cookies))
+        for spelled in ("victim", " victim\n", "\uff56ictim"):  # the same name for a form
+            client = requests.Session()
+            form = {"username": spelled, "password": PASSWORD}
+            form["csrfmiddlewaretoken"] = token(client, f"{site.url}/{page}")
+            answer = client.post(f"{site.url}/{page}", form)
+            attacks.tried(successes=int(answer.status_code != 429))
     assert site.login_as("alice").get(f"{site.url}/engine/").ok, "others may log in"
 
 

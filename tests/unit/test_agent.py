@@ -23,7 +23,8 @@ import zmq
 
 from oq_runtime.core.limits import Limits
 from oq_runtime.files import private
-from oq_runtime.node.agent import DATA_HWM, Agent
+from oq_runtime.node.agent import DATA_HWM, PING_BYTES, Agent
+from oq_runtime.node.memory import Resident
 from oq_runtime.wire import payload, protocol, security, transport
 from tests.leftovers import wait_for
 
@@ -248,6 +249,23 @@ def here(tmp_path: Path, light: None) -> Iterator[Stage]:
 def away(tmp_path: Path, light: None) -> Iterator[Stage]:
     with stage(tmp_path, remote=True) as found:
         yield found
+
+
+def test_pings_of_a_peer_that_does_not_read(away: Stage) -> None:
+    """What is to go back to it would fill the memory of the agent, which is this process."""
+    assert away.keys is not None
+    deaf = away.context.socket(zmq.DEALER)
+    deaf.setsockopt(zmq.RCVHWM, 1)
+    deaf.setsockopt(zmq.SNDHWM, 10)
+    security.secure_client(deaf, away.keys)
+    deaf.connect(away.url)
+    memory = Resident(os.getpid())
+    before = memory.own_nbytes
+    ping = [protocol.encode(protocol.Ping()), b"x" * 60_000]
+    for _ in range(4000):
+        deaf.send_multipart(ping)
+    away.ping()
+    assert not wait_for(lambda: memory.own_nbytes > before + 4 * PING_BYTES, limit_s=3)
 
 
 BIG = bytes(range(256)) * 8192

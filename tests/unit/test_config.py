@@ -91,7 +91,8 @@ def test_wrong_window(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_sections({"oq_runtime": {"window_mb": text}})
     assert (
-        str(caught.value) == f"[oq_runtime] window_mb={text}: give a whole number of MiB from 1 up"
+        str(caught.value)
+        == f"[oq_runtime] window_mb={text}: give a whole number of MiB from 1 up to 1000000"
     )
 
 
@@ -152,6 +153,7 @@ SECONDS = "a number of seconds above 0 up to 1000000"
             "memory_hard_percent=101: give a whole number of per cent from 1 up to 100",
         ),
         ({"log_level": "loud"}, "log_level=loud: give one of debug, info, warning, error"),
+        ({"journal_gb": "inf"}, "journal_gb=inf: give a number of GB from 0 up to 1000000"),
         ({"lost": "3"}, "lost is not a setting; did you mean lost_s?"),
         ({"beats_s": "3"}, "beats_s is not a setting; did you mean beat_s?"),
         ({"zzz": "3"}, f"zzz is not a setting; there are {', '.join(KEYS)}"),

@@ -113,3 +113,9 @@ def test_the_documents_show_the_house() -> None:
     known = {name.replace(".", "/") for name, _ in modules()}
     named = set(re.findall(r"`([a-z]+/[a-z]+)`", text))
     assert named and named <= known, named - known
+
+
+def test_processes_are_started_by_one_function() -> None:
+    """It keeps the folder of a job out of what they import."""
+    users = [name for name, path in modules() if "sys.executable" in path.read_text()]
+    assert users == ["processes"]

@@ -125,8 +125,11 @@ def test_checks_before_the_calculation_are_about_the_input(tmp_path: Path) -> No
         assert messages.of_input(error.value) is purpose
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_no_room(code: int) -> None:
+@pytest.mark.parametrize(
+    "code, remedy",
+    [(errno.ENOSPC, "free space or"), (errno.EDQUOT, "free space or"), (errno.EFBIG, "raise the")],
+)
+def test_no_room(code: int, remedy: str) -> None:
     try:
         try:
             raise OSError(code, "no matter", "/data/calc_1.hdf5")
@@ -135,7 +138,7 @@ def test_no_room(code: int) -> None:
             raise RuntimeError("Can't decrement id ref count") from exc
     except RuntimeError as exc:
         text = messages.no_room(exc)
-    assert re.fullmatch(rf"{os.strerror(code)}: /data/calc_1.hdf5; free space or .*", text)
+    assert re.fullmatch(rf"{os.strerror(code)}: /data/calc_1.hdf5; {remedy} .*", text)
     assert messages.no_room(ValueError("wrong")) == ""
 
 

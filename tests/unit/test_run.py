@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from oq_runtime.commands.checks import BadInput
 from oq_runtime.commands.lines import exports, surveyed
-from oq_runtime.commands.run import parse_params
+from oq_runtime.commands.run import parse_params, stop_session
 
 
 @pytest.mark.parametrize(
@@ -54,3 +58,22 @@ def test_survey_in_a_line() -> None:
         "j.ini: scenario, 1 site, 2 realizations; about 2 tasks a slot in its main phase"
     )
     assert "its size depends on the job before it" in surveyed({"file": "j.ini"})
+
+
+def test_only_the_processes_of_a_session_are_ended(tmp_path: Path) -> None:
+    """Their numbers may be those of others by the time that they are told to end."""
+    (directory := tmp_path / "oq-run-x").mkdir(mode=0o700)
+    waits = "trap '' TERM; read word"
+    own, other = (
+        subprocess.Popen(["/bin/sh", "-c", waits, *words], stdin=subprocess.PIPE)
+        for words in ((str(directory),), ())
+    )
+    try:
+        (directory / "pids").write_text(json.dumps([own.pid, other.pid]))
+        stop_session(directory)
+        assert own.wait(timeout=5) == -9 and other.poll() is None
+        assert not directory.exists()
+    finally:
+        for process in (own, other):
+            process.kill()
+            process.communicate()

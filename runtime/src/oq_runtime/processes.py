@@ -15,6 +15,10 @@ import psutil
 
 from oq_runtime.descriptors import patiently
 
+#: of pidfd_open(2): there is no process of that number; a thread may have it, says EINVAL, and
+#: ENOENT from Linux 6.15 on
+GONE = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -47,15 +51,26 @@ def open_standard() -> None:
 
     An empty stdin, stdout or stderr where it was started without one: what it opens next would
     have that number, and be taken for it by what it starts. And nothing ends it that it cannot
-    write to stderr.
+    write to stderr, nor a character that the locale lacks.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = sys.stderr
     if isinstance(given, io.TextIOWrapper):
         encoding, errors = given.encoding, given.errors
         sys.stderr = Lossy(given.detach(), encoding, errors, line_buffering=True)
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module as a process of its own.
+
+    With ``-P``, since this directory may be the folder of a job, in which others may have put files
+    by the names of modules.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def exists(pid: int) -> bool:
@@ -63,7 +78,7 @@ def exists(pid: int) -> bool:
     try:
         os.close(os.pidfd_open(pid))
     except OSError as exc:
-        return exc.errno not in (errno.ESRCH, errno.EINVAL)  # EINVAL: a thread has that number
+        return exc.errno not in GONE
     return True
 
 
@@ -80,6 +95,14 @@ def look(pid: int) -> Process | None:
             return Process(process.name(), command, process.create_time())
     except psutil.Error:
         return None
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process was stopped, by SIGSTOP or a debugger, and waits to be let go on."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
 
 
 def boot_s() -> float:
@@ -111,6 +134,9 @@ def die_with_parent() -> None:
 
 def pidfd(pid: int) -> int | None:
     """Return a descriptor that becomes readable when the process ends; None when it is gone."""
-    with contextlib.suppress(ProcessLookupError):
+    try:
         return patiently(lambda: os.pidfd_open(pid))
+    except OSError as exc:
+        if exc.errno not in GONE:
+            raise
     return None

@@ -43,12 +43,16 @@ class Settings(Limits):
         Meta(ge=-1, description="tasks at a time where no cluster is configured; -1 for all cores"),
     ] = -1
     window_mb: Annotated[
-        int, Meta(ge=1, description="MiB of results that a job has in its broker at a time")
+        int,
+        Meta(
+            ge=1, le=1_000_000, description="MiB of results that a job has in its broker at a time"
+        ),
     ] = 1024
     journal_gb: Annotated[
         float,
         Meta(
             ge=0,
+            le=1_000_000,
             description="GB of results of a job that are kept until it is complete, at most half "
             "of what is free, so that it can go on after a crash; 0: none",
         ),

@@ -183,7 +183,7 @@ class Pool:
             missing = unreachable(answers)
             if not missing:
                 return answers
-            if time.monotonic() > deadline_s:
+            if not time.monotonic() < deadline_s:  # nan, too
                 detail = "; ".join(grouped((host, answer.reason) for host, answer in missing))
                 raise NoWorkers(f"after {seconds:g} s: {detail}")
             time.sleep(0.2)

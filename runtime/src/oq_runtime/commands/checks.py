@@ -10,6 +10,7 @@ import errno
 import getpass
 import os
 import pwd
+import resource
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ EXIT_INPUT = 2
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 #: free space of a file system in which a calculation cannot go on
 ALMOST_FULL_BYTES = 1 << 20
+#: of a job file, which has some thousand
+MOST_BYTES = 64 << 20
+#: that a file must be able to have: results on their way, and the datastore of a small job
+LEAST_FILE_BYTES = 128 << 20
 #: bytes that no text has
 CONTROL = frozenset(range(32)) - frozenset(b"\t\n\f\r")
 #: by errno, what can be done besides taking another place
@@ -80,6 +85,8 @@ def check_file(name: str) -> str:
             raise BadInput(f"{name} is a directory; give the job file in it")
         if path.exists() and not path.is_file():  # whose reader may wait for ever
             raise BadInput(f"{name} is a pipe or a device; give a job file (.ini)")
+        if path.suffix != ".zip" and (nbytes := path.stat().st_size) > MOST_BYTES:
+            raise BadInput(f"{name} has {nbytes / 1e6:.0f} MB; give a job file (.ini)")
         data = path.read_bytes() if path.suffix != ".zip" else path.open("rb").read(1)
     except OSError as exc:
         raise BadInput(f"{name}: {exc.strerror}; check the path of the job file") from exc
@@ -109,6 +116,16 @@ def check_user() -> None:
             ) from None
         return
     os.environ.setdefault("HOME", entry.pw_dir)
+
+
+def check_file_size() -> None:
+    """Refuse a limit of the size of files at which a job would end in the midst."""
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if resource.RLIM_INFINITY != most < LEAST_FILE_BYTES:
+        raise BadInput(
+            f"a file may have {most >> 10} KiB at most here, and a job needs more than "
+            f"{LEAST_FILE_BYTES >> 20} MiB; raise this limit (ulimit -f)"
+        )
 
 
 def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:

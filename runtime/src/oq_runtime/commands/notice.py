@@ -46,7 +46,7 @@ class Notice:
 
     def __init__(self, target: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "oq_runtime.commands.notice"],
+            processes.python("oq_runtime.commands.notice"),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

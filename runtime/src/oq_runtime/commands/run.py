@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,6 +60,8 @@ LOOK_SECS, ENDED_SECS = 1.0, 10.0
 STATUS_SECS = 0.3
 #: seconds to wait for a locked database in which a job is to be ended
 LOCK_SECS = 1.5
+#: of a session, in the order of their pids
+PROCESSES = ("engine process", "broker process", "agent process")
 #: characters of a line of the engine's log that are shown
 LINE_CHARACTERS = 2000
 #: lines of the engine's log that say what the display says, or nothing; and rows of its tables
@@ -178,6 +180,7 @@ def main(
     """
     processes.open_standard()
     checks.check_user()
+    checks.check_file_size()
     if temporary := os.environ.get("TMPDIR"):  # what is started works in other directories
         os.environ["TMPDIR"] = os.path.abspath(temporary)
     if watch is not None:
@@ -265,7 +268,7 @@ def detached(folder: Path, as_json: bool) -> NoReturn:
     number_in, number_out = os.pipe()
     stream, name = tempfile.mkstemp(".log", "oq-run_", folder)
     process = subprocess.Popen(
-        [sys.executable, "-m", "oq_runtime.commands.run", f"--tell={number_out}", *arguments],
+        processes.python("oq_runtime.commands.run", f"--tell={number_out}", *arguments),
         stdin=subprocess.DEVNULL,
         stdout=stream,
         stderr=stream,
@@ -370,6 +373,8 @@ class Run:
         self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
         self.aborted = False  # from elsewhere
         self.loaded = False  # the engine, or it was said that this takes long
+        self.status: Status | None = None  # of the broker, the last one
+        self.unanswered = ""  # why the job table cannot be read just now
         self.oom_kills = memory.oom_kills()
         self.notice: Notice | None = None
         self.began_s = time.monotonic()
@@ -419,7 +424,7 @@ class Run:
             env["OQ_NUM_CORES"] = str(self.settings.cores)
         report_in, report_out = os.pipe()
         process = self.process = subprocess.Popen(
-            [sys.executable, "-m", "oq_runtime.engine.job", str(report_out), str(os.getpid())],
+            processes.python("oq_runtime.engine.job", str(report_out), str(os.getpid())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -472,9 +477,10 @@ class Run:
                 self._release()
                 if found := status.poll():
                     self.slots = max(self.slots, sum(node.slots for node in found.nodes))
-                    self._tell(found)
-                self.display.show(found)
+                    self.status = found
                 self._look(now)
+                self._tell(now)
+                self.display.show(found)
             if not self.loaded and now - started_s > LOAD_SECS:
                 self._print(LOADING)
                 self.loaded = True
@@ -518,16 +524,16 @@ class Run:
 
         ``oq abort`` may have told the wrong process, or one that does not listen.
         """
-        if (
-            self.table is None
-            or self.current is None
-            or self.interrupted_s
-            or now < self.next_look_s
-        ):
+        number = self.current or self.waiting
+        if self.table is None or number is None or self.interrupted_s or now < self.next_look_s:
             return
         self.next_look_s = now + LOOK_SECS
-        with contextlib.suppress(jobtable.DatabaseError):
-            status = self.table.status(self.current)
+        try:
+            status = self.table.status(number)
+        except jobtable.DatabaseError as exc:
+            self.unanswered = str(exc)
+        else:
+            self.unanswered = ""
             if status in (*jobtable.UNFINISHED, *jobtable.COMPLETE):
                 self.ended_s = 0.0
                 return
@@ -537,17 +543,19 @@ class Run:
                 self.aborted = True
                 self._interrupt()
 
-    def _tell(self, status: Status) -> None:
+    def _tell(self, now: float) -> None:
         """Say what the job waits for, and which nodes it has to do without, once each."""
-        now = time.monotonic()
-        waits = status.note
-        if not waits and self.spec["cluster"] and not any(node.slots for node in status.nodes):
-            waits = NO_NODE
-        found = [("", waits)] if waits else []
-        found += [(node.host, node.reason) for node in status.nodes if node.reason]
+        waits = dict.fromkeys(self._standstills(), "")
+        nodes = self.status.nodes if self.status else []
+        if self.status and self.status.note:
+            waits[self.status.note] = "a port"
+        elif self.status and self.spec["cluster"] and not any(node.slots for node in nodes):
+            waits[NO_NODE] = "nodes"
+        found = [("", why) for why in waits]
+        found += [(node.host, node.reason) for node in nodes if node.reason]
         self.true_since_s = {fact: self.true_since_s.get(fact, now) for fact in found}
-        waited_s = now - self.true_since_s.get(("", waits), now)
-        what = "a port" if status.note else "nodes"
+        waited = [(now - self.true_since_s["", why], what) for why, what in waits.items() if what]
+        waited_s, what = max(waited, default=(0.0, ""))
         self.display.wait(what if waited_s >= TELL_SECS else "", waited_s)
         untold = [
             fact
@@ -560,6 +568,16 @@ class Run:
         for line in grouped((host, reason) for host, reason in untold if host):
             self._print(f"without {line}")
         self.told = self.told.union(untold).intersection(found)
+
+    def _standstills(self) -> Iterator[str]:
+        """Yield what keeps the job from going on, on this machine."""
+        assert self.directory is not None and self.process is not None
+        if self.unanswered:
+            yield self.unanswered
+        pids = (self.process.pid, *launch.pids(self.directory))
+        for name, pid in zip(PROCESSES, pids, strict=False):
+            if processes.stopped(pid):
+                yield f"the {name} of this job is stopped; kill -CONT {pid} lets it go on"
 
     def _take(self, line: bytes) -> None:
         """Take a report of the engine process."""
@@ -710,25 +728,31 @@ class Run:
 
 def stop_session(directory: Path) -> None:
     """End the broker and the agent of a session and remove its directory."""
-    pids = launch.pids(directory)
-    descriptors = []
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            descriptors.append(os.pidfd_open(pid))
-            os.kill(pid, signal.SIGTERM)
-    selector = selectors.DefaultSelector()
-    for descriptor in descriptors:
-        selector.register(descriptor, selectors.EVENT_READ)
-    deadline = time.monotonic() + STOP_SECS
-    while selector.get_map() and time.monotonic() < deadline:
-        for key, _ in selector.select(0.1):
-            selector.unregister(key.fileobj)
-            os.close(key.fd)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            if selector.get_map():
-                os.kill(pid, signal.SIGKILL)
+    ends = [end for pid in launch.pids(directory) if (end := end_of(pid, directory)) is not None]
+    left = selectors.DefaultSelector()
+    for end in ends:
+        left.register(end, selectors.EVENT_READ)
+    for number, limit_s in ((signal.SIGTERM, STOP_SECS), (signal.SIGKILL, 0.0)):
+        for key in left.get_map().values():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(key.fd, number)
+        deadline_s = time.monotonic() + limit_s
+        while left.get_map() and time.monotonic() < deadline_s:
+            for key, _ in left.select(0.1):
+                left.unregister(key.fd)
+    for end in ends:
+        os.close(end)
     private.remove(directory)
+
+
+def end_of(pid: int, directory: Path) -> int | None:
+    """Return a descriptor of a process of a session; None where the number is another one's now."""
+    end = processes.pidfd(pid)
+    found = processes.look(pid)
+    if end is not None and not (found and str(directory) in found.command):
+        os.close(end)
+        return None
+    return end
 
 
 if __name__ == "__main__":

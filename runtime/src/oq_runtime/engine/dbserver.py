@@ -192,7 +192,7 @@ def authorize(action: int, first: str | None, *_: str | None) -> int:
     """
     if action == sqlite3.SQLITE_ATTACH and first != "":
         return sqlite3.SQLITE_DENY
-    if action == sqlite3.SQLITE_PRAGMA and first in REFUSED_PRAGMAS:
+    if action == sqlite3.SQLITE_PRAGMA and str(first).lower() in REFUSED_PRAGMAS:
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK
 

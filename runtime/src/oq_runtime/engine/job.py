@@ -47,6 +47,8 @@ from oq_runtime.text import clean
 Report = Callable[[dict[str, Any]], None]
 
 COMPLETE, FAILED, BAD_INPUT, NO_WORKERS, INTERRUPTED = 0, 1, 2, 3, 130
+#: seconds for the DbServer to answer before there is a job: it may just be starting
+DBSERVER_SECS = 30.0
 #: seconds that the files of a job have to close
 CLOSE_SECS = 60
 
@@ -207,7 +209,9 @@ class Jobs:
         else:
             place = os.path.expanduser(self.config.dbserver.file)
         try:
-            if not place.startswith("tcp://"):
+            if place.startswith("tcp://"):
+                self.await_dbserver(place)
+            else:
                 jobtable.make(Path(place))
                 # what it logs gives the root logger a handler, and the engine then sets no level
                 logging.getLogger().handlers.clear()
@@ -218,8 +222,27 @@ class Jobs:
                     f"is gone: it is failed{self.kept(job.id)}"
                 )
         except sqlite3.Error as exc:
-            raise InputError(f"the job database {place}: {exc}; repair or move it away") from exc
+            remedy = jobtable.remedy(exc)
+            raise InputError(f"the job database {place}: {exc}; {remedy}") from exc
         return place
+
+    def await_dbserver(self, place: str) -> None:
+        """Wait until the DbServer answers; the engine would do so for ten minutes, and in silence.
+
+        :raises InputError: when it does not
+        """
+        deadline_s = time.monotonic() + DBSERVER_SECS
+        told = ""
+        while True:
+            try:
+                jobtable.Outside(place).status(0)
+                return
+            except jobtable.DatabaseError as exc:
+                what = f"{exc}; is its service, openquake-dbserver, running, and its port open?"
+                if time.monotonic() > deadline_s:
+                    raise InputError(what) from exc
+                if told != what:
+                    self.note(f"waiting: {(told := what)}")
 
     def kept(self, number: int) -> str:
         """Return how a job that is not complete can go on, if it can."""
@@ -473,7 +496,7 @@ def summary(logs: Any, job_id: int, started_s: float) -> dict[str, Any]:
             outputs.append({"id": int(number), "name": name.strip()})
     return {
         "job": job_id,
-        "state": logs.dbcmd("get_job", job_id).status,
+        "state": clean(logs.dbcmd("get_job", job_id).status),
         "tasks": tasks,
         "busy_seconds": round(busy_s, 2),
         "datastore": str(path),

@@ -12,6 +12,7 @@ import enum
 import fcntl
 import getpass
 import os
+import re
 import socket
 import sqlite3
 import time
@@ -33,12 +34,26 @@ Call = Callable[..., Any]
 
 #: seconds by which the clocks of two sources may differ; a pid is not given away again as fast
 SLACK_SECS = 60.0
+#: the biggest number of a row
+MOST_ROWS = 2**63 - 1
 #: unfinished jobs that one look at the table may find
 MOST_JOBS = 100_000
 #: seconds for the database to answer a process that does not import the engine
 ANSWER_SECS = 5.0
 #: seconds for another process to finish a database that lacks a part
 HALF_MADE_SECS = 3.0
+
+
+#: what can be done about errors of SQLite, by the beginnings of their names, and about all others
+REMEDIES = {
+    "SQLITE_BUSY": "another program has it open: end that, or try again",
+    "SQLITE_CANTOPEN": "let this user write there",
+    "SQLITE_FULL": "free space there",
+    "SQLITE_IOERR": "see whether its disk is well, and raise the limit of the size of a file "
+    "(ulimit -f) where there is one",
+    "SQLITE_READONLY": "let this user write there",
+}
+DAMAGED = "repair or move it away"
 
 
 class Status(enum.StrEnum):
@@ -94,12 +109,15 @@ class JobTable:
 
     def job(self, number: int, user: str | None = None) -> Job | None:
         """Return a job; -1 stands for the last one of a user, -2 for the one before."""
+        if abs(number) > MOST_ROWS:
+            return None
         row = self.call("get_job", number, user)
         if row is None or row.status == Status.DELETED:
             return None
         started_s = seconds(row.start_time)
         path = f"{row.ds_calc_dir}.hdf5"
-        return Job(row.id, row.user_name, row.status, row.pid or 0, row.host or "", started_s, path)
+        status, host = clean(row.status), row.host or ""
+        return Job(row.id, row.user_name, status, row.pid or 0, host, started_s, path)
 
     def unfinished(self) -> list[Job]:
         """Return the jobs of this host that the table says are not at their end, oldest first."""
@@ -228,7 +246,7 @@ def parent(table: JobTable, wanted: str | None, tell: Callable[[str], None]) -> 
     """
     if wanted is None:
         return None
-    if not wanted.lstrip("-").isdigit():
+    if not re.fullmatch("-?[0-9]+", wanted):
         if wanted.endswith(".hdf5"):
             check_datastore(Path(wanted), f"--hc {wanted}")
         return wanted
@@ -328,10 +346,10 @@ class Outside:
         """Return the status of a job, None where there is no such job."""
         if self.place.startswith("tcp://"):
             row = self._ask("get_job", number)
-            return None if row is None else str(row.status)
+            return None if row is None else clean(str(row.status))
         with self._open() as connection:
             row = connection.execute(STATUS_OF, (number,)).fetchone()
-            return row[0] if row else None
+            return clean(str(row[0])) if row else None
 
     def finish(self, numbers: Sequence[int], status: Status) -> None:
         """Give those of the jobs that the table takes for unfinished their last status."""
@@ -405,6 +423,12 @@ def make(database: Path) -> None:
             new.replace(database)
         finally:
             new.unlink(missing_ok=True)
+
+
+def remedy(exc: sqlite3.Error) -> str:
+    """Say what can be done about an error of SQLite with the job database."""
+    name = getattr(exc, "sqlite_errorname", "")
+    return next((text for kind, text in REMEDIES.items() if name.startswith(kind)), DAMAGED)
 
 
 def made(database: Path) -> bool:

@@ -24,7 +24,13 @@ from oq_runtime.text import clean
 
 #: characters of an explanation of the engine that are shown
 MOST_CHARACTERS = 1500
-FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+ROOM = "free space or set OQ_DATADIR to another directory"
+#: what ends a write for want of room, and what to do about it
+FULL = {
+    os.strerror(errno.ENOSPC): ROOM,
+    os.strerror(errno.EDQUOT): ROOM,
+    os.strerror(errno.EFBIG): "raise the limit of the size of a file (ulimit -f)",
+}
 NOT_THERE = f"{os.strerror(errno.ENOENT)}|{os.strerror(errno.EACCES)}"
 #: errors whose text alone says nothing: the engine met what nobody had thought of
 UNFORESEEN = (
@@ -120,11 +126,11 @@ def no_room(exc: BaseException) -> str:
     HDF5 raises other errors while it cleans up after one.
     """
     for link in chain(exc):
-        for reason in FULL:
+        for reason, remedy in FULL.items():
             if reason in str(link):
                 where = re.search(r"filename = '([^']+)'|: '([^']+)'$", str(link))
                 name = f": {where.group(1) or where.group(2)}" if where else ""
-                return clean(f"{reason}{name}; free space or set OQ_DATADIR to another directory")
+                return clean(f"{reason}{name}; {remedy}")
     return ""
 
 

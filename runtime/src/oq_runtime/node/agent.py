@@ -58,6 +58,8 @@ SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
 DATA_HWM = 16
 #: messages that are read from the brokers, and chunks from one, before others have their turn
 AT_ONCE, DATA_AT_ONCE = 500, 64
+#: bytes of pings that are on their way back at a time, for all peers together
+PING_BYTES = 32 << 20
 #: last bytes of a dead worker's stderr in which the reason is looked for
 STDERR_TAIL_BYTES = 64 << 10
 FORKSERVER_LOG = "forkserver.log"
@@ -206,6 +208,7 @@ class Agent:
         self.channels: dict[int, int] = {}  # descriptors of those that are open -> worker
         self.jobs: dict[str, JobIO] = {}
         self._handle: Events[Event, Effect] = Events(self._decide, self._apply, time.monotonic)
+        self.pings: list[tuple[zmq.MessageTracker, int]] = []  # on their way back, and their bytes
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
         self.oom_kills = self.oom_kills_before = oom_kills()
@@ -368,8 +371,7 @@ class Agent:
             transport.send_to(self.control, peer, self._status())
             return
         if isinstance(message, protocol.Ping):
-            payload = frames[2:] if message.want is None else [bytes(message.want)]
-            transport.send_to(self.control, peer, message, *payload)
+            self._return(peer, message, b"".join(frames[2:]))
             return
         if isinstance(message, protocol.Hello):
             self._greet(peer, message)
@@ -421,6 +423,18 @@ class Agent:
             case _:
                 what = f"refused {type(message).__name__} on the control socket"
                 log.warning(what, extra=about("message"))
+
+    def _return(self, peer: bytes, ping: protocol.Ping, payload: bytes) -> None:
+        """Send a ping back, unless those of peers that do not read hold too much memory."""
+        self.pings = [one for one in self.pings if not one[0].done]
+        held_bytes = sum(nbytes for _, nbytes in self.pings)
+        nbytes = len(payload) if ping.want is None else ping.want
+        if not nbytes:
+            transport.send_to(self.control, peer, ping)
+        elif held_bytes + nbytes <= PING_BYTES:
+            returned = payload if ping.want is None else bytes(nbytes)
+            if tracker := transport.send_tracked(self.control, peer, ping, returned):
+                self.pings.append((tracker, nbytes))
 
     def _command(self, action: str) -> None:
         if action != "status":
@@ -649,7 +663,8 @@ class Agent:
                 if self.forkserver is not None:
                     self.forkserver.kill(worker)
             case slots.Stuck(worker, seconds):
-                pid = self.processes[worker].pid
+                if not (pid := self.processes[worker].pid):
+                    return  # the fork server has not come to it yet: it imports the engine
                 log.warning(
                     f"worker process {pid} was killed {seconds:.0f} s ago and does not end; its "
                     "slot stays taken. The kernel waits for a device or a file server: see "

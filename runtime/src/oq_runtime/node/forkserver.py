@@ -99,7 +99,7 @@ class ForkServer:
         self.orders: deque[tuple[bytes, tuple[IO[bytes] | socket.socket, ...]]] = deque()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), *args],
+                processes.python(__name__, str(theirs.fileno()), str(os.getpid()), *args),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

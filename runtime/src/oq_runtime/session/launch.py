@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from oq_runtime import descriptors
+from oq_runtime import descriptors, processes
 from oq_runtime.config import Config
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
@@ -48,7 +48,7 @@ def start(config: Config, owner: int) -> Path:
         security.read_secret(config.cluster.authkey)  # refuses a weak one before anything starts
     slots = config.cores if config.cluster is None else 0
     descriptors.check(slots if config.cluster is None else len(config.cluster.hosts))
-    command = [sys.executable, "-m", "oq_runtime.session.launch", str(owner), str(slots)]
+    command = processes.python("oq_runtime.session.launch", str(owner), str(slots))
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
         [*command, str(config.window_bytes), config.limits.as_text(), config.log_level],
@@ -166,7 +166,7 @@ def _spawn(
 ) -> subprocess.Popen[bytes]:
     with (directory / f"{name}.log").open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-m", f"oq_runtime.{module}", *args],
+            processes.python(f"oq_runtime.{module}", *args),
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,

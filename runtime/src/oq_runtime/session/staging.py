@@ -9,6 +9,7 @@ One owner: whatever file is made or taken over here is handed on by ``deliver`` 
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +75,12 @@ class Staging:
             in_order = body.reception.take(offset, chunk)
         except OSError as exc:
             where = mount_of(self.store.disk)
+            remedy = "free space there, or set TMPDIR to a directory on another device"
+            if exc.errno == errno.EFBIG:
+                remedy = "raise the limit of the size of a file (ulimit -f)"
             raise NoRoom(
                 f"no room on {where} of this machine for {nbytes:,} bytes of results in "
-                f"{self.store.disk}: {exc.strerror}; free space there, or set TMPDIR to a "
-                "directory on another device"
+                f"{self.store.disk}: {exc.strerror}; {remedy}"
             ) from exc
         if in_order and not body.reception.whole:
             return None

@@ -21,15 +21,13 @@ from django.http import HttpResponse, JsonResponse
 from openquake.commonlib import logs
 from openquake.server import utils, views
 
+from oq_runtime.engine.jobtable import MOST_ROWS
 from oq_runtime.errors import InputError
 from oq_runtime.text import clean
 from oq_runtime.webui import uploads
 from oq_runtime.webui.logins import Logins
 
 log = logging.getLogger("oq_runtime")
-
-#: the biggest number of a row
-MOST_ROWS = 2**63 - 1
 
 
 class Rule(Enum):

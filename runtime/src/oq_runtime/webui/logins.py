@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+import unicodedata
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
@@ -57,17 +58,22 @@ class Logins:
         self.addresses = Failures(ADDRESS_FAILURES, clock)
 
     def failed(self, account: str, address: str) -> None:
-        self.accounts.add(account[:NAME_CHARACTERS])
+        self.accounts.add(name(account))
         self.addresses.add(network(address))
 
     def succeeded(self, account: str) -> None:
-        self.accounts.forget(account[:NAME_CHARACTERS])
+        self.accounts.forget(name(account))
 
     def wait_s(self, account: str, address: str) -> float:
         return max(
-            self.accounts.wait_s(account[:NAME_CHARACTERS]),
+            self.accounts.wait_s(name(account)),
             self.addresses.wait_s(network(address)),
         )
+
+
+def name(account: str) -> str:
+    """Return what counts as one account: a form of Django's takes other spellings for the same."""
+    return unicodedata.normalize("NFKC", account[:NAME_CHARACTERS]).strip()
 
 
 def network(address: str) -> str:

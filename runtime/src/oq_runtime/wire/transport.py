@@ -174,6 +174,21 @@ def send_frames(socket: zmq.Socket[Any], frames: Sequence[Any], flags: int = DON
     return True
 
 
+def send_tracked(
+    socket: zmq.Socket[Any], peer: bytes, message: protocol.Message, payload: bytes
+) -> zmq.MessageTracker | None:
+    """Send a message with a payload; return what tells when that needs no memory any more.
+
+    None, and nothing is sent, when nobody can take it now.
+    """
+    frame = zmq.Frame(payload, copy=False, track=True, copy_threshold=0)
+    if not send_frames(socket, [peer, protocol.encode(message)], SNDMORE | DONTWAIT):
+        return None
+    socket.send(frame, DONTWAIT, copy=False)
+    tracker: zmq.MessageTracker = frame.tracker
+    return tracker
+
+
 @overload
 def receive(socket: zmq.Socket[Any], *, copy: Literal[True] = True) -> list[bytes] | None: ...
 @overload
