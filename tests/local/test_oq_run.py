@@ -345,6 +345,22 @@ def test_user_without_a_home(env: dict[str, str]) -> None:
     assert "HOME is not set, and user 54321 has no entry in passwd" in one_line(result.stderr)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_home_where_nothing_can_be_written(env: dict[str, str]) -> None:
+    """Numba refuses to be imported where it has no place for what it compiles."""
+    code = (
+        "import os, pathlib; from oq_runtime.files import compiling; "
+        "compiling.find_cache(pathlib.Path('/tmp')); print(os.environ['NUMBA_CACHE_DIR']); "
+        "import openquake.baselib.performance"
+    )
+    few = {"PATH": env["PATH"], "USER": "54321", "HOME": "/proc/none"}
+    result = as_number(few, sys.executable, "-c", code)
+    place = Path("/tmp/oq-numba-54321")
+    assert (result.returncode, result.stdout.strip()) == (0, str(place)), result.stderr
+    assert list(place.rglob("*.nbi")), "nothing was compiled"
+    shutil.rmtree(place)
+
+
 def test_damaged_database(env: dict[str, str], tmp_path: Path) -> None:
     cfg = tmp_path / "openquake.cfg"
     (tmp_path / "db.sqlite3").write_bytes(b"not a database " * 1000)

@@ -202,6 +202,7 @@ def main(
         "log_level": log_level,
         "dry_run": dry_run,
     }
+    compiling.find_cache(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
     try:
         sections = config.read()
         checks.check_directories(sections)

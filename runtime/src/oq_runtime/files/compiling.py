@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import shutil
 import sys
@@ -30,6 +31,8 @@ from oq_runtime.files import private
 WAIT_SECS, LOOK_SECS = 600.0, 0.1
 #: under the directory of the environment, as numba has it: a directory for each one of sources
 COMPILED = "compiled"
+#: bytes that numba writes for a small function
+PROBE_BYTES = 16 << 10
 
 
 @contextlib.contextmanager
@@ -56,6 +59,39 @@ def once() -> Iterator[None]:
         if descriptor is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(descriptor, b"1", 0)
+
+
+def find_cache(temporary: Path) -> None:
+    """Give numba a place for what it compiles where it would find none, and end the import.
+
+    It takes the one beside the engine's files, or that in the user's cache directory: there is none
+    for a user without a home, or where that is full. What it gets is in ``temporary``, under the
+    same name each time.
+    """
+    if "NUMBA_CACHE_DIR" in os.environ or any(map(_takes_files, _caches())):
+        return
+    with contextlib.suppress(ConfigError):  # numba says what it lacks
+        found = private.own(temporary / f"oq-numba-{os.getuid()}")
+        os.environ["NUMBA_CACHE_DIR"] = str(found)
+
+
+def _caches() -> Iterator[Path]:
+    """Yield where numba keeps what it has compiled, see ``numba/core/caching.py`` of 0.61."""
+    spec = importlib.util.find_spec("openquake")
+    for engine in (spec and spec.submodule_search_locations) or ():
+        yield Path(engine, "baselib", "__pycache__")
+    with contextlib.suppress(RuntimeError):  # no home
+        yield caches() / "numba"
+
+
+def _takes_files(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(PROBE_BYTES))
+    except OSError:
+        return False
+    return True
 
 
 def done() -> bool:
