@@ -577,6 +577,24 @@ def test_dry_run(env: dict[str, str], tmp_path: Path) -> None:
     assert jobs(env) == before
 
 
+def test_nothing_is_left_of_what_the_engine_has_started(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    """As its own pool of processes is, when it is killed."""
+    cfg, mark = tmp_path / "openquake.cfg", tmp_path / "mark"
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(999)"
+    code = (
+        "import oq_runtime.activate, subprocess, sys; 'oq_runtime.engine.job' in sys.orig_argv and "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], stdout=open({str(mark)!r}, 'w'))"
+    )
+    text = Path(env["OQ_CONFIG_FILE"]).read_text()
+    cfg.write_text(text.replace("import oq_runtime.activate", code))
+    done, _, err = run(env | {"OQ_CONFIG_FILE": str(cfg)}, corpus(TINY), "--dry-run")
+    assert done == 0, err
+    pid = int(mark.read_text())
+    assert wait_for(lambda: not Path(f"/proc/{pid}").exists()), "the engine's child is left"
+
+
 def test_modules_beside_a_job_are_nobodys(env: dict[str, str], tmp_path: Path) -> None:
     """The folder of a job may be a colleague's, and what lies there is not run."""
     folder, mark = example(tmp_path), tmp_path / "mark"

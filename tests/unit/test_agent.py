@@ -448,6 +448,26 @@ def test_a_stopped_worker_is_killed_and_its_slot_used_again(here: Stage) -> None
     assert here.workers != [pid] and not Path(f"/proc/{pid}").exists()
 
 
+def test_what_stays_stopped_is_killed_and_its_task_runs_elsewhere(here: Stage) -> None:
+    here.give(1, "square", 3)
+    here.ended(1)
+    [pid] = here.workers
+    here.give(2, "slow", 2, 300)
+    here.expect(protocol.Started)
+    os.kill(pid, signal.SIGSTOP)
+    died = here.expect(protocol.Died)
+    assert died.reason == f"worker process {pid} was stopped for {LIMITS.lost_s:g} s, and so killed"
+    here.give(3, "square", 5)
+    here.ended(3)
+    assert here.agent.forkserver is not None
+    os.kill(here.agent.forkserver.process.pid, signal.SIGSTOP)
+    os.kill(here.workers[0], signal.SIGKILL)
+    here.give(4, "square", 6)  # to the dead worker, whose end nobody tells
+    here.expect(protocol.Died, lambda one: one.task == 4)
+    here.give(5, "square", 7)
+    assert here.ended(5) == [{"sum": 49}]
+
+
 def test_workers_have_one_thread(here: Stage) -> None:
     here.give(1, "square", 3)
     here.ended(1)

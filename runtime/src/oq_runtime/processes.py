@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -98,11 +99,10 @@ def look(pid: int) -> Process | None:
 
 
 def stopped(pid: int) -> bool:
-    """Whether a process was stopped, by SIGSTOP or a debugger, and waits to be let go on."""
-    try:
-        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-    except psutil.Error:
-        return False
+    """Whether a process was stopped by a signal, and waits for SIGCONT; see proc(5), stat."""
+    with contextlib.suppress(OSError, IndexError):  # it has ended
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def boot_s() -> float:

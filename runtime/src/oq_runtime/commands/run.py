@@ -449,6 +449,7 @@ class Run:
                 self.display.show(status.last(STATUS_SECS))
         finally:
             status.close()
+        end_group(process.pid)
         code = process.wait()
         return self._verdict(code if self.outcome is None else self.outcome)
 
@@ -725,6 +726,17 @@ class Run:
                 where += f"; to go on: oq-run --resume {number}"
             where = f" ({where})" if where else ""
             click.echo(f"oq-run: {clean(self.error, LINE_CHARACTERS)}{where}", err=True)
+
+
+def end_group(pid: int) -> None:
+    """Wait for the end of a process, and end what it has left: the engine's own pool outlives it.
+
+    :param pid: of a child that leads a group of processes
+    """
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        # its number stays its own until it is waited for in earnest
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        os.killpg(pid, signal.SIGKILL)
 
 
 def stop_session(directory: Path) -> None:

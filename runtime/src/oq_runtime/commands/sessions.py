@@ -90,7 +90,8 @@ def watch(number: int | None, console: Console) -> tuple[int, str]:
     one = found[-1]
     table = jobtable.Outside(one.database)
     display = Display(console, quiet=False)
-    display.began_s -= time.time() - (one.directory / JOBS).stat().st_ctime
+    with contextlib.suppress(OSError):  # it ends just now
+        display.began_s -= time.time() - (one.directory / JOBS).stat().st_ctime
     display.enter("the engine is at work", f"job {one.job}")
     status = StatusReader(one.directory)
     try:

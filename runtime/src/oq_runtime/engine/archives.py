@@ -41,10 +41,11 @@ def place(session: Path, shared: Path | None) -> Path:
     for left in shared.glob(f"{prefix}*"):
         if not (left / OWNER).exists():
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=shared))
-    (folder / OWNER).symlink_to(session)
-    folder.chmod(0o755)
-    return folder
+    # under another name until it has its owner, or the next session would remove it
+    new = Path(tempfile.mkdtemp(prefix=".oq-new-", dir=shared))
+    (new / OWNER).symlink_to(session)
+    new.chmod(0o755)
+    return new.rename(shared / f"{prefix}{new.name.removeprefix('.oq-new-')}")
 
 
 def unpack(archive: Path, place: Path) -> list[Path]:

@@ -248,7 +248,7 @@ class Writer:
         budget_bytes: int,
         claimed: int | None = None,
     ) -> None:
-        self.directory = private.own(directory)
+        self.directory = private.own(directory, "free space there, or let this user write there")
         self._claim = claim(directory) if claimed is None else claimed
         if claimed is None:  # of a job that had this number before the database was made anew
             for path in segments(directory):

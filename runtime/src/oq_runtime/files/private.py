@@ -42,8 +42,10 @@ def make(parent: Path, prefix: str) -> Path:
         raise ConfigError(f"{parent}: {exc.strerror}; free space there or {REMEDY}") from exc
 
 
-def own(path: Path) -> Path:
+def own(path: Path, remedy: str = REMEDY) -> Path:
     """Make the directory ``path``, or prove that the one that is there is ours; return the path.
+
+    :param remedy: what may be done where that cannot be
 
     Raises ConfigError when it is not, or cannot be made, or others could exchange it.
     """
@@ -51,7 +53,7 @@ def own(path: Path) -> Path:
         _check_above(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
     except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}; {REMEDY}") from exc
+        raise ConfigError(f"{path}: {exc.strerror}; {remedy}") from exc
     if not is_own(path):
         raise ConfigError(f"{path} is not a directory of this user alone; remove it or {REMEDY}")
     return path

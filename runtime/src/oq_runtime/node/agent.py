@@ -86,6 +86,7 @@ class Process:
         self.log = log
         self.channel = channel
         self.pid = 0  # until it is ready, as is its memory
+        self.killed = ""  # why it was, in words
         self.memory: Resident | None = None
         self.ended = False
         self.spool = "none"  # the name of the file with the results of its last task
@@ -105,6 +106,7 @@ class Process:
         lines = [why] if why else _tail(self.log)
         self.log.unlink(missing_ok=True)
         text = "was killed by the kernel for lack of memory" if oom else processes.ending(code)
+        text = self.killed or text
         if code > 0 and lines:
             text += f" ({lines[-1]})"
         elif fatal := [line for line in lines if line.startswith("Fatal Python error")]:
@@ -209,6 +211,7 @@ class Agent:
         self.jobs: dict[str, JobIO] = {}
         self._handle: Events[Event, Effect] = Events(self._decide, self._apply, time.monotonic)
         self.pings: list[tuple[zmq.MessageTracker, int]] = []  # on their way back, and their bytes
+        self.stopped_s: dict[int, float] = {}  # pids of processes that are, and since when
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
         self.oom_kills = self.oom_kills_before = oom_kills()
@@ -311,12 +314,29 @@ class Agent:
             self._look_at_memory()
         except OSError as exc:
             log.warning(f"cannot look at the memory: {exc}", extra=about("memory"))
+        self._look_for_stopped(now)
         self._handle(slots.Tick())
         moved = frozenset(name for name, job in self.jobs.items() if job.moved)
         for name in moved:
             self.jobs[name].moved = False
         self._handle(attempts.Tick(moved))
         systemd.notify("WATCHDOG=1")
+
+    def _look_for_stopped(self, now: float) -> None:
+        """Kill what was stopped for as long as a silent node is waited for: its task would hang."""
+        server = self.forkserver.process.pid if self.forkserver else 0
+        pids = [server, *(process.pid for process in self.processes.values())]
+        stopped = [pid for pid in pids if pid and processes.stopped(pid)]
+        self.stopped_s = {pid: self.stopped_s.get(pid, now) for pid in stopped}
+        late = {
+            pid for pid, since_s in self.stopped_s.items() if now - since_s > self.limits.lost_s
+        }
+        for worker, process in self.processes.items():
+            if process.pid in late and self.forkserver:
+                process.killed = f"was stopped for {self.limits.lost_s:g} s, and so killed"
+                self.forkserver.kill(worker)
+        if self.forkserver and server in late:
+            self.forkserver.process.kill()
 
     def _look_at_memory(self) -> None:
         self.oom_kills = oom_kills()
