@@ -45,6 +45,13 @@ def poison(x: Any, monitor: Any) -> dict[str, Any]:
     return {"sum": x}
 
 
+def dies_once(x: Any, monitor: Any) -> dict[str, Any]:
+    """Kill the worker of the first attempt of every other task."""
+    if x % 2 and os.environ["OQ_RUNTIME_ATTEMPT"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"sum": x}
+
+
 def crash(x: Any, monitor: Any) -> dict[str, Any]:
     """A crash in native code."""
     if x == 3:

@@ -421,6 +421,16 @@ def test_small_job(env: dict[str, str]) -> None:
     assert {output["name"] for output in job["outputs"]} >= {"Hazard Curves"}
     assert Path(job["datastore"]).stat().st_size == job["bytes"]
     assert (job["job"], "complete", 0) in jobs(env)
+    code, out, err = run(env, "--explain", job["job"])
+    first, *others = out.splitlines()
+    assert (code, err) == (0, "") and len(others) < 10
+    assert re.fullmatch(
+        rf"job {job['job']}, classical \(.*\): complete, [\d.]+ s, \d+ slots?", first
+    )
+    assert any(re.match(r"tasks: \d+ \w+ \(median [\d.]+ m?s, ", line) for line in others)
+    code, out, _ = run(env, "--explain", job["job"], "--json")
+    uses = json.loads(out)["uses"]
+    assert sum(uses.values()) == pytest.approx(1, abs=0.01) and uses["computed"] > 0
 
 
 OTHER_IMPORT = """

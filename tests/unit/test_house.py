@@ -27,7 +27,7 @@ FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
 #: what the pure wing may use: no I/O, no clock, no chance; msgspec to declare data
 PURE = {
     "__future__", "collections", "dataclasses", "enum", "heapq", "json", "statistics", "typing",
-    "itertools", "math", "msgspec",
+    "itertools", "math", "msgspec", "re", "struct",
 }  # fmt: skip
 
 

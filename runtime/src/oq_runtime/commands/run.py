@@ -151,6 +151,12 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
     metavar="[ID]",
     help="Show a job of yours that runs on this machine: the latest one, or ID.",
 )
+@click.option(
+    "--explain",
+    type=int,
+    metavar="ID",
+    help="Say where the time of a job went; -1: last one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--no-progress", is_flag=True, help="No progress display.")
 @click.version_option(package_name="oq-runtime")
@@ -170,6 +176,7 @@ def main(
     detach: bool,
     tell: int | None,
     watch: int | None,
+    explain: int | None,
     as_json: bool,
     no_progress: bool,
 ) -> None:
@@ -187,6 +194,10 @@ def main(
         if files or resume or detach or dry_run or params or hc:
             raise BadInput("--watch shows a job that runs: give no job file, and no other option")
         watched(watch or None, as_json)
+    if explain is not None:
+        if files or resume or detach or dry_run or params or hc:
+            raise BadInput("--explain tells of a job that was run: give no job file")
+        explained(explain, as_json)
     if bool(files) == bool(resume):
         raise BadInput("give a job file, or --resume ID alone")
     if resume and (hc or params or exports or export_dir or dry_run):
@@ -255,6 +266,19 @@ def watched(number: int | None, as_json: bool) -> NoReturn:
     else:
         click.echo(f"job {job} is {state}")
     sys.exit(code)
+
+
+def explained(number: int, as_json: bool) -> NoReturn:
+    """Say where the time of a job went."""
+    from oq_runtime.commands.explain import explained, find  # not wanted by the others: h5py
+
+    try:
+        path = find(checks.data_directory(config.read()), number)
+    except ConfigError as exc:
+        raise BadInput(str(exc)) from exc
+    told = explained(path)
+    click.echo(json.dumps(told) if as_json else "\n".join(map(clean, told["lines"])))
+    sys.exit(0)
 
 
 def detached(folder: Path, as_json: bool) -> NoReturn:

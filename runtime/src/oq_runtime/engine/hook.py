@@ -18,8 +18,8 @@ from typing import Any
 from oq_runtime.config import WORKER_VARIABLE
 from oq_runtime.engine import versions
 
-#: module of the engine -> what installs ours in it, by module and function, and the names there
-#: that it replaces or uses
+#: module of the engine -> what installs ours in it, each by module and function, and the names
+#: there that it replaces or uses
 INSTALLERS = {
     "openquake.baselib.parallel": (
         "oq_runtime.engine.adapter:install_parallel",
@@ -39,8 +39,8 @@ INSTALLERS = {
         ("unzip_rename",),
     ),
     "openquake.engine.engine": (
-        "oq_runtime.engine.queue:install_queue",
-        ("poll_queue", "run_jobs", "create_jobs"),
+        "oq_runtime.engine.queue:install_queue oq_runtime.engine.kept:install_kept",
+        ("poll_queue", "run_jobs", "create_jobs", "run_calc"),
     ),
     "openquake.commands.abort": ("oq_runtime.engine.abort:install_abort", ("main",)),
 }
@@ -83,11 +83,12 @@ class _Hook(importlib.abc.MetaPathFinder):
 
 
 def _install(module: ModuleType) -> None:
-    installer, names = INSTALLERS[module.__name__]
+    installers, names = INSTALLERS[module.__name__]
     if missing := [name for name in names if not hasattr(module, name)]:
         raise versions.misfit(f"{module.__name__} has no {', '.join(missing)}")
-    where, _, function = installer.partition(":")
-    getattr(importlib.import_module(where), function)(module)
+    for one in installers.split():
+        where, _, function = one.partition(":")
+        getattr(importlib.import_module(where), function)(module)
 
 
 def activate() -> None:

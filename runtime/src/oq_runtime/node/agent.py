@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
@@ -80,11 +81,13 @@ class Process:
 
     :param log: what it prints
     :param channel: to it
+    :param slot: of the node
     """
 
-    def __init__(self, log: Path, channel: Channel) -> None:
+    def __init__(self, log: Path, channel: Channel, slot: int) -> None:
         self.log = log
         self.channel = channel
+        self.slot = slot
         self.pid = 0  # until it is ready, as is its memory
         self.killed = ""  # why it was, in words
         self.memory: Resident | None = None
@@ -728,6 +731,7 @@ class Agent:
             call=given.call,
             paths=[self._path(name, job, blob) for blob in given.blobs],
             spool_bytes=min(SPOOL_BYTES, self.store.free_bytes // self.slots.slots),
+            slot=process.slot,
         )
         process.channel.send(protocol.encode(run))
         if process.channel.unsent:
@@ -840,7 +844,9 @@ class Agent:
             self._handle(slots.WorkerRefused(worker, refusal(exc)))
             return
         ours.setblocking(False)
-        self.processes[worker] = Process(log_path, Channel(ours))
+        taken = {process.slot for process in self.processes.values()}
+        slot = next(slot for slot in itertools.count() if slot not in taken)
+        self.processes[worker] = Process(log_path, Channel(ours), slot)
         self.channels[ours.fileno()] = worker
         self.poller.register(ours.fileno(), zmq.POLLIN)
         self.forkserver.fork(worker, output, theirs)

@@ -21,6 +21,7 @@ from oq_runtime.config import ATTEMPT_VARIABLE, FAULT_VARIABLE
 from oq_runtime.node import memory as node_memory
 from oq_runtime.node.channel import Channel
 from oq_runtime.node.mappings import Mappings
+from oq_runtime.node.meter import Meter
 from oq_runtime.node.spool import Spool
 from oq_runtime.wire import payload, protocol
 
@@ -129,6 +130,7 @@ def work(channel: int, *directories: str) -> None:
     memory, disk = map(Path, directories)
     agent, mappings = Channel(socket.socket(fileno=channel)), Mappings()
     Stream.faults = Faults()
+    meter = Meter()
     agent.send(protocol.encode(protocol.Ready(pid=os.getpid())))
     for message in agent:
         run = protocol.decode(message)
@@ -143,6 +145,7 @@ def work(channel: int, *directories: str) -> None:
         os.environ[ATTEMPT_VARIABLE] = str(run.attempt)
         Stream.faults.at("before_start", run)
         no_room = ""
+        meter.start()
         try:
             execute(parallel, mappings, run)
         except NoRoom as exc:
@@ -164,5 +167,6 @@ def work(channel: int, *directories: str) -> None:
             digest=spool.digest,
             path=path,
             body=body,
+            usage=meter.read(run.slot),
         )
         agent.send(protocol.encode(ended))

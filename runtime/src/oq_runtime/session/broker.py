@@ -10,6 +10,7 @@ the engine holds Python's lock for seconds; never the engine's child; ends with 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import getpass
 import logging
@@ -30,6 +31,7 @@ import zmq
 from oq_runtime import config, descriptors, facts, logs, processes
 from oq_runtime.core import scheduler as core
 from oq_runtime.core.events import Events
+from oq_runtime.core.ledger import ROW, Ledger, Task
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import NoRoom, OqRuntimeError, ProtocolError, TransitionError
 from oq_runtime.files import crashes, private
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 
 #: messages that are read from the engine before the agents have their turn
 AT_ONCE = 500
+#: rows on attempts in a message, 2 MB
+MOST_ROWS = 20_000
 #: for the last messages to the agents
 LINGER_MS = 500
 MEMORY_REMEDY = (
@@ -96,7 +100,8 @@ class Broker:
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate = security.Gate(self.context, keys) if keys else None
         self.bombs = Bombs(window_bytes + bombs.MOST_BYTES) if keys else None
-        self._handle = Events(self.core.handle, self._apply, time.monotonic)
+        self.ledger = Ledger()
+        self._handle = Events(self._decide, self._apply, time.monotonic)
         self.watched: dict[int, Callable[[], None]] = {}
         self.sources: dict[Any, Callable[[], None]] = {}
         self.poller: zmq.Poller | None = None  # of these; None when they have changed
@@ -226,6 +231,13 @@ class Broker:
         except (ProtocolError, TransitionError) as exc:
             log.warning(f"refused a message: {exc}", extra=about("message"))
 
+    def _decide(self, event: core.Event, now: float) -> list[core.Effect]:
+        effects = self.core.handle(event, now)
+        self.ledger.take(event, now)
+        for effect in effects:
+            self.ledger.take(effect, now)
+        return effects
+
     # ---- messages in
 
     def _from_engine(self, peer: bytes, message: Any) -> None:
@@ -243,6 +255,9 @@ class Broker:
                 kind = self._kind(peer, func)
                 self.phases[kind].total += 1
                 self.submissions[number] = Submission(peer, message, kind)
+                nbytes = len(message.call) + sum(blob.nbytes for blob in blobs)
+                about_it = (self.phases[kind].job, kind, message.number, message.weight, nbytes)
+                self.ledger.submitted(number, Task(*about_it, time.monotonic()))
                 self._handle(core.Submitted(number, group, kind, message.weight))
             case protocol.Consumed(tasks=tasks):
                 for task in tasks:
@@ -253,6 +268,8 @@ class Broker:
                 self.title = self.titles[peer] = text
             case protocol.StatusQuery():
                 transport.send_to(self.engine, peer, self._status())
+            case protocol.AttemptsQuery(of=job):
+                transport.send_to(self.engine, peer, self._attempts(job))
 
     def _kind(self, peer: bytes, func: str) -> int:
         """Return the number of the phase that a function is in the job that a client runs now."""
@@ -287,7 +304,9 @@ class Broker:
                 self._handle(core.NodeResized(name, slots))
             case protocol.Started(task=task, attempt=attempt):
                 self._handle(core.AttemptStarted(name, task, attempt))
-            case protocol.Ended(task=task, attempt=attempt):
+            case protocol.Ended(task=task, attempt=attempt, usage=usage):
+                took = msgspec.structs.asdict(usage)
+                self.ledger.measured(task, attempt, time.monotonic(), **took)
                 if not self.local and message.path:
                     message = msgspec.structs.replace(message, path="")
                 self.staging.announce(name, message)
@@ -434,6 +453,19 @@ class Broker:
             if not paths:
                 del self.blobs[blob.digest]
         return submission
+
+    def _attempts(self, job: str) -> protocol.Attempts:
+        rows = self.ledger.pop(job, MOST_ROWS)
+        names = list(self.ledger.nodes)
+        hosts = [self.peers.lines[name].host or name for name in names]
+        return protocol.Attempts(
+            rows=rows,
+            more=len(rows) == MOST_ROWS * ROW.size,
+            functions=[phase.name for phase in self.phases],
+            nodes=hosts if len(set(hosts)) == len(hosts) else names,
+            reasons=list(self.ledger.reasons),
+            shares=[protocol.Share(*dataclasses.astuple(share)) for share in self.ledger.shares],
+        )
 
     def _status(self) -> protocol.Status:
         for kind, phase in enumerate(self.phases):

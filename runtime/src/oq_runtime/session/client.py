@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 
@@ -35,6 +35,7 @@ READY_SECS, OTHERS_SECS = 60.0, 3.0
 #: ended tasks of which the broker is told in one message
 CONSUMED_TASKS = 32
 
+Answer = TypeVar("Answer", bound=protocol.Message)
 #: id of an argument -> the argument itself, so that the id stays its own, and its blob
 Unchanged = dict[int, tuple[object, protocol.Blob]]
 
@@ -310,10 +311,23 @@ class Session:
 
     def state(self) -> protocol.Status:
         """Return the broker's counters of tasks, and what it knows of its nodes."""
-        self.send(protocol.StatusQuery())
+        return self._ask(protocol.StatusQuery(), protocol.Status)
+
+    def attempts(self, title: str) -> list[protocol.Attempts]:
+        """Return what became of the attempts of a job that are over; they are told once.
+
+        :param title: of the job, see ``call_it``
+        """
+        found = [self._ask(protocol.AttemptsQuery(of=title), protocol.Attempts)]
+        while found[-1].more:
+            found.append(self._ask(protocol.AttemptsQuery(of=title), protocol.Attempts))
+        return found
+
+    def _ask(self, question: protocol.Message, kind: type[Answer]) -> Answer:
+        self.send(question)
         while True:
             for message in self.receive():
-                if isinstance(message, protocol.Status):
+                if isinstance(message, kind):
                     return message
 
     def nodes(self) -> list[protocol.Node]:

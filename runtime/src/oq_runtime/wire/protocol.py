@@ -6,8 +6,8 @@ The header is msgpack of one of the structs below, tagged by ``kind``, with the 
 workers open); they are forwarded, never decoded. What is small is in the header: each frame is
 encrypted by itself.
 
-    engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery-->  broker
-    engine  <--Welcome, Delivered, Failed, Status--            broker
+    engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery, AttemptsQuery-->  broker
+    engine  <--Welcome, Delivered, Failed, Status, Attempts--  broker
     broker  --Hello, Lease, Task, Grant, Abort, Release, Beat-->  agent  (control)
     broker  <--Welcome, Refused, Leased, NoLease, Started, Ended, Placed, Died, Beat--  agent
     broker  <--Hello, Fetch, Chunk, Beat--  agent  (data)
@@ -32,7 +32,7 @@ import msgspec
 from oq_runtime.errors import ProtocolError, VersionError
 from oq_runtime.text import clean
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 #: bytes of a body, or of the arguments in a call, that travel in a header
 INLINE_BYTES = 64 * 1024
 #: bytes of the payload that shows that long messages come through, not only short ones: more than a
@@ -53,6 +53,8 @@ MOST_BYTES = 1 << 50
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 #: seconds of the longest age: a year
 MOST_AGE_S = 366 * 86400.0
+#: page faults that are counted
+MOST_FAULTS = (1 << 32) - 1
 #: a size or an offset
 Size = Annotated[int, msgspec.Meta(ge=0, le=MOST_BYTES)]
 
@@ -220,6 +222,36 @@ class Status(Message, frozen=True, tag="status"):
     note: Words = ""
 
 
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """See ``core.ledger``."""
+
+    at_s: float
+    node: int
+    slots: int
+    reason: int
+
+
+class AttemptsQuery(Message, frozen=True, tag="attempts?"):
+    """Ask for what became of the attempts of a job, named as in Title."""
+
+    of: Words
+
+
+class Attempts(Message, frozen=True, tag="attempts"):
+    """The next ``rows`` of these attempts, see ``core.ledger``; ``more`` are to be asked for.
+
+    ``functions``, ``nodes``, ``reasons``: the names whose numbers are in rows and shares. Rows are
+    told once, the rest each time.
+    """
+
+    rows: bytes
+    more: bool
+    functions: list[Words]
+    nodes: list[Words]
+    reasons: list[Words]
+    shares: list[Share]
+
+
 class Lease(Message, frozen=True, tag="lease"):
     """Ask for a share of the slots; results go to ``data_url``.
 
@@ -291,6 +323,17 @@ class Started(Message, frozen=True, tag="started"):
     attempt: int
 
 
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """What an attempt has taken, see ``core.ledger``; seconds, and bytes."""
+
+    slot: Count = 0
+    ran_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_AGE_S)] = 0.0
+    cpu_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_AGE_S)] = 0.0
+    queued_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_AGE_S)] = 0.0
+    faults: Annotated[int, msgspec.Meta(ge=0, le=MOST_FAULTS)] = 0
+    peak_bytes: Size = 0
+
+
 class Ended(Message, frozen=True, tag="ended"):
     """A whole attempt: its parts, and the bytes and the XXH3-128 digest of its body.
 
@@ -304,6 +347,7 @@ class Ended(Message, frozen=True, tag="ended"):
     digest: bytes = b""
     path: str = ""
     body: bytes = b""
+    usage: Usage = Usage()
 
 
 class Placed(Message, frozen=True, tag="placed"):
@@ -401,13 +445,14 @@ class Ready(Message, frozen=True, tag="ready"):
 
 
 class Run(Message, frozen=True, tag="run"):
-    """An attempt; ``spool_bytes`` of its results may go to shared memory."""
+    """An attempt in a slot of the node; ``spool_bytes`` of its results may go to shared memory."""
 
     task: int
     attempt: int
     call: bytes
     paths: list[str] = []
     spool_bytes: int = 0
+    slot: int = 0
 
 
 class NoRoom(Message, frozen=True, tag="noroom"):
@@ -420,9 +465,9 @@ class NoRoom(Message, frozen=True, tag="noroom"):
 
 AnyMessage = (
     Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | Title
-    | StatusQuery | Status | Lease | Leased | NoLease | Release | Task | Fetch | BlobChunk | Chunk
-    | Started | Ended | Placed | Grant | Abort | Died | Beat | Command | Ping | AgentStatus | Ready
-    | Run | NoRoom
+    | StatusQuery | Status | AttemptsQuery | Attempts | Lease | Leased | NoLease | Release | Task
+    | Fetch | BlobChunk | Chunk | Started | Ended | Placed | Grant | Abort | Died | Beat | Command
+    | Ping | AgentStatus | Ready | Run | NoRoom
 )  # fmt: skip
 
 
