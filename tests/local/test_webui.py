@@ -5,9 +5,10 @@ A real server on a port of loopback, with the job database of a private engine.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-import shutil
+import pty
 import signal
 import socket
 import sqlite3
@@ -28,22 +29,10 @@ pytestmark = pytest.mark.timeout(600)
 START_S, JOB_S = 120.0, 300.0
 
 
-def enable_mode_with_login() -> None:
-    """Give the engine the mail templates that its mode with login asks for, as the roles do."""
-    import openquake.server
-
-    folder = Path(openquake.server.__file__).parent / "templates" / "registration"
-    for example in folder.glob("*.default.tmpl"):
-        shutil.copyfile(example, example.with_name(example.name.removesuffix(".default.tmpl")))
-
-
 class Site:
     """A WebUI with the account ``admin``; its job database is ``database``."""
 
     def __init__(self, env: dict[str, str], home: Path) -> None:
-        key = home / "secret-key"
-        key.write_text("k" * 50)
-        key.chmod(0o600)
         self.database = home / "db.sqlite3"
         datadir = home / "oqdata"  # its own, as the jobs of a new database begin with number 1
         datadir.mkdir(exist_ok=True)
@@ -56,27 +45,25 @@ class Site:
         self.env = env | {
             "OQ_CONFIG_FILE": str(config),
             "OQ_DATADIR": str(datadir),
-            "OQ_WEBUI_SECRET_KEY_FILE": str(key),
-            "OQ_WEBUI_HOSTS": "127.0.0.1",
             "DJANGO_SETTINGS_MODULE": "oq_runtime.webui.settings",
         }
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.prefix = ""
         self.log = home / "webui.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def prepare(self) -> None:
         """Make the database and the account."""
-        self.python("-c", "from openquake.commonlib import logs; logs.dbcmd('upgrade_db')")
-        self.python("-m", "openquake.server.manage", "migrate")
-        self.python("-m", "oq_runtime.webui.account", "admin", stdin=PASSWORD)
+        self.python("-m", "oq_runtime.webui", "--init", "--account", "admin", stdin=PASSWORD)
 
-    def python(self, *args: str, stdin: str = "") -> None:
+    def python(self, *args: str, stdin: str = "") -> str:
         done = subprocess.run(
             [sys.executable, *args], env=self.env, input=stdin, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -93,7 +80,7 @@ class Site:
 
     def answers(self) -> bool:
         try:
-            return requests.get(f"{self.url}/accounts/login/", timeout=5).ok
+            return requests.get(f"{self.url}{self.prefix}/accounts/login/", timeout=5).ok
         except requests.ConnectionError:
             return False
 
@@ -145,7 +132,6 @@ class Site:
 
 @pytest.fixture(scope="module")
 def home(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    enable_mode_with_login()
     home = tmp_path_factory.mktemp("w")
     Site(engine_home, home).prepare()
     return home
@@ -157,6 +143,64 @@ def site(env: dict[str, str], home: Path) -> Iterator[Site]:
     site.start()
     yield site
     site.stop()
+
+
+@pytest.mark.parametrize(
+    "typed, sentence",
+    [
+        (["12345678"], "This password is too common. This password is entirely numeric."),
+        ([PASSWORD, "another one"], "the two passwords differ; run oq-webui --init again"),
+    ],
+    ids=["weak, from a pipe", "twice, at a terminal"],
+)
+def test_init_refuses_a_password_in_a_line(
+    env: dict[str, str], home: Path, typed: list[str], sentence: str
+) -> None:
+    command = [sys.executable, "-m", "oq_runtime.webui", "--init", "--account", "other"]
+    env = Site(env, home).env
+    if len(typed) == 1:
+        done = subprocess.run(command, env=env, input=typed[0], capture_output=True, text=True)
+        code, text = done.returncode, done.stderr
+    else:
+        code, text = at_terminal(command, env, list(typed))
+    assert (code, text.splitlines()[-1]) == (2, f"oq-webui: {sentence}"), text
+    assert "Traceback" not in text
+    assert typed[0] not in text
+
+
+def at_terminal(command: list[str], env: dict[str, str], lines: list[str]) -> tuple[int, str]:
+    """Run a command that asks for lines; return its exit code and what is on the screen."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(command[0], command, env)
+    text = ""
+    with contextlib.suppress(OSError):  # it has ended
+        while piece := os.read(terminal, 1000).decode():
+            text += piece
+            if piece.endswith(": ") and lines:
+                os.write(terminal, f"{lines.pop(0)}\n".encode())
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+
+
+def test_what_init_makes_is_for_nobody_else(site: Site, home: Path) -> None:
+    made = [site.database, home / "webui-secret-key"]
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o600, 0o600]
+    again = site.python("-m", "oq_runtime.webui.account", "admin", stdin="does not matter")
+    assert again == "there\n"
+    site.stop()
+    home.chmod(0o755)
+    site.database.chmod(0o644)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "oq_runtime.webui"], env=site.env, capture_output=True, text=True
+        )
+    finally:
+        home.chmod(0o700)
+        site.database.chmod(0o600)
+    sentence = f"{site.database}: others may read it, with the sessions of users; run oq-webui"
+    assert done.returncode == 2
+    assert sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_nobody_enters_without_login(site: Site) -> None:
@@ -229,8 +273,10 @@ def test_job_outlives_a_restart(site: Site) -> None:
     [
         (
             {"OQ_WEBUI_SECRET_KEY_FILE": ""},
-            "OQ_WEBUI_SECRET_KEY_FILE is not set; name a file with a",
+            "there is no secret key; make it with oq-webui --init",
         ),
+        ({"OQ_WEBUI_SECRET_KEY_FILE": "/"}, "/: Is a directory; name a file with a secret key"),
+        ({"OQ_WEBUI_URL": "hazard.example/oq"}, "give the address by which browsers call"),
         ({"OQ_APPLICATION_MODE": "restricted"}, "give RESTRICTED, the mode with login"),
         ({"OQ_APPLICATION_MODE": "PUBLIC"}, "give RESTRICTED, the mode with login"),
     ],

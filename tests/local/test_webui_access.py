@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import secrets
+import socket
 import sqlite3
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import requests
 
 from tests.conftest import Attacks
-from tests.local.test_webui import PASSWORD, Site, enable_mode_with_login
+from tests.local.test_webui import PASSWORD, Site
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -59,39 +60,43 @@ class Sites(Site):
         assert session.post(f"{self.url}/accounts/ajax_login/", form).text == "Successful login"
         return session
 
-    def job_of(self, owner: str, status: str = "complete") -> int:
-        job = self.insert_job(0)
+    def job_of(
+        self,
+        owner: str,
+        status: str = "complete",
+        *,
+        running: bool = False,
+        description: str = "d",
+        line: str = "a secret line",
+    ) -> int:
+        job = self.insert_job(os.getpid() if running else 0)
         with sqlite3.connect(self.database) as db:
             db.execute(
-                "UPDATE job SET user_name=?, status=?, is_running=0 WHERE id=?",
-                (owner, status, job),
+                "UPDATE job SET user_name=?, status=?, is_running=?, description=? WHERE id=?",
+                (owner, status, running, description, job),
             )
-            db.execute(
+            db.executemany(
                 "INSERT INTO log (job_id, timestamp, level, process, message)"
-                " VALUES (?, '2028-01-01 00:00:00', 'CRITICAL', 'p', 'a secret line')",
-                (job,),
+                " VALUES (?, '2028-01-01 00:00:00', 'CRITICAL', 'p', ?)",
+                [(job, line), (job, "the last line")],
             )
         return job
+
+    def forget(self, job: int) -> None:
+        with sqlite3.connect(self.database) as db:
+            db.execute("DELETE FROM job WHERE id=?", (job,))
 
     def jobs(self) -> int:
         with sqlite3.connect(self.database) as db:
             return int(db.execute("SELECT count(*) FROM job").fetchone()[0])
 
-    def output(self, code: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=self.env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
 
 @pytest.fixture(scope="module")
 def site(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
-    enable_mode_with_login()
     home = tmp_path_factory.mktemp("w")
-    site = Sites(engine_home | {"TMPDIR": str(home)}, home)
+    site = Sites(engine_home | {"TMPDIR": str(home), "OQ_WEBUI_UPLOAD_MB": "1"}, home)
     site.prepare()
-    site.output(ACCOUNTS)
+    site.python("-c", ACCOUNTS)
     site.start()
     yield site
     site.stop()
@@ -99,7 +104,9 @@ def site(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def routes(site: Sites) -> list[tuple[str, str, str | None]]:
-    found: list[tuple[str, str, str | None]] = json.loads(site.output(ROUTES).splitlines()[-1])
+    found: list[tuple[str, str, str | None]] = json.loads(
+        site.python("-c", ROUTES).splitlines()[-1]
+    )
     return found
 
 
@@ -243,21 +250,69 @@ def test_passwords_are_not_tried_for_ever(site: Sites, attacks: Attacks) -> None
     assert site.login_as("alice").get(f"{site.url}/engine/").ok, "others may log in"
 
 
-def test_login_behind_a_proxy_with_tls(site: Sites) -> None:
+@pytest.mark.parametrize(
+    "settings, prefix",
+    [
+        ({"OQ_WEBUI_PROXY": "127.0.0.1", "OQ_WEBUI_HOSTS": "hazard.example"}, ""),
+        ({"OQ_WEBUI_URL": "https://hazard.example/oq/"}, "/oq"),
+    ],
+)
+def test_login_behind_a_proxy_with_tls(site: Sites, settings: dict[str, str], prefix: str) -> None:
     site.stop()
-    site.env |= {"OQ_WEBUI_PROXY": "127.0.0.1", "OQ_WEBUI_HOSTS": "127.0.0.1,hazard.example"}
-    site.start()
-    client, page = requests.Session(), f"{site.url}/accounts/login/"
-    headers = {"Host": "hazard.example", "X-Forwarded-Proto": "https",
-               "X-Forwarded-For": "192.0.2.7"}  # fmt: skip
-    form = {"username": "alice", "password": PASSWORD}
-    form["csrfmiddlewaretoken"] = token(client, page, headers)
-    cookies = {"csrftoken": str(client.cookies["csrftoken"])}  # it goes by https only
-    for origin, code in [("https://hazard.example", 302), ("https://elsewhere.example", 403)]:
-        headers |= {"Origin": origin, "Referer": f"{origin}/"}
-        answer = requests.post(page, form, headers=headers, cookies=cookies, allow_redirects=False)
-        assert answer.status_code == code, answer.text
-    del site.env["OQ_WEBUI_PROXY"]
+    before, site.env = site.env, site.env | settings
+    site.prefix = prefix
+    try:
+        site.start()
+        client, page = requests.Session(), f"{site.url}{prefix}/accounts/login/"
+        headers = {"Host": "hazard.example", "X-Forwarded-Proto": "https",
+                   "X-Forwarded-For": "192.0.2.7"}  # fmt: skip
+        form = {"username": "alice", "password": PASSWORD}
+        form["csrfmiddlewaretoken"] = token(client, page, headers)
+        cookie = next(iter(client.cookies))
+        assert (cookie.path, cookie.secure) == (f"{prefix}/", True)
+        cookies = {"csrftoken": str(cookie.value)}  # it goes by https only
+        for origin, code in [("https://hazard.example", 302), ("https://elsewhere.example", 403)]:
+            headers |= {"Origin": origin, "Referer": f"{origin}/"}
+            answer = requests.post(
+                page, form, headers=headers, cookies=cookies, allow_redirects=False
+            )
+            assert answer.status_code == code, answer.text
+            if code == 302:
+                assert answer.headers["Location"] == f"{prefix}/engine/"
+                session = {"sessionid": str(answer.cookies["sessionid"])}
+        home = requests.get(f"{site.url}{prefix}/engine/", headers=headers, cookies=session)
+        assert home.ok and f"//hazard.example{prefix}'" in home.text
+        assert f'src="{prefix}/static/js/oq_runtime.js"' in home.text
+        assert requests.get(f"{site.url}{prefix}/static/js/oq_runtime.js").ok
+        assert requests.get(f"{site.url}{prefix}/v1/calc/list").status_code == 403
+    finally:
+        site.stop()
+        site.env, site.prefix = before, ""
+        site.start()
+
+
+def test_an_upload_that_is_too_large_gets_a_sentence(site: Sites) -> None:
+    members = {"job.ini": job_text(), "site_model.csv": secrets.token_hex(2 << 20)}
+    answer = upload(site.login_as("alice"), f"{site.url}/v1/calc/run", members)
+    sentence = "these files are more than this site takes, which is 1 MiB"
+    assert (answer.status_code, answer.json()) == (413, {"error": sentence})
+
+
+def test_activity_is_shown_to_whom_the_calculations_are(site: Sites) -> None:
+    line = "classical  34% [9 submitted, 0 queued]"
+    job = site.job_of("alice", "executing", running=True, description="<b>of alice</b>", line=line)
+    try:
+        pages = {
+            name: site.login_as(name).get(f"{site.url}/engine/activity").text
+            for name in ("alice", "bob", "admin")
+        }
+    finally:
+        site.forget(job)
+    for name in ("alice", "admin"):
+        assert "&lt;b&gt;of alice&lt;/b&gt;" in pages[name]
+        assert "classical: 34 %" in pages[name]
+    assert "of alice" not in pages["bob"] and "34 %" not in pages["bob"]
+    assert all(f"<td>{socket.gethostname()}</td>" in page for page in pages.values())
 
 
 def token(client: requests.Session, page: str, headers: dict[str, str] | None = None) -> str:

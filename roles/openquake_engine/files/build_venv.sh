@@ -60,13 +60,6 @@ fi
 # Users and workers cannot write here: whatever is not compiled now, each process compiles again.
 bin/python -m compileall -q -j 0 lib >/dev/null || true # some packages carry code for other Pythons
 
-# The engine's mode with login wants these; it brings examples of them (newer than 3.23).
-for example in lib/python3*/site-packages/openquake/server/templates/registration/*.default.tmpl; do
-    if [ -e "$example" ]; then
-        cp "$example" "${example%.default.tmpl}"
-    fi
-done
-
 # What numba compiles when the engine is imported, for minutes: the runtime gives it to each user. In
 # a home that is empty, and before the settings are there, for it is root who imports it.
 mkdir -p packages/home

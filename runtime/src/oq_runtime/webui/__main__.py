@@ -7,6 +7,9 @@ and does not hold its port.
 from __future__ import annotations
 
 import argparse
+import getpass
+import ipaddress
+import json
 import os
 import sys
 from importlib import import_module
@@ -15,9 +18,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from oq_runtime.errors import ConfigError
-
-#: bytes of the largest upload; models of a country have some hundred MB
-MAX_UPLOAD_BYTES = 4 << 30
+from oq_runtime.webui.site import Site
 
 
 def application() -> Any:
@@ -27,7 +28,11 @@ def application() -> Any:
     from django.core.wsgi import get_wsgi_application
     from whitenoise import WhiteNoise
 
+    from oq_runtime.webui import prepare
+
+    prepare.check_database(settings.JOB_DATABASE)
     app = WhiteNoise(get_wsgi_application())
+    prepare.check_tables()
     try:
         import_module(settings.ROOT_URLCONF)  # where the engine looks for its mail templates
     except AssertionError as exc:
@@ -40,33 +45,94 @@ def application() -> Any:
     return app
 
 
+def refuse_in_a_sentence(site: Site) -> None:
+    """Let waitress tell in JSON, as the pages expect it, of an upload that is too large."""
+    from waitress import channel, utilities
+
+    class ErrorTask(channel.ErrorTask):  # type: ignore[misc]
+        def execute(self) -> None:
+            error = self.request.error
+            if isinstance(error, utilities.RequestEntityTooLarge):
+                most = f"{site.upload_bytes >> 20} MiB"
+                text = f"these files are more than this site takes, which is {most}"
+                body = json.dumps({"error": text}).encode()
+                headers = [("Content-Type", "application/json")]
+                error.to_response = lambda _: ("413 Request Entity Too Large", headers, body)
+            super().execute()
+
+    channel.HTTPChannel.error_task_class = ErrorTask
+
+
+def serve(listen: str, threads: int) -> None:
+    """Serve the site; raises ConfigError where it cannot be."""
+    import waitress
+
+    site = Site.read()
+    if not _is_loopback(listen) and site.only_here:
+        raise ConfigError(
+            f"--listen {listen}: set OQ_WEBUI_HOSTS to the names by which browsers call it"
+        )
+    behind_proxy = {
+        "trusted_proxy": site.proxy,
+        "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"},
+    }
+    app = application()
+    refuse_in_a_sentence(site)
+    try:
+        server = waitress.create_server(
+            app,
+            listen=listen,
+            threads=threads,
+            max_request_body_size=site.upload_bytes,
+            ident=None,
+            clear_untrusted_proxy_headers=True,
+            **(behind_proxy if site.proxy else {}),
+        )
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"--listen {listen}: {exc}; give another address:port") from None
+    address = f"{site.origin}{site.prefix}" if site.url else f"http://{listen}"
+    print(f"oq-webui: {address}/engine/", flush=True)
+    server.run()
+
+
+def _is_loopback(listen: str) -> bool:
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="oq_runtime.webui", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="oq-webui", description="The engine's WebUI with login; see docs/webui.md."
+    )
+    parser.add_argument(
+        "--init",
+        action="store_true",
+        help="make what it needs, and give an account a password, asked for or read from a pipe",
+    )
+    parser.add_argument(
+        "--account", metavar="NAME", help="of --init, an administrator's; default: your name"
+    )
     parser.add_argument("--listen", default="127.0.0.1:8800", help="address:port")
     parser.add_argument("--threads", type=int, default=8, help="requests at a time")
     args = parser.parse_args()
     os.environ["DJANGO_SETTINGS_MODULE"] = "oq_runtime.webui.settings"
-    setproctitle("oq-webui")
-    import waitress
-
     try:
-        app = application()
+        if args.init:
+            from oq_runtime.webui import prepare
+
+            name = args.account or getpass.getuser()
+            print(f"oq-webui: account {name}: {prepare.init(name)}; start it with oq-webui")
+        else:
+            setproctitle("oq-webui")
+            serve(args.listen, args.threads)
     except ConfigError as exc:
-        print(f"oq_runtime.webui: {exc}", file=sys.stderr)
+        print(f"oq-webui: {exc}", file=sys.stderr)
         sys.exit(2)
-    behind_proxy = {
-        "trusted_proxy": os.environ.get("OQ_WEBUI_PROXY"),
-        "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"},
-    }
-    waitress.serve(
-        app,
-        listen=args.listen,
-        threads=args.threads,
-        max_request_body_size=MAX_UPLOAD_BYTES,
-        ident=None,
-        clear_untrusted_proxy_headers=True,
-        **(behind_proxy if behind_proxy["trusted_proxy"] else {}),
-    )
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from datetime import datetime
 from enum import Enum, auto
 from typing import Any
 
+from django.conf import settings
 from django.contrib.auth.signals import user_logged_in, user_login_failed
 from django.http import HttpResponse, JsonResponse
 from openquake.commonlib import logs
@@ -46,6 +47,7 @@ class Rule(Enum):
 
 
 VIEWS: Mapping[str, Rule] = {
+    "activity": Rule.MEMBER,  # ours; it shows what ``calc_list`` would
     "ajax_login": Rule.LOGIN,
     "ajax_logout": Rule.ANYONE,
     "aggrisk_tags": Rule.READER,  # of 3.23
@@ -135,6 +137,22 @@ class Refused(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+class LoginOfPrograms:
+    """The middleware before the engine's that asks for a login: a program is not sent to a page.
+
+    The engine's knows its API only where the site has no prefix.
+    """
+
+    def __init__(self, get_response: Callable[[Any], Any]) -> None:
+        self.get_response = get_response
+        self.api = f"{settings.SITE.prefix}/v1/"
+
+    def __call__(self, request: Any) -> Any:
+        if request.path_info.startswith(self.api) and not request.user.is_authenticated:
+            return JsonResponse({"error": "log in first"}, status=403)
+        return self.get_response(request)
 
 
 class Access:

@@ -7,6 +7,23 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
+
+
+def find(name: str) -> Any:
+    """Return the account of a name, None where there is none; Django has been set up."""
+    from django.contrib.auth.models import User
+
+    return User.objects.filter(username=name).first()
+
+
+def make(name: str, password: str) -> None:
+    """Make an administrator's account."""
+    from django.contrib.auth.models import User
+
+    user = User.objects.create_superuser(name, password=password)
+    user.profile.level = 2  # sees all outputs; made with the account by a signal of the engine
+    user.profile.save()
 
 
 def main() -> None:
@@ -14,15 +31,11 @@ def main() -> None:
     import django
 
     django.setup()
-    from django.contrib.auth.models import User
-
     name, password = sys.argv[1], sys.stdin.readline().strip()
-    if User.objects.filter(username=name).exists():
+    if find(name):
         print("there")
         return
-    user = User.objects.create_superuser(name, password=password)
-    user.profile.level = 2  # sees all outputs; made with the account by a signal of the engine
-    user.profile.save()
+    make(name, password)
     print("made")
 
 

@@ -3,54 +3,57 @@
 ``local_settings.py``, the engine's way to change its settings, still works.
 """
 
-# ruff: noqa: F403
+# ruff: noqa: E402, F403
 import os
-import stat
 from pathlib import Path
 
+from oq_runtime.errors import ConfigError
+from oq_runtime.webui.site import KEY_NAME, Site, read_key
+
+SITE = Site.read()
 # read by the engine's settings: "RESTRICTED" is its mode with login, and a mode with login must
 # name a mail backend; there is none here, so an administrator sets passwords under /admin
+NO_MAIL = "django.core.mail.backends.dummy.EmailBackend"
 os.environ.setdefault("OQ_APPLICATION_MODE", "RESTRICTED")
-os.environ.setdefault("EMAIL_BACKEND", "django.core.mail.backends.dummy.EmailBackend")
-
-from openquake.server.settings import *
-from openquake.server.settings import INSTALLED_APPS as ENGINE_APPS
-from openquake.server.settings import MIDDLEWARE as ENGINE_MIDDLEWARE
-
-from oq_runtime.errors import ConfigError
-
-#: characters of the shortest secret key that is accepted; below 50 Django itself warns
-MIN_CHARACTERS = 32
-
-
-def read_secret_key(name: str) -> str:
-    """Return the key in the file that the variable ``name`` gives; raises ConfigError."""
-    if not os.environ.get(name):
-        raise ConfigError(f"{name} is not set; name a file with a secret key")
-    path = Path(os.environ[name])
-    try:
-        mode, key = path.stat().st_mode, path.read_text().strip()
-    except OSError as exc:
-        raise ConfigError(f"{name}={path}: {exc.strerror}; name a file with a secret key") from None
-    if stat.S_IMODE(mode) & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(f"{name}={path}: others may read it; chmod 0600 it")
-    if len(key) < MIN_CHARACTERS:
-        raise ConfigError(f"{name}={path}: give at least {MIN_CHARACTERS} characters")
-    return key
-
-
+os.environ.setdefault("EMAIL_BACKEND", NO_MAIL)
+os.environ["WEBUI_PATHPREFIX"] = SITE.prefix
 if (mode := os.environ["OQ_APPLICATION_MODE"]) != "RESTRICTED":
     # the others have no login, or views that this site has no rules for
     raise ConfigError(f"OQ_APPLICATION_MODE={mode}: give RESTRICTED, the mode with login")
 
+from openquake.server.settings import *
+from openquake.server.settings import DATABASES
+from openquake.server.settings import INSTALLED_APPS as ENGINE_APPS
+from openquake.server.settings import LOGIN_EXEMPT_URLS as ENGINE_EXEMPT
+from openquake.server.settings import MIDDLEWARE as ENGINE_MIDDLEWARE
+from openquake.server.settings import STATICFILES_DIRS as ENGINE_STATIC
+from openquake.server.settings import TEMPLATES as ENGINE_TEMPLATES
+
+HERE = Path(__file__).parent
 DEBUG = False
-SECRET_KEY = read_secret_key("OQ_WEBUI_SECRET_KEY_FILE")
-ALLOWED_HOSTS = [host for host in os.environ.get("OQ_WEBUI_HOSTS", "").split(",") if host]
+JOB_DATABASE = Path(DATABASES["default"]["NAME"])
+SECRET_KEY = read_key(SITE.key or JOB_DATABASE.with_name(KEY_NAME))
+ALLOWED_HOSTS = SITE.hosts
+ROOT_URLCONF = "oq_runtime.webui.urls"
 # ours does not set running jobs to failed when it starts
 INSTALLED_APPS = tuple(
     "oq_runtime.webui.apps.ServerConfig" if app == "openquake.server" else app
     for app in ENGINE_APPS
 )
-MIDDLEWARE = (*ENGINE_MIDDLEWARE, "oq_runtime.webui.access.Access")
-# behind a proxy with TLS cookies go by no other way
-SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = bool(os.environ.get("OQ_WEBUI_PROXY"))
+# before the engine's: our base.html puts something into the engine's of the same name
+TEMPLATES = [ENGINE_TEMPLATES[0] | {"DIRS": [HERE / "templates"]}]
+STATICFILES_DIRS = [*ENGINE_STATIC, HERE / "static"]
+LOGIN = ENGINE_MIDDLEWARE.index("openquake.server.middleware.LoginRequiredMiddleware")
+MIDDLEWARE = (
+    "django.middleware.security.SecurityMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    *ENGINE_MIDDLEWARE[:LOGIN],
+    "oq_runtime.webui.access.LoginOfPrograms",
+    *ENGINE_MIDDLEWARE[LOGIN:],
+    "oq_runtime.webui.access.Access",
+)
+# patterns of paths without a slash at the beginning; the engine forgets the prefix of some
+LOGIN_EXEMPT_URLS = [*ENGINE_EXEMPT, *(f"{SITE.prefix}/{path}" for path in ENGINE_EXEMPT)]
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SITE.secure
+SESSION_COOKIE_PATH = CSRF_COOKIE_PATH = f"{SITE.prefix}/"
+CSRF_TRUSTED_ORIGINS = [SITE.origin] if SITE.origin else []

@@ -1,0 +1,164 @@
+"""The page ``engine/activity``: what the nodes are doing, and the jobs that are under way.
+
+A job is shown to whom the engine's list of calculations shows it. The nodes are asked at most every
+ASK_SECS, however many people look.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from django.shortcuts import render
+from django.views.decorators.http import require_GET
+from openquake.commonlib import logs
+from openquake.server import utils
+
+from oq_runtime import config
+from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable
+from oq_runtime.config import Cluster, Config
+from oq_runtime.engine.jobtable import seconds
+from oq_runtime.errors import OqRuntimeError
+from oq_runtime.node import memory
+from oq_runtime.text import clean, duration
+from oq_runtime.wire.protocol import AgentState
+
+#: seconds for which an answer of the nodes is shown
+ASK_SECS = 2.0
+#: jobs on the page, and lines of the log of each in which its progress is looked for
+MOST_JOBS, LINES = 50, 200
+LAST_LINES = f"SELECT message FROM log WHERE job_id=?x ORDER BY id DESC LIMIT {LINES}"
+#: the engine's lines on the tasks of a function, see ``Starmap.log_percent``
+PERCENT = re.compile(r"(\S+) +(\d+)% \[")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """A node, in words. ``well``: it takes tasks."""
+
+    name: str
+    busy: str = "-"
+    jobs: str = "-"
+    memory: str = "-"
+    state: str = ""
+    well: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job, in words."""
+
+    number: int
+    user: str
+    mode: str
+    description: str
+    since: str
+    status: str
+    progress: str
+
+
+class Nodes:
+    """What the nodes of the cluster say of themselves, or this machine of itself."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pool: Pool | None = None
+        self.until_s = 0.0
+        self.rows: list[NodeRow] = []
+
+    def look(self) -> list[NodeRow]:
+        """Return a row per node; raises ConfigError where they cannot be asked."""
+        with self.lock:
+            if time.monotonic() >= self.until_s:
+                found = Config.from_sections(config.read())
+                if found.cluster is None:
+                    self.rows = [this_machine(found.cores)]
+                else:
+                    answers = self._pool(found.cluster).ask("status")
+                    self.rows = [node_row(host, answer) for host, answer in answers.items()]
+                self.until_s = time.monotonic() + ASK_SECS
+            return self.rows
+
+    def _pool(self, cluster: Cluster) -> Pool:
+        if self.pool is None or self.pool.cluster != cluster:
+            self.pool = Pool(cluster)  # which takes a while, for the keys
+        return self.pool
+
+
+nodes = Nodes()
+
+
+def this_machine(cores: int) -> NodeRow:
+    load, used = os.getloadavg()[0], memory.usage()
+    return NodeRow(
+        name=socket.gethostname(),
+        busy=f"{load:.1f} of {cores} cores",
+        memory=f"{used.used_bytes / used.limit_bytes:.0%}",
+        state="this machine",
+        well=True,
+    )
+
+
+def node_row(host: str, answer: Answer) -> NodeRow:
+    match answer:
+        case Unreachable(reason):
+            return NodeRow(host, state=clean(reason))
+        case Killed():
+            return NodeRow(host, state="killed")
+    return NodeRow(
+        name=host,
+        busy=f"{answer.busy} of {answer.slots} slots",
+        jobs=str(len(answer.jobs)),
+        memory=f"{answer.memory:.0%}",
+        state=answer.state,
+        well=answer.state is AgentState.UP,
+    )
+
+
+def job_rows(request: Any) -> list[JobRow]:
+    """Return the jobs that are under way and that the user of a request may see."""
+    calculations = logs.dbcmd(
+        "get_calcs",
+        {"is_running": "1", "limit": MOST_JOBS},
+        utils.get_valid_users(request),
+        not utils.is_superuser(request),
+    )
+    found = []
+    for row in calculations:
+        # the same places in all engine series
+        number, user, status, mode, _, description, *_, start = row[:11]
+        found.append(
+            JobRow(number, user, mode, description, since(seconds(start)), status, progress(number))
+        )
+    return found
+
+
+def since(started_s: float) -> str:
+    return duration(max(0.0, time.time() - started_s)) if started_s else "-"
+
+
+def progress(number: int) -> str:
+    """Return how far a job says in its log that it is, or else the last line of that."""
+    lines = [row.message for row in logs.dbcmd(LAST_LINES, number)]
+    found = next(filter(None, map(PERCENT.search, lines)), None)
+    if found and found[2] != "100":
+        return f"{clean(found[1], 50)}: {found[2]} %"
+    return clean(lines[0], 100) if lines else "-"
+
+
+@require_GET  # type: ignore[untyped-decorator]
+def activity(request: Any) -> Any:
+    """The page."""
+    rows, problem = [], ""
+    try:
+        rows = nodes.look()
+    except OqRuntimeError as exc:
+        problem = "The nodes cannot be asked"
+        problem += f": {exc}" if utils.is_superuser(request) else "; tell an administrator."
+    content = {"nodes": rows, "problem": problem, "jobs": job_rows(request)}
+    return render(request, "oq_runtime/activity.html", content)

@@ -1,0 +1,29 @@
+"""The addresses of the engine's site, and beside them those of our pages.
+
+The engine starts its mode with login only where somebody has written the texts of its mails into
+its package. With the PAM backend it takes its examples instead, as no mail is sent then: as here.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from django.conf import settings
+from django.urls import path
+
+from oq_runtime.webui import activity
+
+PAM = "django_pam.auth.backends.PAMBackend"
+
+backends = settings.AUTHENTICATION_BACKENDS
+if settings.EMAIL_BACKEND == settings.NO_MAIL:
+    settings.AUTHENTICATION_BACKENDS = (*backends, PAM)
+try:
+    engine = importlib.import_module("openquake.server.urls")
+finally:
+    settings.AUTHENTICATION_BACKENDS = backends
+
+urlpatterns = [
+    path(f"{settings.SITE.prefix}/engine/activity".lstrip("/"), activity.activity, name="activity"),
+    *engine.urlpatterns,
+]
