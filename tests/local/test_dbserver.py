@@ -299,6 +299,37 @@ def test_sql_opens_no_other_file(server: Server, attacks: Attacks, tmp_path: Pat
     attacks.tried(successes=int(other.exists()))
 
 
+@pytest.mark.attack
+def test_sql_does_not_touch_the_accounts_of_the_webui(server: Server, attacks: Attacks) -> None:
+    """They are in the same file, and who reads a session is its user."""
+    with sqlite3.connect(server.database) as db:
+        db.execute("CREATE TABLE IF NOT EXISTS django_session (session_key TEXT)")
+        db.execute("INSERT INTO django_session VALUES ('a secret')")
+    for sql in [
+        "SELECT session_key FROM Django_Session",
+        "SELECT count(*) FROM (SELECT * FROM main.django_session)",
+        "UPDATE job SET description = (SELECT session_key FROM django_session)",
+        "INSERT INTO django_session VALUES ('mine')",
+        "DELETE FROM django_session",
+        "CREATE TABLE copy AS SELECT * FROM django_session",
+        "CREATE VIEW job_view AS SELECT * FROM django_session",
+        "ALTER TABLE django_session RENAME TO mine",
+        "DROP TABLE django_session",
+        "CREATE TRIGGER later AFTER UPDATE ON job BEGIN SELECT 1; END",
+        "VACUUM INTO '/dev/null'",
+    ]:
+        for command in [(sql,), ("fetch", sql)]:
+            with pytest.raises(sqlite3.Error):
+                server.ask(*command)
+            attacks.tried()
+    server.ask("VACUUM")  # of oq purge: it may copy all tables
+    with pytest.raises(sqlite3.Error):  # afterwards as before
+        server.ask("SELECT * FROM django_session")
+    with sqlite3.connect(server.database) as db:
+        assert db.execute("SELECT * FROM django_session").fetchall() == [("a secret",)]
+        db.execute("DROP TABLE django_session")
+
+
 class Impatient(Server):
     """A server whose queries may take 2 s."""
 

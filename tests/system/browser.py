@@ -59,8 +59,12 @@ class Browser:
             ],
             "prefs": {"download.default_directory": str(self.downloads)},
         }
-        capabilities = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
-        made = self._ask("POST", "/session", {"capabilities": capabilities})
+        wanted = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "acceptInsecureCerts": True,  # tests make their own
+        }
+        made = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self._url += f"/session/{made['sessionId']}"
         return self
 
@@ -85,6 +89,11 @@ class Browser:
     def address(self) -> str:
         """Of the page that is shown."""
         return str(self._ask("GET", "/url", None))
+
+    @property
+    def title(self) -> str:
+        """Of the page that is shown."""
+        return str(self._ask("GET", "/title", None))
 
     def find(self, selector: str) -> str:
         """The first element of a CSS selector.

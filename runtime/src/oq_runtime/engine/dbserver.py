@@ -46,6 +46,10 @@ POLL_SECS = 1
 #: seconds that a query may take, bytes that the server may hold meanwhile, and the steps of SQLite
 #: between two looks at both
 QUERY_SECS, MOST_MEMORY_BYTES, STEPS = 60, 1 << 30, 100_000
+#: how the WebUI's tables of accounts and sessions begin; it opens the file itself
+ACCOUNTS = ("auth_", "django_", "user_profile_")
+#: steps of SQL that open another file, or leave behind what acts later, in the name of the WebUI
+REFUSED_STEPS = (sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_CREATE_VIEW, sqlite3.SQLITE_ATTACH)
 #: settings of SQL that name directories, or let the database be damaged
 REFUSED_PRAGMAS = ("temp_store_directory", "data_store_directory", "writable_schema")
 
@@ -184,12 +188,20 @@ class Patience:
         return time.monotonic() > self.until_s or self.memory.own_nbytes > MOST_MEMORY_BYTES
 
 
-def authorize(action: int, first: str | None, *_: str | None) -> int:
-    """Decide about a step of SQL: it opens no other file, which VACUUM INTO and ATTACH would make.
+def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    """Decide about a step of SQL.
+
+    It opens no other file, which VACUUM INTO and ATTACH would make, and does not touch the accounts
+    of the WebUI: who reads a session of an administrator is that administrator.
 
     :param action: a code of ``sqlite3``
-    :param first: the file, or the name of the setting; VACUUM itself opens one without a name
+    :param first: the file, the table, or the name of the setting
+    :param second: the column, the value, or the table
     """
+    if any(name and name.lower().startswith(ACCOUNTS) for name in (first, second)):
+        return sqlite3.SQLITE_DENY
+    if action in REFUSED_STEPS:
+        return sqlite3.SQLITE_DENY
     if action == sqlite3.SQLITE_ATTACH and first != "":
         return sqlite3.SQLITE_DENY
     if action == sqlite3.SQLITE_PRAGMA and str(first).lower() in REFUSED_PRAGMAS:
@@ -230,6 +242,12 @@ def install_dbserver(dbserver: Any) -> None:
         known = getattr(actions, action, None)
         if inspect.isfunction(known) and known.__module__ == actions.__name__:
             value = known(self.db, *args)
+        elif action.upper() == "VACUUM":  # it copies all tables inside the file
+            self.db.conn.set_authorizer(None)
+            try:
+                value = self.db(action, *args)
+            finally:
+                self.db.conn.set_authorizer(authorize)
         else:
             value = self.db(action, *args)
         return value.lastrowid if isinstance(value, sqlite3.Cursor) else value
