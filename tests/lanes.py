@@ -46,7 +46,7 @@ LANES = (
     Lane("docs", "docs/conf.py", (DOCS,), ".venv-docs"),
     Lane("types", "runtime/src", (("mypy",),)),
     Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
-    Lane("local", "tests/local", (("pytest", "-m", "not attack", "tests/local"),)),
+    Lane("local", "tests/local", (("pytest", "-m", "not attack and not slow", "tests/local"),)),
     Lane("cluster", "tests/cluster", CLUSTER),
     Lane("attack", "tests/cluster", ATTACK),
     Lane(
