@@ -264,8 +264,12 @@ def test_job_outlives_a_restart(site: Site) -> None:
     assert site.status(job) == "executing"
     assert wait_for(lambda: site.ended(job), JOB_S), site.log.read_text()
     assert site.status(job) == "complete", site.log.read_text()
-    outputs = site.login().get(f"{site.url}/v1/calc/{job}/results").json()
+    session = site.login()
+    outputs = session.get(f"{site.url}/v1/calc/{job}/results").json()
     assert any(row["type"] == "hcurves" for row in outputs)
+    for what in ("extract/no_such_key", "extract/hcurves?kind=x", "download_png/none.png"):
+        answer = session.get(f"{site.url}/v1/calc/{job}/{what}")
+        assert 400 <= answer.status_code < 500 and len(answer.text.splitlines()) == 1, answer.text
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Left out where chromium, chromedriver or nginx are not installed.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -60,8 +61,9 @@ def nginx(folder: Path, port: int, site: Sites) -> subprocess.Popen[bytes]:
         server = server.replace(there, here)
     configuration = folder / "nginx.conf"
     places = [f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy")]
+    user = "" if os.geteuid() else "user root;"  # the folder is not for others
     configuration.write_text(
-        f"pid {folder}/pid; daemon off; events {{}}\n"
+        f"{user} pid {folder}/pid; daemon off; events {{}}\n"
         f"http {{ access_log off; {' '.join(places)}\n{server}\n}}\n"
     )
     return subprocess.Popen(["nginx", "-c", str(configuration), "-e", str(folder / "nginx.log")])
@@ -70,7 +72,6 @@ def nginx(folder: Path, port: int, site: Sites) -> subprocess.Popen[bytes]:
 @pytest.fixture(scope="module")
 def site(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
     home, port = tmp_path_factory.mktemp("w"), free_port()
-    home.chmod(0o711)  # for the processes of nginx, which are another user's
     settings = {"OQ_WEBUI_URL": f"https://localhost:{port}/oq", "OQ_WEBUI_UPLOAD_MB": "2"}
     site = Sites(engine_home | settings | {"TMPDIR": str(home)}, home)
     site.prefix = "/oq"
@@ -110,10 +111,10 @@ def archive(folder: Path, members: dict[str, str]) -> str:
     [
         ({"JOB.INI": "x"}, "(there is JOB.INI: write it in small letters)"),
         ({f"{MARKUP}.INI": "x"}, f"(there is {MARKUP}.INI: write it in small letters)"),
-        ({"x": "x" * 2_500_000}, "these files are more than this site takes, which is 2 MiB"),
+        ({"x": "x" * 2_500_000}, "these files are more than this site takes: 2 MiB"),
         (
             {"x": "x" * 4_000_000},
-            "These files are more than the proxy in front of this site takes.",
+            "These files are more than this site, or a proxy before it, takes.",
         ),
     ],
     ids=["capitals", "markup", "site", "proxy"],

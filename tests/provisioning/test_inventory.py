@@ -159,6 +159,7 @@ SETTINGS = {
     'openquake_users=["openquake"]': "openquake_users: openquake is no account of a user",
     'openquake_webui_sources=["192.0.2.0/33"]': "openquake_webui_sources: 192.0.2.0/33 is not "
     "understood",
+    "openquake_webui_url=hazard.example": "openquake_webui_url=hazard.example is not understood",
     "openquake_wheelhouse=/nowhere": "=/nowhere is no directory of this machine",
     'openquake_runtime={"lost": 3}': "lost. Supported parameters include",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import getpass
 import ipaddress
-import json
 import os
 import sys
 from importlib import import_module
@@ -19,6 +18,10 @@ from setproctitle import setproctitle
 
 from oq_runtime.errors import ConfigError
 from oq_runtime.webui.site import Site
+
+#: what is above the limit of uploads must be received to be told so; from so many times as much on
+#: the connection is cut
+CUT = 2
 
 
 def application() -> Any:
@@ -45,24 +48,6 @@ def application() -> Any:
     return app
 
 
-def refuse_in_a_sentence(site: Site) -> None:
-    """Let waitress tell in JSON, as the pages expect it, of an upload that is too large."""
-    from waitress import channel, utilities
-
-    class ErrorTask(channel.ErrorTask):  # type: ignore[misc]
-        def execute(self) -> None:
-            error = self.request.error
-            if isinstance(error, utilities.RequestEntityTooLarge):
-                most = f"{site.upload_bytes >> 20} MiB"
-                text = f"these files are more than this site takes, which is {most}"
-                body = json.dumps({"error": text}).encode()
-                headers = [("Content-Type", "application/json")]
-                error.to_response = lambda _: ("413 Request Entity Too Large", headers, body)
-            super().execute()
-
-    channel.HTTPChannel.error_task_class = ErrorTask
-
-
 def serve(listen: str, threads: int) -> None:
     """Serve the site; raises ConfigError where it cannot be."""
     import waitress
@@ -77,13 +62,12 @@ def serve(listen: str, threads: int) -> None:
         "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"},
     }
     app = application()
-    refuse_in_a_sentence(site)
     try:
         server = waitress.create_server(
             app,
             listen=listen,
             threads=threads,
-            max_request_body_size=site.upload_bytes,
+            max_request_body_size=CUT * site.upload_bytes,
             ident=None,
             clear_untrusted_proxy_headers=True,
             **(behind_proxy if site.proxy else {}),

@@ -18,7 +18,9 @@ from typing import Any
 
 from django.conf import settings
 from django.contrib.auth.signals import user_logged_in, user_login_failed
-from django.http import HttpResponse, JsonResponse
+from django.core.exceptions import BadRequest, PermissionDenied, SuspiciousOperation
+from django.http import Http404, HttpResponse, JsonResponse
+from django.http.multipartparser import MultiPartParserError
 from openquake.commonlib import logs
 from openquake.server import utils, views
 
@@ -29,6 +31,13 @@ from oq_runtime.webui import uploads
 from oq_runtime.webui.logins import Logins
 
 log = logging.getLogger("oq_runtime")
+
+#: what Django says of a request that cannot be read
+MALFORMED = (BadRequest, SuspiciousOperation, MultiPartParserError)
+#: how a line begins about an error that may be anything's
+UNFORESEEN = "the engine could not answer this"
+#: how the engine lets a condition be true or false
+TRUTHS = ("0", "1", "true", "false")
 
 
 class Rule(Enum):
@@ -104,8 +113,11 @@ VIEWS: Mapping[str, Rule] = {
 }
 #: rules of the applications that ask for the right by themselves: Django's administration
 APPS: Mapping[str, Rule] = {"admin": Rule.LOGIN}
-#: fields of a form with which a calculation is run
-RUN_FIELDS = {"job_ini", "hazard_job_id", "notify_to", "job_owner", "csrfmiddlewaretoken"}
+#: fields of a form with which a calculation is run; nobody reads the last two of the engine's page
+RUN_FIELDS = {
+    "job_ini", "hazard_job_id", "notify_to", "job_owner", "csrfmiddlewaretoken",
+    "calculation_type", "database",
+}  # fmt: skip
 
 NAMES: Mapping[Callable[..., Any], str] = {
     view: name for name, view in vars(views).items() if inspect.isfunction(view)
@@ -173,8 +185,8 @@ class Access:
         finally:
             uploads.upload.forget()
         match = getattr(request, "resolver_match", None)
-        if response.status_code == 500 and match and rule_of(match) is Rule.RUN:
-            return _one_sentence(response)
+        if response.status_code == 500 and match:
+            return _one_sentence(response, rule_of(match))
         return response
 
     def process_view(
@@ -187,12 +199,28 @@ class Access:
             name = name_of(view)
             log.warning("refused %s to %s: %s", name, clean(str(request.user), 150), exc)
             return JsonResponse({"error": str(exc)}, status=exc.status)
-        except InputError as exc:
-            return JsonResponse({"error": str(exc)}, status=400)
+        except (InputError, *MALFORMED) as exc:
+            return JsonResponse({"error": clean(str(exc))}, status=400)
         return JsonResponse({"success": False}) if rule is Rule.ELSEWHERE else None
+
+    def process_exception(self, request: Any, exc: Exception) -> Any:
+        """Tell in a line what the engine has not foreseen; the log has the rest."""
+        if isinstance(exc, (Http404, PermissionDenied)):
+            return None
+        if isinstance(exc, MALFORMED):
+            return JsonResponse({"error": clean(str(exc))}, status=400)
+        if isinstance(exc, OSError) and rule_of(request.resolver_match) is Rule.READER:
+            return JsonResponse(
+                {"error": f"the results cannot be read: {clean(str(exc))}"}, status=404
+            )
+        log.error("%s %s", request.method, clean(request.path, 200), exc_info=exc)
+        return JsonResponse({"error": f"{UNFORESEEN}: {_words(exc)}"}, status=500)
 
     def _check(self, rule: Rule | None, request: Any, arguments: Sequence[Any]) -> None:
         """Raise Refused or InputError when a request may not reach its view."""
+        most = settings.SITE.upload_bytes
+        if int(request.META.get("CONTENT_LENGTH") or 0) > most:
+            raise Refused(413, f"these files are more than this site takes: {most >> 20} MiB")
         if rule is None:
             raise Refused(403, "this is not open on this site")
         if rule is Rule.LOGIN and request.method == "POST" and "password" in request.POST:
@@ -239,12 +267,22 @@ def check_owner(request: Any, number: int, *, change: bool) -> None:
 
 
 def check_conditions(request: Any) -> None:
-    """Raise InputError for a condition on the list that is no date: 3.23 puts it into SQL."""
+    """Raise InputError for a condition on the list that is no date, number or truth.
+
+    3.23 puts the date into SQL.
+    """
     start = request.GET.get("start_time")
     try:
         datetime.fromisoformat(start or "2000-01-01")
     except ValueError:
         raise InputError("start_time takes a date as 2028-01-31") from None
+    for name in ("limit", "offset", "preferred_only"):
+        text = request.GET.get(name, "0")
+        if not (text.isascii() and text.isdigit() and int(text) <= MOST_ROWS):
+            raise InputError(f"{name} takes a whole number")
+    for name in ("is_running", "include_shared"):
+        if (request.GET.get(name) or "0").lower() not in TRUTHS:
+            raise InputError(f"{name} takes one of {', '.join(TRUTHS)}")
 
 
 def check_run(request: Any) -> None:
@@ -262,8 +300,16 @@ def check_run(request: Any) -> None:
     uploads.check(request.FILES.getlist("archive"), ending)
 
 
-def _one_sentence(response: Any) -> HttpResponse:
-    """Return the engine's answer to a job that did not start, without the traceback."""
-    found = json.loads(response.content)
-    text = found["traceback"][-1]
-    return JsonResponse({"error": text, "job_id": found["job_id"]}, status=400)
+def _one_sentence(response: Any, rule: Rule | None) -> HttpResponse:
+    """Return the engine's answer with an error of its own, without the traceback."""
+    text = response.content.decode(errors="replace")
+    if rule is Rule.RUN and "traceback" in (found := json.loads(text)):
+        said, number = found["traceback"][-1], found["job_id"]
+        return JsonResponse({"error": said, "job_id": number}, status=400)
+    if response["Content-Type"].startswith("text/plain"):  # what it has been asked for is not there
+        return JsonResponse({"error": clean(text.split("\n")[0])}, status=400)
+    return response
+
+
+def _words(exc: Exception) -> str:
+    return clean(f"{type(exc).__name__}: {exc}")

@@ -32,7 +32,7 @@
 
     function sentence(status) {
         if (status === 413) {
-            return 'These files are more than the proxy in front of this site takes.';
+            return 'These files are more than this site, or a proxy before it, takes.';
         }
         if (status === 0) {
             return 'The connection was closed while the files were sent: they may be more than ' +
@@ -55,7 +55,7 @@
                 return JSON.stringify(each_text(JSON.parse(text), escaped));
             };
         }
-        if (options.type === 'POST' && shown) {
+        if (/^post$/i.test(options.type) && shown) {
             options.error = function (answer) {
                 var found;
                 try {
