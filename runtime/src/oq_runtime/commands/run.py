@@ -598,6 +598,8 @@ class Run:
     def _standstills(self) -> Iterator[str]:
         """Yield what keeps the job from going on, on this machine."""
         assert self.directory is not None and self.process is not None
+        if self.interrupted_s is not None:
+            return  # it ends, whatever it waits for
         if self.unanswered:
             yield self.unanswered
         pids = (self.process.pid, *launch.pids(self.directory))
