@@ -61,6 +61,7 @@ SAMPLES = [
     protocol.Grant(job="x", task=1, attempt=1),
     protocol.Abort(job="x", task=1, attempt=1),
     protocol.Died(task=1, attempt=1, reason="r"),
+    protocol.Preempted(task=1, attempt=1, by="b"),
     protocol.Beat(job="x", wanted=3),
 ]
 ENCODED = [protocol.encode(message) for message in SAMPLES]

@@ -4,20 +4,26 @@
 
 The word "shared" stands for one array of ones, the same object for all tasks, "own" for another
 array for each of them.
-Prints one JSON object: the sums of the results, and how many attempts were lost; or the error.
+PRIORITY, in the environment, is that of the job. Prints one JSON object: the sums of the results,
+when the tasks were handed over, and how many attempts were lost or interrupted; or the error.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import time
 
 import numpy
 import tasks  # type: ignore[import-not-found]  # on the path of the cluster
-from openquake.baselib import parallel
+from openquake.baselib import config, parallel
 from openquake.baselib.general import AccumDict
 
+from oq_runtime.config import SESSION_VARIABLE, Config
+from oq_runtime.priority import Priority
+from oq_runtime.session import launch
 from oq_runtime.session.client import Session
 
 #: float64 values of the shared array: 8 MB
@@ -32,12 +38,21 @@ def main() -> None:
         arrays = {"shared": shared, "own": numpy.full(SHARED, float(number))}
         row[:] = [arrays.get(value, value) if isinstance(value, str) else value for value in row]
     try:
+        priority = Priority(os.environ.get("PRIORITY", "normal"))
+        directory = launch.start(Config.from_sections(config), os.getpid(), priority)
+        os.environ[SESSION_VARIABLE] = str(directory)
+        session = Session.current()
+        began = time.time()
         value = parallel.Starmap(function, arguments).reduce(acc=AccumDict())
         sums = {
             name: getattr(found, "sum", lambda found=found: found)()
             for name, found in value.items()
         }
-        print(json.dumps({"value": sums, "retries": Session.current().retries()}))
+        phases = session.state().phases
+        counts = {
+            name: sum(getattr(phase, name) for phase in phases) for name in ("retries", "preempted")
+        }
+        print(json.dumps({"value": sums, "began": began, **counts}))
     except Exception as exc:
         print(json.dumps({"error": type(exc).__name__, "text": str(exc)}))
 

@@ -19,6 +19,7 @@ import msgspec
 import zmq
 
 from oq_runtime import config
+from oq_runtime.priority import Priority
 from oq_runtime.wire import protocol, security, transport
 
 #: a row of a table and a line of a log that nobody wrote
@@ -82,8 +83,11 @@ def main() -> None:
 
 def status() -> bytes:
     """What it says that it does: a state that there is not would be refused, so that is right."""
+    lease = protocol.LeaseStatus(
+        name="oq-run-1", user=WORDS, title=WORDS, priority=Priority.LOW, age_s=1.0, slots=1, busy=0
+    )  # fmt: skip
     said = protocol.AgentStatus(
-        host=WORDS, pid=1, slots=1, busy=0, jobs=[WORDS], memory=0.5, engine=WORDS,
+        host=WORDS, pid=1, slots=1, busy=0, jobs=[WORDS], leases=[lease], memory=0.5, engine=WORDS,
         state=protocol.AgentState.UP,
     )  # fmt: skip
     return msgspec.msgpack.encode(said)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from tests.cluster.cluster import RECEIVER_PORTS, Cluster
 from tests.cluster.jobs import (
     broker_status,
     calculate,
+    check_calculation,
     check_stream,
     corpus,
     datastore,
@@ -20,6 +23,7 @@ from tests.cluster.jobs import (
     number,
     result,
     stream,
+    under_way,
 )
 from tests.cluster.netns import MASTER, Process
 
@@ -28,9 +32,10 @@ TINY = "classical/case_02/job.ini"
 #: a calculation that is still there when it is aborted, and tasks that go on meanwhile
 MANY_YEARS = "ses_per_logic_tree_path=100000"
 TASKS = 100
+#: seconds in which an urgent job has slots, whatever else runs
+URGENT_S = 5.0
 
 
-@pytest.mark.settings(serialize_jobs=2)
 def test_two_users_of_whom_one_aborts(cluster: Cluster, tmp_path: Path) -> None:
     go = tmp_path / "go"
     anna = calculate(cluster, "-p", MANY_YEARS, LOGNAME="anna")
@@ -74,7 +79,47 @@ def test_two_users_get_half_of_the_slots_each(cluster: Cluster) -> None:
         assert 0.35 < part < 0.65, f"{part:.0%} of the slots"
 
 
-@pytest.mark.settings(serialize_jobs=10)
+def test_an_urgent_job_gets_slots_from_those_that_run(cluster: Cluster, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    slots = sum(cluster.slots.values())
+    carla = drive(cluster, "until", [(x, str(go)) for x in range(slots)], LOGNAME="carla")
+    under_way(cluster, carla, least=slots)
+    boris = stream(cluster, 6, 0.5, LOGNAME="boris", PRIORITY="urgent")
+    found = check_stream(boris, 6)
+    first = min(start for start, _ in found["value"]["spans"])
+    assert first - found["began"] < URGENT_S, f"it waited for {first - found['began']:.1f} s"
+    go.touch()
+    undone = result(carla)
+    assert undone["value"]["sum"] == sum(range(slots)), undone
+    assert undone["retries"] == 0 and undone["preempted"] >= 1, undone
+
+
+def test_two_users_calculate_side_by_side(cluster: Cluster, undisturbed: Path) -> None:
+    anna = calculate(cluster, "--priority", "low", LOGNAME="anna")
+    boris = calculate(cluster, "--priority", "urgent", LOGNAME="boris")
+    both = {"anna": "low", "boris": "urgent"}
+    seen: dict[str, str] = {}
+
+    def together() -> bool:
+        rows = cluster_jobs(cluster)
+        seen.update({row["user"]: row["priority"] for row in rows if row["total"] > row["done"]})
+        return seen == both or None not in (anna.poll(), boris.poll())
+
+    assert cluster.wait_for(together, 200)
+    for run in (anna, boris):
+        check_calculation(run, undisturbed)
+        assert "waiting for job" not in run.log.read_text()
+    assert seen == both
+
+
+def cluster_jobs(cluster: Cluster) -> list[dict[str, Any]]:
+    """What ``oq-workers jobs`` says."""
+    argv = [sys.executable, "-m", "oq_runtime.commands.workers", "jobs", "--json"]
+    done = cluster.net.run(MASTER, argv, cluster.env(MASTER))
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout).values())
+
+
 def test_ten_jobs_on_nine_ports(cluster: Cluster, tmp_path: Path) -> None:
     go = tmp_path / "go"
     nine = [drive(cluster, "until", [(x, str(go)) for x in (1, 2)]) for _ in range(9)]

@@ -22,9 +22,11 @@ import xxhash
 import zmq
 
 from oq_runtime.core.limits import Limits
+from oq_runtime.errors import ConfigError
 from oq_runtime.files import private
 from oq_runtime.node.agent import DATA_HWM, PING_BYTES, Agent
 from oq_runtime.node.memory import Resident
+from oq_runtime.priority import Priority
 from oq_runtime.wire import payload, protocol, security, transport
 from tests.leftovers import wait_for
 
@@ -43,9 +45,9 @@ Kind = TypeVar("Kind", bound=protocol.Message)
 class Peer:
     """One socket of the scripted broker: what has come and was not asked for yet."""
 
-    def __init__(self, socket: zmq.Socket[Any]) -> None:
+    def __init__(self, socket: zmq.Socket[Any], job: str = JOB) -> None:
         self.socket = socket
-        self.link = transport.Link(socket, JOB, 0)
+        self.link = transport.Link(socket, job, 0)
         self.come: deque[tuple[Any, list[bytes]]] = deque()
 
     def read(self) -> None:
@@ -57,6 +59,8 @@ class Peer:
 
 class Stage:
     """An agent in a thread of its own, and the broker of a job, whose words are in the tests.
+
+    ``others`` are brokers of other jobs, which beat together with this one.
 
     :param directory: of the agent
     :param remote: whether the broker is on another host, so that results travel
@@ -70,6 +74,7 @@ class Stage:
         slots: int = 1,
         limits: Limits = LIMITS,
         owner: int | None = None,
+        urgent_key: str = "",
     ) -> None:
         self.directory = private.own(directory)
         self.memory, self.disk = (private.own(directory / name) for name in ("memory", "disk"))
@@ -86,6 +91,7 @@ class Stage:
             own_facts=FACTS,
             limits=limits,
             keys=self.keys,
+            urgent_key=urgent_key,
         )
         self.url = self.agent.control.getsockopt_string(zmq.LAST_ENDPOINT)
         self.thread = threading.Thread(target=self.agent.run)
@@ -96,6 +102,8 @@ class Stage:
             transport.dealer(self.context, self.url, secure=self._secure(server=False))
         )
         self.mute = False  # on the data connection
+        self.job, self.user, self.priority = JOB, "anna", Priority.NORMAL
+        self.others: list[Beside] = []
         self.lease()
 
     def _secure(self, *, server: bool) -> transport.Secure | None:
@@ -106,14 +114,14 @@ class Stage:
 
     def lease(self) -> None:
         epoch = self.control.link.epoch + 1
-        self.control.link = transport.Link(self.control.socket, JOB, epoch)
-        self.send(protocol.Hello(pid=1, role="broker", facts=FACTS, user="anna"))
+        self.control.link = transport.Link(self.control.socket, self.job, epoch)
+        self.send(protocol.Hello(pid=1, role="broker", facts=FACTS, user=self.user))
         self.expect(protocol.Welcome, beat=False)
         url = self.data.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.send(protocol.Lease(ticket=b"t", data_url=url))
+        self.send(protocol.Lease(ticket=b"t", data_url=url, priority=self.priority))
         self.expect(protocol.Leased, beat=False)
         self.expect(protocol.Hello)
-        self.data.link = transport.Link(self.data.socket, JOB, epoch, self.data.link.peer)
+        self.data.link = transport.Link(self.data.socket, self.job, epoch, self.data.link.peer)
 
     def send(self, message: protocol.Message) -> None:
         assert self.control.link.send(message)
@@ -130,10 +138,8 @@ class Stage:
         found: list[Kind] = []
 
         def look() -> bool:
-            if beat:
-                self.send(protocol.Beat(wanted=1))
-                if self.data.link.epoch == self.control.link.epoch and not self.mute:
-                    self.data.link.send(protocol.Beat())
+            for one in (*([self] if beat else []), *self.others):
+                one.beat()
             for peer in (self.control, self.data):
                 peer.read()
                 for item in peer.come:
@@ -148,7 +154,12 @@ class Stage:
         assert came, f"no {kind.__name__}, but {[m for m, _ in self.control.come][-3:]}"
         return found[0]
 
-    def give(self, task: int, name: str, *arguments: Any) -> protocol.Task:
+    def beat(self) -> None:
+        self.send(protocol.Beat(wanted=1, title="calculation 7", done=3, total=9, left_s=60.0))
+        if self.data.link.epoch == self.control.link.epoch and not self.mute:
+            self.data.link.send(protocol.Beat())
+
+    def give(self, task: int, name: str, *arguments: Any, firm: bool = False) -> protocol.Task:
         """Give an attempt of a function of tests/local/tasks; a blob stands for its argument."""
         import tasks  # type: ignore[import-not-found]  # see ``light``
         from openquake.baselib import performance
@@ -162,7 +173,7 @@ class Stage:
         monitor.inject, monitor.backurl = True, "inproc://none"
         call = pickle.dumps((task, monitor, items), payload.PROTOCOL)
         given = protocol.Task(
-            task=task, attempt=1, func=name, number=100 + task, call=call, blobs=blobs
+            task=task, attempt=1, func=name, number=100 + task, call=call, blobs=blobs, firm=firm
         )
         self.send(given)
         return given
@@ -216,6 +227,21 @@ class Stage:
         if self.gate:
             self.gate.stop()
         self.context.destroy(linger=0)
+
+
+class Beside(Stage):
+    """The broker of another job of the same agent, which is on this host."""
+
+    def __init__(self, first: Stage, user: str, priority: Priority) -> None:
+        self.agent, self.context, self.keys = first.agent, first.context, None
+        self.job, self.user, self.priority = f"oq-run-{user}", user, priority
+        self.mute = False
+        url = f"ipc://{first.directory}/data-{user}"
+        self.data = Peer(transport.router(self.context, url), self.job)
+        self.control = Peer(transport.dealer(self.context, first.url), self.job)
+        self.others = [first]  # type: ignore[list-item]
+        self.lease()
+        first.others.append(self)
 
 
 @contextmanager
@@ -429,7 +455,9 @@ def test_the_death_of_a_worker_is_told_in_a_sentence(
     here.give(3, "poison", 3)
     died = here.expect(protocol.Died)
     assert re.fullmatch(r"worker process \d+ was killed by SIGKILL", died.reason)
-    assert f"task #103 (poison) of {JOB} of anna, attempt 1: {died.reason}" in caplog.messages
+    assert (
+        f"task #103 (poison) of calculation 7 of anna, attempt 1: {died.reason}" in caplog.messages
+    )
     here.send(protocol.Release())
     assert wait_for(lambda: f"lease of {JOB} of anna ended: released" in caplog.messages)
     here.lease()
@@ -545,12 +573,77 @@ def test_a_drained_agent_sends_its_results_and_ends(here: Stage) -> None:
     assert not here.thread.is_alive()
 
 
+# ---- jobs of several priorities
+
+
+def test_an_urgent_job_interrupts_a_task_that_then_runs_again(here: Stage, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    here.give(1, "until", 1, str(go))
+    here.expect(protocol.Started)
+    boris = Beside(here, "boris", Priority.URGENT)
+    assert here.expect(protocol.Leased).slots == 0
+    boris.give(1, "square", 3)
+    interrupted = here.expect(protocol.Preempted, within_s=5)
+    assert interrupted.by == "urgent calculation 7 of boris"
+    assert boris.ended(1) == [{"sum": 9}]
+    transport.send(here.control.socket, protocol.Command(action="status"))
+    found = {lease.user: lease for lease in here.expect(protocol.AgentStatus).leases}
+    assert found["boris"].priority == "urgent" and found["anna"].priority == "normal"
+    assert (found["anna"].done, found["anna"].total, found["anna"].left_s) == (3, 9, 60.0)
+    boris.give(2, "until", 2, str(go))
+    boris.expect(protocol.Started)
+    here.give(1, "until", 1, str(go))
+    go.touch()
+    assert boris.ended(2) == [{"sum": 2}]
+    boris.send(protocol.Release())
+    here.others.clear()
+    assert here.ended(1) == [{"sum": 1}]
+
+
+def test_a_firm_attempt_runs_to_its_end(here: Stage, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    here.give(1, "until", 1, str(go), firm=True)
+    here.expect(protocol.Started)
+    boris = Beside(here, "boris", Priority.URGENT)
+    boris.give(1, "square", 3)
+    boris.ping()
+    go.touch()
+    assert here.ended(1) == [{"sum": 1}]
+    assert boris.ended(1) == [{"sum": 9}]
+    assert not [m for m, _ in here.control.come if isinstance(m, protocol.Preempted)]
+
+
+def has_answers(peer: Peer, number: int) -> bool:
+    peer.read()
+    return len(peer.come) >= number
+
+
+def test_an_urgent_lease_needs_the_key_of_administrators(tmp_path: Path, light: None) -> None:
+    urgent_key, secret = security.new_pair()
+    file = tmp_path / "secret"
+    file.write_text(secret)
+    with stage(tmp_path, remote=True, urgent_key=urgent_key) as found:
+        assert found.keys is not None
+        administrator = security.calling_with(found.keys, file, urgent_key)
+        for keys, answer in ((found.keys, protocol.Refused), (administrator, protocol.Leased)):
+            secure = functools.partial(security.secure_client, keys=keys)
+            socket = transport.dealer(found.context, found.url, secure=secure)
+            boris = Peer(socket, f"oq-run-{answer.__name__}")
+            boris.link.send(protocol.Hello(pid=1, role="broker", facts=FACTS, user="root"))
+            url = found.data.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            boris.link.send(protocol.Lease(ticket=b"u", data_url=url, priority=Priority.URGENT))
+            assert wait_for(functools.partial(has_answers, boris, 2), ANSWER_S)
+            assert isinstance(boris.come[1][0], answer), boris.come
+    with pytest.raises(ConfigError, match="it is not the half of urgent_key"):
+        security.calling_with(administrator, file, urgent_key[::-1])
+
+
 def test_commands_of_an_administrator(here: Stage) -> None:
     def command(action: Any) -> protocol.AgentStatus:
         transport.send(here.control.socket, protocol.Command(action=action))
         return here.expect(protocol.AgentStatus)
 
-    assert command("status").jobs == [f"{JOB} of anna"]
+    assert command("status").jobs == ["calculation 7 of anna"]
     assert command("stop").state == "stopped"
     assert command("start").state == "up"
     assert command("kill").jobs == []

@@ -31,6 +31,7 @@ from oq_runtime.core.attempts import (
     Sent,
     State,
     TellDied,
+    TellPreempted,
     TellStarted,
     Tick,
     Upload,
@@ -38,6 +39,7 @@ from oq_runtime.core.attempts import (
 from oq_runtime.core.limits import DEFAULTS
 from oq_runtime.core.slots import RunOn, Slots, TaskGiven, TaskTaken
 from oq_runtime.errors import TransitionError
+from oq_runtime.priority import Priority
 
 A, B, C = b"a" * 32, b"b" * 32, b"c" * 32
 ONE = ("j", 1, 1)
@@ -72,6 +74,7 @@ EVENTS: dict[str, Event] = {
     "die": slots.Died(*ONE, "why"),
     "fail": Failed(*ONE, "why"),
     "drop": AbortAsked(*ONE),
+    "interrupt": slots.Preempted(*ONE, "k"),
 }
 S = State
 #: what becomes of an attempt in each state; an event that is not named is refused
@@ -91,7 +94,7 @@ OUTCOMES: dict[State, dict[str, State]] = {
 def test_every_event_in_every_state(state: State, name: str) -> None:
     core = at(state)
     attempt = core.attempts[ONE]
-    to = OUTCOMES[state].get(name)
+    to = S.DROPPED if name == "interrupt" else OUTCOMES[state].get(name)
     if to is None:
         with pytest.raises(TransitionError):
             core.handle(EVENTS[name])
@@ -103,6 +106,7 @@ def test_every_event_in_every_state(state: State, name: str) -> None:
     assert (ONE in core.attempts) == (to not in FINAL) == (Forget(*ONE) not in effects)
     told = [effect for effect in effects if isinstance(effect, TellDied)]
     assert told == ([TellDied(*ONE, "why")] if to is State.FAILED else [])
+    assert (TellPreempted(*ONE, "k") in effects) == (name == "interrupt")
     assert (TaskTaken(*ONE) in effects) == (
         name == "drop" and state in (State.PENDING, State.RUNNING)
     )
@@ -283,7 +287,9 @@ class Both:
                 match effect:
                     case slots.LeaseEnded(job):
                         waiting.append(JobEnded(job))
-                    case slots.RunOn() | slots.Died() | TaskGiven() | TaskTaken():
+                    case (
+                        slots.RunOn() | slots.Died() | slots.Preempted() | TaskGiven() | TaskTaken()
+                    ):
                         waiting.append(effect)
                     case _:
                         self.told.append(effect)
@@ -327,7 +333,7 @@ SMALL = st.integers(1, 4)
 WORKERS = st.integers(1, 12)
 BLOBS = st.lists(st.sampled_from([(A, 10), (B, 20), (C, 30)]), max_size=3).map(tuple)
 RANDOM: st.SearchStrategy[Any] = st.one_of(
-    st.builds(slots.LeaseAsked, JOBS),
+    st.builds(slots.LeaseAsked, JOBS, st.sampled_from([*Priority])),
     st.builds(slots.Heard, JOBS, st.integers(0, 4) | st.none()),
     st.builds(slots.MemoryUsed, st.sampled_from([50, 85, 95]), st.just(100)),
     st.builds(slots.Released, JOBS),

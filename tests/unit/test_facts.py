@@ -13,7 +13,7 @@ from oq_runtime.wire.protocol import Facts
 
 MASTER = Facts(
     engine="3.26.2", python="3.11", numpy="2", dbserver="192.0.2.1", shared_dir="/oq_shared",
-    beat_s="2", suspect_s="10", lost_s="30",
+    beat_s="2", suspect_s="10", lost_s="30", urgent_group="hazard",
 )  # fmt: skip
 
 
@@ -36,6 +36,11 @@ MASTER = Facts(
         ("beat_s", "60", "[oq_runtime] beat_s is 60 on the node and 2 on the master"),
         ("suspect_s", "9", "[oq_runtime] suspect_s is 9 on the node and 10 on the master"),
         ("lost_s", "99", "[oq_runtime] lost_s is 99 on the node and 30 on the master"),
+        (
+            "urgent_group",
+            "",
+            "[oq_runtime] urgent_group is not set on the node and hazard on the master",
+        ),
     ],
 )
 def test_a_difference_names_both_values(field: str, value: str, text: str) -> None:
@@ -53,8 +58,9 @@ def test_all_differences_are_told_in_one_line() -> None:
 
 
 def test_own_facts(tmp_path: Path) -> None:
-    own = facts.own("192.0.2.1", str(tmp_path))
+    own = facts.own("192.0.2.1", str(tmp_path), urgent_group="hazard")
     assert (own.dbserver, own.shared_dir) == ("192.0.2.1", str(tmp_path))
+    assert own.urgent_group == "hazard"
     assert own.engine.startswith("3.") and own.python.startswith("3.") and own.numpy in ("1", "2")
 
 

@@ -12,7 +12,7 @@ import oq_runtime
 ROOT = Path(oq_runtime.__file__).parent
 #: floors from the ground up, each a set of wings; a wing is a package or a module of the top level
 FLOORS = (
-    {"errors", "text"},
+    {"errors", "priority", "text"},
     {"logs", "descriptors"},
     {"core", "wire", "processes", "cgroups"},
     {"files", "settings"},

@@ -125,6 +125,7 @@ def test_times_are_those_of_the_broker() -> None:
         (core.AttemptDied("a", 5, 1, "full", no_room=True), Outcome.NO_ROOM, 20.0),
         (core.NodeGone("a", "power"), Outcome.NODE_LOST, 20.0),
         (core.NodeLost("a", "silent"), Outcome.NODE_LOST, 20.0),
+        (core.AttemptPreempted("a", 5, 1, "it"), Outcome.PREEMPTED, 20.0 - STARTED_SECS),
         (core.AbortAttempt("a", 5, 1), Outcome.DROPPED, 20.0),
         (core.GiveUp(5, "NoWorkers", 1, ()), Outcome.DROPPED, 20.0),
         (core.Forget(5), Outcome.DROPPED, 20.0),

@@ -22,6 +22,7 @@ import zmq
 from oq_runtime import facts
 from oq_runtime.core import scheduler as core
 from oq_runtime.core.limits import Limits
+from oq_runtime.priority import Priority
 from oq_runtime.session.peer import Event, State
 from oq_runtime.session.peers import Peers
 from oq_runtime.wire import protocol, security, transport
@@ -125,6 +126,7 @@ class Bench:
             limits=limits,
             own_facts=FACTS,
             user="me",
+            priority=Priority.NORMAL,
             keys=keys,
             watched=directory is not None,
             tell=self.told.append,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import grp
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from oq_runtime.commands.checks import BadInput
+from oq_runtime.commands.checks import BadInput, check_priority
 from oq_runtime.commands.lines import exports, surveyed
-from oq_runtime.commands.run import parse_params, stop_session
+from oq_runtime.commands.run import NO_NODE, NO_SHARE, parse_params, stop_session, waits_for
+from oq_runtime.config import Cluster, Config
+from oq_runtime.priority import Priority
+from oq_runtime.wire.protocol import Node, NodeState, Status
+
+#: an account and a group of every Linux
+NOBODY, DAEMON = 65534, 1
 
 
 @pytest.mark.parametrize(
@@ -77,3 +85,69 @@ def test_only_the_processes_of_a_session_are_ended(tmp_path: Path) -> None:
         for process in (own, other):
             process.kill()
             process.communicate()
+
+
+def answer(priority: Priority, group: str, *groups: int, cluster: bool = True) -> str:
+    """What a process of another account with these groups is told of a priority; root's for none.
+
+    :param group: that of urgent_group
+    """
+    hosts = Cluster({"192.0.2.2": 1}, 1909, "", "", range(1), "", "") if cluster else None
+    settings = Config(cores=1, urgent_group=group, cluster=hosts)
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        if groups:
+            os.setgroups(groups)
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        try:
+            check_priority(priority, settings)
+        except BadInput as exc:
+            os.write(write, exc.format_message().encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as said:
+        text = said.read()
+    os.waitpid(child, 0)
+    return text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have the groups of others")
+def test_who_may_be_urgent_is_known_by_the_groups_of_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    daemon = grp.getgrgid(DAEMON).gr_name
+    assert answer(Priority.URGENT, daemon, NOBODY, DAEMON) == ""
+    assert answer(Priority.URGENT, "") == "", "root"
+    for name in ("LOGNAME", "USER"):
+        monkeypatch.setenv(name, "root")
+    refused = answer(Priority.URGENT, daemon, NOBODY)
+    whom = f"members of the group {daemon} (urgent_group in [oq_runtime] of openquake.cfg)"
+    assert refused.startswith(f"--priority urgent: an urgent job is for {whom}; normal and low")
+    assert "an urgent job is for root" in answer(Priority.URGENT, "", NOBODY, DAEMON)
+    assert answer(Priority.URGENT, "no-such-group", NOBODY, DAEMON) != ""
+    for priority in (Priority.LOW, Priority.NORMAL):
+        assert answer(priority, daemon, NOBODY) == ""
+
+
+def test_a_priority_is_for_a_cluster() -> None:
+    assert answer(Priority.NORMAL, "", cluster=False) == ""
+    told = answer(Priority.LOW, "", cluster=False)
+    assert told.startswith("--priority low is for a cluster") and "leave it out" in told
+
+
+def test_what_a_job_waits_for() -> None:
+    def status(*nodes: tuple[int, NodeState], note: str = "") -> Status:
+        found = [Node(host="n", slots=slots, busy=0, state=state) for slots, state in nodes]
+        return Status(phases=[], nodes=found, note=note)
+
+    def waits(*nodes: tuple[int, NodeState], note: str = "") -> tuple[str, str]:
+        return waits_for(status(*nodes, note=note), cluster=True)
+
+    leased, calling = NodeState.LEASED, NodeState.CALLING
+    assert waits((0, leased), (2, leased)) == ("", "")
+    assert waits((0, leased), (0, calling)) == ("slots", NO_SHARE)
+    assert waits((0, calling)) == ("nodes", NO_NODE)
+    assert waits((0, calling), note="all in use") == ("a port", "all in use")
+    assert waits_for(status((0, calling)), cluster=False) == ("", "")

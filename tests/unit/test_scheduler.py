@@ -18,11 +18,13 @@ from oq_runtime.core.scheduler import (
     FINAL,
     MAX_NODE_LOSSES,
     MAX_OOMS,
+    MAX_PREEMPTIONS,
     TRANSITIONS,
     AbortAttempt,
     Assign,
     AttemptDied,
     AttemptEnded,
+    AttemptPreempted,
     AttemptStarted,
     Cancelled,
     Commit,
@@ -107,6 +109,7 @@ class Cluster(RuleBasedStateMachine):
         self.deaths: dict[int, int] = {}
         self.ooms: dict[int, int] = {}
         self.losses: dict[int, int] = {}
+        self.preemptions: dict[int, int] = {}
         self.no_room: dict[int, list[str]] = {}  # nodes without room for the data of a task
         self.staged: dict[int, int] = {}
         self.granted: dict[int, tuple[str, int]] = {}  # the last attempt that was let in
@@ -167,6 +170,9 @@ class Cluster(RuleBasedStateMachine):
                 charged[task] = charged.get(task, 0) + 1
                 over = charged[task] == most
                 self.forget(task, node, number)
+            case AttemptPreempted(node, task, number, _) if self.current(node, task, number):
+                self.preemptions[task] = self.preemptions.get(task, 0) + 1
+                self.forget(task, node, number)
             case Uploaded(node, task, number, False) if self.current(node, task, number):
                 self.losses[task] = self.losses.get(task, 0) + 1
                 self.forget(task, node, number)
@@ -207,7 +213,8 @@ class Cluster(RuleBasedStateMachine):
 
     def follow(self, effect: Effect, cause: Event) -> None:
         match effect:
-            case Assign(node, task, number, alone):
+            case Assign(node, task, number, alone, firm):
+                assert firm == (self.preemptions.get(task, 0) >= MAX_PREEMPTIONS)
                 assert task in self.submitted and task not in self.failed | set(self.commits)
                 assert alone == (task in self.ooms)
                 beside = self.running(node)
@@ -274,7 +281,9 @@ class Cluster(RuleBasedStateMachine):
 
     def most_attempts(self, task: int) -> int:
         """How often the task may have been assigned, for what has become of it."""
-        counts = (self.deaths, self.ooms, self.losses, self.narrowed, self.taken)
+        counts = (
+            self.deaths, self.ooms, self.losses, self.preemptions, self.narrowed, self.taken
+        )  # fmt: skip
         failed = sum(count.get(task, 0) for count in counts)
         return 1 + failed + len(self.no_room.get(task, [])) + self.limits.speculation
 
@@ -292,7 +301,13 @@ class Cluster(RuleBasedStateMachine):
         return len(self.running(node))
 
     def message(
-        self, event: AttemptStarted | AttemptEnded | Uploaded | NotStored | AttemptDied
+        self,
+        event: AttemptStarted
+        | AttemptEnded
+        | Uploaded
+        | NotStored
+        | AttemptDied
+        | AttemptPreempted,
     ) -> None:
         """Deliver the message of an attempt; a stale one has no effect but an abort."""
         self.sent.append(event)
@@ -431,6 +446,13 @@ class Cluster(RuleBasedStateMachine):
             self.message(AttemptDied(attempt.node, attempt.task, attempt.number, "signal 9", **how))
             self.attempts.pop((attempt.node, attempt.task, attempt.number), None)
 
+    @rule(data=st.data())
+    def interrupt(self, data: st.DataObject) -> None:
+        """Its slot goes to a job of higher priority."""
+        if attempt := self.pick(data, "assigned", "running"):
+            self.message(AttemptPreempted(attempt.node, attempt.task, attempt.number, "another"))
+            self.attempts.pop((attempt.node, attempt.task, attempt.number), None)
+
     @precondition(lambda self: self.ooms)
     @rule(ooms=st.lists(st.booleans(), min_size=1, max_size=3))
     def die_alone(self, ooms: list[bool]) -> None:
@@ -479,7 +501,9 @@ class Cluster(RuleBasedStateMachine):
         node=st.sampled_from([*NAMES, "nobody"]),
         task=st.integers(0, 12),
         number=st.integers(-1, 6),
-        kind=st.sampled_from(["started", "ended", "uploaded", "not stored", "died", "oom"]),
+        kind=st.sampled_from(
+            ["started", "ended", "uploaded", "not stored", "died", "oom", "preempted"]
+        ),
     )
     def forged(self, node: str, task: int, number: int, kind: str) -> None:
         """A message of an attempt that this node never had, or has no more."""
@@ -494,6 +518,7 @@ class Cluster(RuleBasedStateMachine):
                 "not stored": NotStored(*where, "no room"),
                 "died": AttemptDied(*where, "forged"),
                 "oom": AttemptDied(*where, "forged", oom=True),
+                "preempted": AttemptPreempted(*where, "forged"),
             }[kind]
         )
 
@@ -537,6 +562,7 @@ class Cluster(RuleBasedStateMachine):
             deaths, losses = self.deaths.get(task.id, 0), self.losses.get(task.id, 0)
             ooms = self.ooms.get(task.id, 0)
             assert (task.deaths, task.ooms, task.node_losses) == (deaths, ooms, losses)
+            assert task.preemptions == self.preemptions.get(task.id, 0)
             assert deaths <= MAX_DEATHS and ooms <= MAX_OOMS and losses <= MAX_NODE_LOSSES
             assert task.attempt <= task.attempts
             assert list(task.no_room) == self.no_room.get(task.id, [])
@@ -739,6 +765,7 @@ def test_event_that_the_state_forbids_changes_nothing(state: State, event: Event
         Uploaded(*ATTEMPT, False),
         AttemptDied(*ATTEMPT, "late"),
         AttemptDied(*ATTEMPT, "late", oom=True),
+        AttemptPreempted(*ATTEMPT, "late"),
     ],
 )
 def test_message_after_the_end_only_aborts(state: State, event: Event) -> None:
@@ -907,6 +934,17 @@ def test_poison_after_three_deaths_with_the_history() -> None:
         assert f"attempt {number}: started on a" in given_up.history
         assert f"attempt {number}: signal {number} on a" in given_up.history
     assert core.nodes["a"].credit == 1
+
+
+def test_an_interruption_is_no_failure_and_the_third_attempt_is_firm() -> None:
+    core = one_task(State.RUNNING)
+    for number in range(1, MAX_PREEMPTIONS + 1):
+        effects = core.handle(AttemptPreempted("a", 1, number, "urgent job 7 of boris"), 1.0)
+        firm = number == MAX_PREEMPTIONS
+        assert effects == [Assign("a", 1, number + 1, firm=firm)]
+    task = core.tasks[1]
+    assert (task.deaths, task.kind.retries, task.kind.preempted) == (0, 0, MAX_PREEMPTIONS)
+    assert "attempt 1: interrupted on a for urgent job 7 of boris" in task.history
 
 
 def test_task_is_given_up_after_too_many_lost_nodes() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oq_runtime import cgroups, logs
+from oq_runtime import cgroups, logs, processes
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError
 from oq_runtime.settings import SECTION, Settings
@@ -90,6 +90,8 @@ class Config:
     :param limits: for broker and agents
     :param log_level: for broker and agents
     :param notify: to whom, or to what, the end of a job is told
+    :param urgent_group: whose members may run urgent jobs
+    :param urgent_key: that such jobs have to show, and the file with its secret half
     :param cluster: None: this machine alone
     """
 
@@ -99,6 +101,9 @@ class Config:
     limits: Limits = DEFAULTS
     log_level: logs.Level = "info"
     notify: str = ""
+    urgent_group: str = ""
+    urgent_key: str = ""
+    urgent_key_file: str = ""
     cluster: Cluster | None = None
 
     @classmethod
@@ -116,8 +121,25 @@ class Config:
             limits=own.limits,
             log_level=own.log_level,
             notify=own.notify,
+            urgent_group=own.urgent_group,
+            urgent_key=own.urgent_key,
+            urgent_key_file=own.urgent_key_file,
             cluster=Cluster.from_sections(sections) if distribute == "zmq" else None,
         )
+
+    def check_urgent(self) -> None:
+        """Raise ConfigError when this process may not run urgent jobs, by what the kernel says."""
+        whom = ""
+        if self.urgent_key and not os.access(self.urgent_key_file, os.R_OK):
+            whom = f"those who may read {self.urgent_key_file} (urgent_key_file"
+        elif not self.urgent_key and not processes.has_group(self.urgent_group):
+            group = self.urgent_group
+            whom = f"members of the group {group} (urgent_group" if group else "root (urgent_group"
+        if whom:
+            raise ConfigError(
+                f"an urgent job is for {whom} in [{SECTION}] of openquake.cfg); normal and low are "
+                "for everybody"
+            )
 
 
 def read() -> dict[str, dict[str, str]]:

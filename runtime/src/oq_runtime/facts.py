@@ -22,11 +22,18 @@ NAMES = {
     "beat_s": "[oq_runtime] beat_s",
     "suspect_s": "[oq_runtime] suspect_s",
     "lost_s": "[oq_runtime] lost_s",
+    "urgent_group": "[oq_runtime] urgent_group",
 }
 
 
-def own(dbserver: str = "", shared_dir: str = "", limits: Limits = DEFAULTS) -> Facts:
-    """Return the facts of this host; only what decides compatibility: pickles, paths, patience.
+def own(
+    dbserver: str = "",
+    shared_dir: str = "",
+    limits: Limits = DEFAULTS,
+    urgent_group: str = "",
+) -> Facts:
+    """Return the facts of this host: what decides compatibility (pickles, paths, patience), and who
+    may be urgent.
 
     A shared_dir that this process cannot read counts as none. Of the limits those are compared by
     which master and node judge each other's silence.
@@ -45,6 +52,7 @@ def own(dbserver: str = "", shared_dir: str = "", limits: Limits = DEFAULTS) -> 
         beat_s=f"{limits.beat_s:g}",
         suspect_s=f"{limits.suspect_s:g}",
         lost_s=f"{limits.lost_s:g}",
+        urgent_group=urgent_group,
     )
 
 

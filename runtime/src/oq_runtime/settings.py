@@ -64,6 +64,25 @@ class Settings(Limits):
         logs.Level, Meta(description="the least that the logs of agents and brokers tell")
     ] = "info"
 
+    urgent_group: Annotated[
+        str,
+        Meta(
+            description="the group of the master whose members may run urgent jobs, the same on "
+            "all hosts; without it, root alone"
+        ),
+    ] = ""
+    urgent_key: Annotated[
+        str,
+        Meta(
+            pattern=r"\A(|[0-9a-f]{64})\Z",
+            title="64 hexadecimal digits",
+            description="the public key that the nodes want to see of an urgent job; then it is "
+            "for those who may read `urgent_key_file`",
+        ),
+    ] = ""
+    urgent_key_file: Annotated[
+        str, Meta(description="the file on the master with the secret half of `urgent_key`")
+    ] = ""
     notify: Annotated[
         str,
         Meta(
@@ -121,7 +140,7 @@ class Key:
         if get_origin(self.kind) is Literal:
             return f"one of {', '.join(get_args(self.kind))}"
         if self.kind is str:
-            return "a text"
+            return self.meta.title or "a text"
         number = "a whole number" if self.kind is int else "a number"
         unit = UNITS.get(self.name.rpartition("_")[2], "")
         least, above, most = self.meta.ge, self.meta.gt, self.meta.le

@@ -18,7 +18,10 @@ from typing import IO, Any
 
 import click
 
+from oq_runtime.config import Config
 from oq_runtime.engine import messages
+from oq_runtime.errors import ConfigError
+from oq_runtime.priority import Priority
 from oq_runtime.text import clean
 
 EXIT_INPUT = 2
@@ -47,6 +50,22 @@ class BadInput(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"oq-run: {clean(self.format_message(), messages.MOST_CHARACTERS)}", err=True)
+
+
+def check_priority(priority: Priority, settings: Config) -> None:
+    """Refuse a priority that would change nothing, or that this user may not give."""
+    if priority is Priority.NORMAL:
+        return
+    if settings.cluster is None:
+        raise BadInput(
+            f"--priority {priority} is for a cluster, where several jobs share the slots; leave it "
+            "out on one machine"
+        )
+    if priority is Priority.URGENT:
+        try:
+            settings.check_urgent()
+        except ConfigError as exc:
+            raise BadInput(f"--priority {priority}: {exc}") from exc
 
 
 def expanded(name: str) -> Path:

@@ -212,6 +212,7 @@ class Display:
                     f"{f'{phase.done}/{phase.total} tasks':>16}",
                     f"{clock(pace.took_s):>7}",
                     f"{phase.retries} retried" if phase.retries else "",
+                    f"{phase.preempted} interrupted" if phase.preempted else "",
                     f"{rate(phase.done - pace.before, pace.took_s):>12}",
                     f"{phase.received_bytes / 1e6:.1f} MB",
                 ),

@@ -40,9 +40,10 @@ from oq_runtime.errors import ConfigError, JournalError, OqRuntimeError
 from oq_runtime.files import compiling, journal, private
 from oq_runtime.files.journal import Reader
 from oq_runtime.node import memory
+from oq_runtime.priority import Priority
 from oq_runtime.session import launch
 from oq_runtime.text import clean, grouped
-from oq_runtime.wire.protocol import Status
+from oq_runtime.wire.protocol import NodeState, Status
 
 EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
 STATES = {0: jobtable.Status.COMPLETE, EXIT_INTERRUPTED: jobtable.Status.ABORTED}
@@ -71,6 +72,9 @@ ROW = re.compile(r"\s*[|+]|.* \| ")
 NO_NODE = (
     "no node has slots for this job; oq-workers status says why, oq-workers start starts those "
     "that are down"
+)
+NO_SHARE = (
+    "other jobs have all slots; oq-workers jobs says whose, and this one gets its part in turn"
 )
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
@@ -138,6 +142,13 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
     show_default=True,
 )
 @click.option("--cores", help="Run on this machine alone with so many workers; -1: all cores.")
+@click.option(
+    "--priority",
+    type=click.Choice([one.value for one in Priority]),
+    default=Priority.NORMAL.value,
+    show_default=True,
+    help="Beside the jobs of others on a cluster.",
+)
 @click.option("--dry-run", is_flag=True, help="Read the input, say how large the job is, and end.")
 @click.option(
     "--detach", is_flag=True, help="Return as soon as the job has its number; see --watch."
@@ -172,6 +183,7 @@ def main(
     log_file: str | None,
     log_level: str,
     cores: str | None,
+    priority: str,
     dry_run: bool,
     detach: bool,
     tell: int | None,
@@ -222,6 +234,7 @@ def main(
             check_cores(cores)
             sections = {"oq_runtime": sections.get("oq_runtime", {}) | {"cores": cores}}
         settings = Config.from_sections(sections)
+        checks.check_priority(Priority(priority), settings)
         cgroups.check_processes(0 if settings.cluster else settings.cores)
     except ConfigError as exc:
         ours = cores and str(exc).startswith("cores=")
@@ -235,7 +248,13 @@ def main(
     if detach:
         detached(datadir, as_json)
     call = Run(
-        spec, settings, Console(stderr=True), datadir, quiet=no_progress or as_json, tell=tell
+        spec,
+        settings,
+        Console(stderr=True),
+        datadir,
+        priority=Priority(priority),
+        quiet=no_progress or as_json,
+        tell=tell,
     )
     call.announce()
     code = call.execute()
@@ -349,6 +368,16 @@ def earlier(datadir: Path, number: str) -> dict[str, Any]:
     return asked | {"resume": found}
 
 
+def waits_for(status: Status, *, cluster: bool) -> tuple[str, str]:
+    """Return what the tasks of a job wait for, and a line on it, or no words."""
+    if status.note:
+        return "a port", status.note
+    if not cluster or any(node.slots for node in status.nodes):
+        return "", ""
+    leased = any(node.state is NodeState.LEASED for node in status.nodes)
+    return ("slots", NO_SHARE) if leased else ("nodes", NO_NODE)
+
+
 class Run:
     """One call of ``oq-run``.
 
@@ -356,6 +385,7 @@ class Run:
     :param settings: the cluster, or the cores of this machine
     :param console: for the display and the engine's log lines (stderr)
     :param datadir: of the results
+    :param priority: beside the jobs of others
     :param quiet: show no progress
     :param tell: a descriptor for the number of the first job
     """
@@ -367,10 +397,11 @@ class Run:
         console: Console,
         datadir: Path,
         *,
+        priority: Priority,
         quiet: bool,
         tell: int | None = None,
     ) -> None:
-        self.datadir = datadir
+        self.datadir, self.priority = datadir, priority
         self.tell = tell
         self.directory: Path | None = None  # of the session
         self.spec = spec
@@ -409,7 +440,8 @@ class Run:
         if self.quiet:
             return
         jobs = " and ".join(describe(Path(name)) for name in self.spec["files"])
-        self._print(f"running {jobs} on {place(self.settings)}")
+        how = "" if self.priority is Priority.NORMAL else f", {self.priority}"
+        self._print(f"running {jobs} on {place(self.settings)}{how}")
         self.display.enter("starting")
         self.display.show()
 
@@ -421,7 +453,7 @@ class Run:
         if self.display.framed and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, self._stop)
         try:
-            directory = self.directory = launch.start(self.settings, os.getpid())
+            directory = self.directory = launch.start(self.settings, os.getpid(), self.priority)
         except (OqRuntimeError, OSError) as exc:
             self.display.close()
             self.error = str(exc)
@@ -573,10 +605,9 @@ class Run:
         """Say what the job waits for, and which nodes it has to do without, once each."""
         waits = dict.fromkeys(self._standstills(), "")
         nodes = self.status.nodes if self.status else []
-        if self.status and self.status.note:
-            waits[self.status.note] = "a port"
-        elif self.status and self.spec["cluster"] and not any(node.slots for node in nodes):
-            waits[NO_NODE] = "nodes"
+        if self.status:
+            what, why = waits_for(self.status, cluster=self.spec["cluster"])
+            waits |= {why: what} if why else {}
         found = [("", why) for why in waits]
         found += [(node.host, node.reason) for node in nodes if node.reason]
         self.true_since_s = {fact: self.true_since_s.get(fact, now) for fact in found}

@@ -8,6 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
 
 import click
 import msgspec
@@ -15,17 +18,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from oq_runtime.cluster.jobs import Job, jobs
 from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable, unreachable
 from oq_runtime.commands import sessions
+from oq_runtime.commands.progress import NARROW_COLUMNS, clock
 from oq_runtime.config import Config, read
 from oq_runtime.errors import ConfigError, NoWorkers, OqRuntimeError
-from oq_runtime.text import clean
+from oq_runtime.text import clean, grouped
+from oq_runtime.wire import security
 
 EXIT_SILENT, EXIT_INPUT = 1, 2
 #: columns of a table that goes into a file or a pipe: nothing is wrapped
 WIDE_COLUMNS = 1000
 HOST_TITLES = ["host", "slots", "jobs", "memory", "engine", "state", "beat age"]
+CLUSTER_TITLES = ["user", "job", "priority", "since", "slots", "tasks", "left"]
 JOB_TITLES = ["job", "phase", "tasks", "slots busy", "retried"]
+#: characters of the name of a user, so that a job is a line of 60 columns
+USER_CHARACTERS = 10
 #: seconds between two looks
 TOP_SECS = 2.0
 #: of a line about a problem
@@ -85,6 +94,59 @@ def wait(hosts: tuple[str, ...], seconds: float, as_json: bool) -> None:
     show(answers, as_json)
 
 
+@main.command("jobs")
+@as_json
+def show_jobs(as_json: bool) -> None:
+    """Show the jobs on the nodes: whose, since when, slots busy and granted, tasks, time left."""
+    answers = _pool().ask("status")
+    found = jobs(answers)
+    if as_json:
+        click.echo(json.dumps({name: _job_object(job) for name, job in found.items()}))
+    elif found:
+        print_table(CLUSTER_TITLES, [_job_row(job) for job in found.values()])
+    else:
+        click.echo("no job has slots of the nodes, or waits for them")
+    silent = unreachable(answers)
+    for line in grouped((host, answer.reason) for host, answer in silent):
+        tell(line)
+    if silent:
+        sys.exit(EXIT_SILENT)
+
+
+def _job_object(job: Job) -> dict[str, object]:
+    since = datetime.fromtimestamp(job.since_s).astimezone()
+    row = {field.name: getattr(job, field.name) for field in fields(job)}
+    return {**row, "since": since.isoformat(timespec="seconds"), "since_s": round(job.since_s, 1)}
+
+
+def _job_row(job: Job) -> list[str]:
+    since = datetime.fromtimestamp(job.since_s)
+    today = since.date() == datetime.now().date()
+    return [
+        clean(job.user, USER_CHARACTERS),
+        job.title.removeprefix("calculation "),
+        job.priority,
+        f"{since:%H:%M}" if today else f"{since:%m-%d}",
+        f"{job.busy}/{job.slots}",
+        f"{job.done}/{job.total}",
+        "-" if job.left_s is None else clock(job.left_s),
+    ]
+
+
+@main.command("make-urgent-key")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+def make_urgent_key(file: Path) -> None:
+    """Make a key for urgent jobs: its secret half goes to FILE, what is to be set is printed."""
+    public, secret = security.new_pair()
+    try:
+        with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+            stream.write(f"{secret}\n")
+    except OSError as exc:
+        tell(f"{file}: {exc.strerror}")
+        sys.exit(EXIT_INPUT)
+    click.echo(f"urgent_key = {public}\nurgent_key_file = {file.resolve()}")
+
+
 @main.command()
 def top() -> None:
     """Show the hosts, and your jobs of this machine, until Ctrl-C; once into a file or a pipe."""
@@ -98,13 +160,13 @@ def top() -> None:
     console = Console()
     while True:
         hosts = [_row(*item) for item in pool.ask("status").items()] if pool else []
-        jobs = sessions.rows()
+        own = sessions.rows()
         if console.is_terminal:
             console.clear()
         if hosts:
             print_table(HOST_TITLES, hosts)
-        if jobs:
-            print_table(JOB_TITLES, jobs)
+        if own:
+            print_table(JOB_TITLES, own)
         else:
             click.echo("no job of yours runs on this machine through oq-run")
         if not console.is_terminal:
@@ -202,14 +264,15 @@ def _text(value: object) -> str:
 
 def print_table(titles: list[str], rows: list[list[str]]) -> None:
     """Print a table for a person; what the cells say may be the words of others."""
-    table = Table(box=None)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE_COLUMNS
+    narrow = console.width < NARROW_COLUMNS
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
     for title in titles:
         table.add_column(title)
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))  # a reason may have [brackets]
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDE_COLUMNS
     console.print(table)
 
 

@@ -71,6 +71,7 @@ class Attempt:
     task: int
     attempt: int
     alone: bool
+    firm: bool = False
     blobs: frozenset[bytes] = frozenset()
     missing: set[bytes] = field(default_factory=set)
     state: State = State.FETCHING
@@ -108,7 +109,8 @@ class Fetches:
 class Given:
     """An attempt; ``blobs``: digest and bytes of what this node has to have for it.
 
-    ``free_bytes``: how much more may lie in shared memory.
+    ``free_bytes``: how much more may lie in shared memory. ``alone``, ``firm``: see
+    ``slots.TaskGiven``.
     """
 
     job: str
@@ -117,6 +119,7 @@ class Given:
     blobs: tuple[tuple[bytes, int], ...] = ()
     alone: bool = False
     free_bytes: int = 0
+    firm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +202,8 @@ class Tick:
 
 
 Event = (
-    Given | BlobCame | BlobRefused | slots.RunOn | slots.Died | Done | Failed | Granted | Sent
-    | AbortAsked | JobEnded | Tick
+    Given | BlobCame | BlobRefused | slots.RunOn | slots.Died | slots.Preempted | Done | Failed
+    | Granted | Sent | AbortAsked | JobEnded | Tick
 )  # fmt: skip
 
 
@@ -246,6 +249,16 @@ class TellDied:
 
 
 @dataclass(frozen=True, slots=True)
+class TellPreempted:
+    """Tell the broker that it was interrupted for the job ``by``, whose priority is higher."""
+
+    job: str
+    task: int
+    attempt: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class Upload:
     """Send the results to the broker, which has room for them."""
 
@@ -264,8 +277,9 @@ class Forget:
 
 
 Effect = (
-    Fetch | DropBlob | TellStarted | TellDied | Upload | Forget | slots.TaskGiven | slots.TaskTaken
-)
+    Fetch | DropBlob | TellStarted | TellDied | TellPreempted | Upload | Forget | slots.TaskGiven
+    | slots.TaskTaken
+)  # fmt: skip
 
 
 class Attempts:
@@ -332,6 +346,9 @@ class Attempts:
             case slots.Died(reason=reason, oom=oom):
                 effects.append(TellDied(*key, reason, oom=oom))
                 self._end(attempt, "fail", effects)
+            case slots.Preempted(by=by):
+                effects.append(TellPreempted(*key, by))
+                self._end(attempt, "drop", effects)
             case Failed(reason=reason, no_room=no_room):
                 effects.append(TellDied(*key, reason, no_room=no_room))
                 self._end(attempt, "fail", effects)
@@ -368,7 +385,8 @@ class Attempts:
         key = job, *_ = given.job, given.task, given.attempt
         if key in self.attempts:
             raise TransitionError(f"{self.attempts[key]} is given twice")
-        attempt = Attempt(*key, given.alone, frozenset(digest for digest, _ in given.blobs))
+        digests = frozenset(digest for digest, _ in given.blobs)
+        attempt = Attempt(*key, given.alone, given.firm, digests)
         self.attempts[key] = attempt
         free_bytes = given.free_bytes
         for digest, nbytes in given.blobs:
@@ -387,7 +405,7 @@ class Attempts:
 
     def _fetched(self, attempt: Attempt, effects: list[Effect]) -> None:
         self._change(attempt, "fetched")
-        effects.append(slots.TaskGiven(*attempt.key, attempt.alone))
+        effects.append(slots.TaskGiven(*attempt.key, attempt.alone, attempt.firm))
 
     def _make_room(self, nbytes: int, free_bytes: int, effects: list[Effect]) -> int:
         """Drop blobs that nobody needs until there is room; return what is left for others."""

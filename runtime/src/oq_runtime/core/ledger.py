@@ -37,10 +37,11 @@ class Outcome(enum.IntEnum):
     NODE_LOST = 4
     DAMAGED = 5  # on the way
     DROPPED = 6  # not wanted: another attempt was first, or the job has ended
+    PREEMPTED = 7  # interrupted for a job of higher priority
 
 
 #: outcomes that are somebody's fault
-FAULTS = frozenset(Outcome) - {Outcome.COMMITTED, Outcome.DROPPED}
+FAULTS = frozenset(Outcome) - {Outcome.COMMITTED, Outcome.DROPPED, Outcome.PREEMPTED}
 
 #: field -> its type, as numpy and, after the sign of little endian, ``struct`` have it. Times in
 #: seconds; a step that an attempt did not come to has the time of the next one that it did
@@ -168,6 +169,8 @@ class Ledger:
                 outcome = Outcome.NO_ROOM if no_room else Outcome.DIED
                 outcome = Outcome.OUT_OF_MEMORY if oom else outcome
                 self._close(task, attempt, outcome, reason, now)
+            case core.AttemptPreempted(_, task, attempt, by):
+                self._close(task, attempt, Outcome.PREEMPTED, f"interrupted for {by}", now)
             case core.Uploaded(_, task, attempt, False):
                 self._close(task, attempt, Outcome.DAMAGED, "damaged on the way", now)
             case core.AbortAttempt(_, task, attempt):
@@ -220,9 +223,10 @@ class Ledger:
         ended_s = found.ended_s or granted_s
         started_s = found.started_s
         if not started_s:
-            # one that died had a worker, but not for long
+            # one that died, or was interrupted, had a worker, but not for long
             recent_s = max(found.assigned_s, ended_s - STARTED_SECS)
-            started_s = recent_s if outcome is Outcome.DIED else ended_s
+            had_worker = outcome in (Outcome.DIED, Outcome.PREEMPTED)
+            started_s = recent_s if had_worker else ended_s
         self.rows.setdefault(of.job, bytearray()).extend(
             ROW.pack(
                 of.number & 0xFFFFFFFF,

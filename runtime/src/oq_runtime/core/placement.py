@@ -50,6 +50,7 @@ class Kind:
     busy: int = 0
     ended: int = 0
     retries: int = 0
+    preempted: int = 0
     mean_s: float = SHORT_S
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=USUAL_TASKS))
 

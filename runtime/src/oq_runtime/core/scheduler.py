@@ -24,6 +24,8 @@ from oq_runtime.errors import TransitionError
 MAX_OOMS = 2
 #: attempts that may be lost with their nodes, or damaged on the way, before the task is given up
 MAX_NODE_LOSSES = 10
+#: attempts that may be interrupted for jobs of higher priority; the next one is firm
+MAX_PREEMPTIONS = 2
 #: bytes of results that may be staged in the broker; beyond it, one attempt per group
 WINDOW_BYTES = 1 << 30
 #: seconds after which an attempt that has not started waits for a slot, for agents tell of a start
@@ -185,6 +187,16 @@ class AttemptDied:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptPreempted:
+    """It was interrupted for a job of higher priority: ``by``, in words."""
+
+    node: str
+    task: int
+    attempt: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class Uploaded:
     """All bytes of its body have come; ``intact``: they are those that the node has announced."""
 
@@ -233,7 +245,8 @@ class Tick:
 
 Event = (
     NodeJoined | NodeResized | NodeSeen | NodeGone | Submitted | AttemptStarted | AttemptEnded
-    | AttemptDied | Uploaded | NotStored | Unrunnable | Consumed | Cancelled | Tick
+    | AttemptDied | AttemptPreempted | Uploaded | NotStored | Unrunnable | Consumed | Cancelled
+    | Tick
 )  # fmt: skip
 
 
@@ -242,12 +255,16 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """``alone``: nothing else may run on the node at the same time."""
+    """``alone``: nothing else may run on the node at the same time.
+
+    ``firm``: it is not to be interrupted for a job of higher priority.
+    """
 
     node: str
     task: int
     attempt: int
     alone: bool = False
+    firm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +364,7 @@ class Task:
     deaths: int = 0
     ooms: int = 0
     node_losses: int = 0
+    preemptions: int = 0
     assigned_s: float = 0.0
     avoid: str = ""
     no_room: tuple[str, ...] = ()  # the node of each attempt that had no room for its data
@@ -356,6 +374,11 @@ class Task:
     def alone(self) -> bool:
         """Whether the next attempt, or the one under way, has a node for itself."""
         return self.ooms > 0
+
+    @property
+    def firm(self) -> bool:
+        """Whether it has been interrupted so often that its next attempt must not be."""
+        return self.preemptions >= MAX_PREEMPTIONS
 
     def swap(self) -> None:
         """Make the rival the attempt whose state counts, and that one the rival."""
@@ -449,6 +472,12 @@ class Scheduler:
                         current.deaths += 1
                         current.avoid = node
                     self._retry(current, f"{reason} on {node}", effects)
+            case AttemptPreempted(node, task, attempt, by):
+                if current := self._current(node, task, attempt, Move.RETRY, effects):
+                    current.preemptions += 1
+                    current.kind.preempted += 1
+                    self._free(current, effects)
+                    self._again(current, f"interrupted on {node} for {by}", effects)
             case Uploaded(node, task, attempt, intact):
                 if current := self._uploading(node, task, attempt, effects):
                     if intact:
@@ -557,15 +586,19 @@ class Scheduler:
             self._give_up(task, "WorkerDied", note, effects)
         elif task.node_losses >= MAX_NODE_LOSSES:
             self._give_up(task, "NodeLost", note, effects)
-        elif task.rival and not task.alone:
-            self._note(task, note)
+        else:
             task.kind.retries += 1
+            self._again(task, note, effects)
+
+    def _again(self, task: Task, note: str, effects: list[Effect]) -> None:
+        """Go on with the other attempt at a task, if there is one, or make another."""
+        if task.rival and not task.alone:
+            self._note(task, note)
             task.kind.busy -= 1
             task.swap()  # it may still end well
             task.rival = None
         else:
             self._drop_rival(task, effects)
-            task.kind.retries += 1
             self._requeue(task, note)
 
     def _requeue(self, task: Task, note: str) -> None:
@@ -723,7 +756,7 @@ class Scheduler:
         task.node = node.name
         self._move(task, Move.ASSIGN, f"assigned to {node.name}{', alone' if task.alone else ''}")
         self.placement.run(node, task.id)
-        effects.append(Assign(node.name, task.id, task.attempt, task.alone))
+        effects.append(Assign(node.name, task.id, task.attempt, task.alone, task.firm))
 
     def _take_back(self, now: float, effects: list[Effect]) -> None:
         """Give to free slots what waits for one elsewhere: tasks that seemed short and are not."""
@@ -764,7 +797,7 @@ class Scheduler:
         self._note(task, f"is slow; attempt {task.attempts} at it on {node.name}")
         task.kind.busy += 1
         self.placement.run(node, task.id)
-        effects.append(Assign(node.name, task.id, task.attempts))
+        effects.append(Assign(node.name, task.id, task.attempts, firm=task.firm))
 
     def _drop_rival(self, task: Task, effects: list[Effect]) -> None:
         if rival := task.rival:
@@ -789,6 +822,7 @@ class Scheduler:
             assert task.state not in FINAL
             assert task.deaths <= self.limits.max_attempts and task.ooms <= MAX_OOMS
             assert task.node_losses <= MAX_NODE_LOSSES
+            assert task.preemptions <= task.attempts, task
             assert (task.id in self.staged) == (task.state is State.UPLOADING)
             assert (task.id in task.group.waiting) == (task.state is State.WAITING)
             assert task.group in self.groups.values()

@@ -7,10 +7,16 @@ A worker belongs to one lease and runs one task at a time, so that blame for its
 One that was killed keeps its slot until its process is gone, which may never be: the kernel does
 not kill what waits for a device, or for a file server that is away.
 
-Several leases share the slots by max-min fairness: none gets more than it wants while another has
-less than its part; what cannot be divided is held in turns, by the lease that has been served
-least. A share that shrinks stops nothing that runs. An attempt that must be alone waits until no
-other runs on the node, whoever's it is, and holds all others back until it has ended.
+Several leases share the slots by weighted max-min fairness: none gets more than it wants while
+another has less than its part, which follows its priority (WEIGHTS); what cannot be divided is held
+in turns, by the lease that has been served least for its weight. So each lease that wants slots has
+some in the end, however urgent the others are and however many of them come. A share that shrinks
+stops nothing of the same priority that runs; for a lease of a higher one that is below its share,
+attempts of leases that are above theirs are interrupted, those first that lose least time. An
+attempt that was interrupted often enough is ``firm``, and runs to its end.
+
+An attempt that must be alone waits until no other runs on the node, whoever's it is, and holds all
+others back until it has ended; it is not interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +27,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from oq_runtime.core.limits import DEFAULTS, Limits
+from oq_runtime.priority import Priority
 
+#: what a lease counts for where several want slots
+WEIGHTS = {Priority.URGENT: 16, Priority.NORMAL: 4, Priority.LOW: 1}
+#: turns by which a lease may have been served more than another and still comes before it: an
+#: urgent one has its slots at once, also where another is in the middle of its turn
+AHEAD_TURNS = {Priority.URGENT: 2, Priority.NORMAL: 1, Priority.LOW: 0}
 #: seconds that a slot which cannot be divided stays with a lease: each change costs the start of a
 #: worker, up to 4 s of computing
 TURN_S = 30.0
@@ -52,6 +64,7 @@ class Worker:
     task: int = -1
     attempt: int = -1
     alone: bool = False
+    firm: bool = False
     since_s: float = 0.0
     start_bytes: int = 0
     told: bool = False
@@ -59,14 +72,22 @@ class Worker:
 
 @dataclass(slots=True)
 class Lease:
-    """``slots``: its share; ``wanted``: live tasks of the job, -1: not told."""
+    """``slots``: its share; ``wanted``: live tasks of the job, -1: not told.
+
+    ``served_s``: seconds of a slot that it has had, divided by its weight.
+    """
 
     job: str
     slots: int
     heard_s: float
+    priority: Priority = Priority.NORMAL
     wanted: int = -1
     served_s: float = 0.0
     pending: deque[TaskGiven] = field(default_factory=deque)
+
+    @property
+    def weight(self) -> int:
+        return WEIGHTS[self.priority]
 
 
 # ---- events
@@ -77,6 +98,7 @@ class LeaseAsked:
     """A broker wants a share of the slots."""
 
     job: str
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +135,16 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class TaskGiven:
-    """An attempt waits for a worker; ``alone``: no other may run on this node beside it."""
+    """An attempt waits for a worker; ``alone``: no other may run on this node beside it.
+
+    ``firm``: it is not to be interrupted for a job of higher priority.
+    """
 
     job: str
     task: int
     attempt: int
     alone: bool = False
+    firm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +253,16 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Preempted:
+    """An attempt was interrupted for the job ``by``, whose priority is higher."""
+
+    job: str
+    task: int
+    attempt: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stuck:
     """The worker was killed so many seconds ago and is still there."""
 
@@ -250,7 +286,7 @@ class LeaseEnded:
     reason: str
 
 
-Effect = GrantLease | Spawn | RunOn | Kill | Died | Stuck | Fewer | LeaseEnded
+Effect = GrantLease | Spawn | RunOn | Kill | Died | Preempted | Stuck | Fewer | LeaseEnded
 
 
 class Slots:
@@ -270,6 +306,7 @@ class Slots:
         self.memory = MemoryUsed(0, 1)
         self.killed_s = -KILL_INTERVAL_S
         self.ticked_s: float | None = None
+        self.served_s = 0.0  # what leases that have all had their part would have been served
 
     @property
     def stuck(self) -> int:
@@ -279,6 +316,10 @@ class Slots:
     @property
     def busy(self) -> int:
         return sum(w.state is WorkerState.BUSY for w in self.workers.values())
+
+    def running(self, job: str) -> int:
+        """Return how many attempts of a job run."""
+        return sum(w.job == job and w.state is WorkerState.BUSY for w in self.workers.values())
 
     @property
     def closed(self) -> bool:
@@ -321,13 +362,12 @@ class Slots:
         effects: list[Effect] = []
         vacant = False  # a slot, for reasons that leave leases with fewer workers than their shares
         match event:
-            case LeaseAsked(job):
+            case LeaseAsked(job, priority):
                 self._end(job, "asked for again", now, effects)
                 if not self.leases:
                     self.slots = self.configured  # another job, another try
                 # as if it had been here before: else it would hold what is left for hours
-                served_s = min((lease.served_s for lease in self.leases.values()), default=0.0)
-                self.leases[job] = Lease(job, -1, now, served_s=served_s)
+                self.leases[job] = Lease(job, -1, now, priority, served_s=self.served_s)
                 self._share(effects)
                 vacant = True
             case Heard(job, wanted):
@@ -401,32 +441,34 @@ class Slots:
             job: self.slots if alone or lease.wanted < 0 else min(lease.wanted, self.slots)
             for job, lease in self.leases.items()
         }
-        shares = dict.fromkeys(wants, 0)
-        left = self.slots
-        # in rounds of one slot each; the last, partial round starts with the least served
-        while left and (hungry := [job for job in wants if shares[job] < wants[job]]):
-            hungry.sort(key=self._turns)
-            for job in hungry[:left]:
-                shares[job] += 1
-            left -= min(left, len(hungry))
+        shares = divided(self.slots, wants, {j: one.weight for j, one in self.leases.items()})
+        hungry = [job for job in wants if shares[job] < wants[job]]
+        hungry.sort(key=self._turns)
+        for job in hungry[: self.slots - sum(shares.values())]:
+            shares[job] += 1
         for job, share in shares.items():
             if share != self.leases[job].slots:
                 self.leases[job].slots = share
                 effects.append(GrantLease(job, share))
 
     def _turns(self, job: str) -> int:
-        """How many turns the lease has been served."""
-        return int(self.leases[job].served_s / (TURN_S * self.slots))
+        """How many turns the lease has been served, less those that it may be ahead."""
+        lease = self.leases[job]
+        # the shortest turn is one of the least weight that is here
+        turn_s = TURN_S * self.slots / min(one.weight for one in self.leases.values())
+        return int(lease.served_s / turn_s) - AHEAD_TURNS[lease.priority]
 
     def _fill(self, now: float, effects: list[Effect]) -> None:
         """Give waiting tasks to idle workers, and start workers where they are missing."""
+        leases = [lease for lease in self.leases.values() if lease.pending]
+        if leases and len(self.leases) > 1:
+            self._interrupt(leases, now, effects)
         ending = [w for w in self.workers.values() if w.state is WorkerState.ENDING]
         free = self.slots - self.busy - len(ending)
-        leases = [lease for lease in self.leases.values() if lease.pending]
         if not leases or free <= 0 or self.short:
             return
         # the lease that is furthest below its share comes first
-        leases.sort(key=lambda one: self._running(one) - one.slots)
+        leases.sort(key=lambda one: self.running(one.job) - one.slots)
         alone = [one for one in leases if one.pending[0].alone]
         if alone or any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
             if self.busy:
@@ -448,7 +490,8 @@ class Slots:
 
     def _start(self, worker: Worker, lease: Lease, now: float, effects: list[Effect]) -> None:
         given = lease.pending.popleft()
-        worker.task, worker.attempt, worker.alone = given.task, given.attempt, given.alone
+        worker.task, worker.attempt = given.task, given.attempt
+        worker.alone, worker.firm = given.alone, given.firm
         worker.state, worker.since_s = WorkerState.BUSY, now
         if worker.alone:
             for other in [w for w in self.workers.values() if w is not worker]:
@@ -456,8 +499,37 @@ class Slots:
                     self._kill(other, now, effects)  # idle ones hold memory as well
         effects.append(RunOn(worker.id, lease.job, worker.task, worker.attempt))
 
-    def _running(self, lease: Lease) -> int:
-        return sum(w.state is WorkerState.BUSY for w in self._of(lease.job))
+    def _interrupt(self, leases: list[Lease], now: float, effects: list[Effect]) -> None:
+        """Make room for leases that are below their shares, from lighter ones above theirs."""
+        lightest = min(lease.weight for lease in self.leases.values())
+        heavy = [lease for lease in leases if lease.weight > lightest]
+        if not heavy:
+            return
+        heavy.sort(key=lambda lease: -lease.weight)
+        starting = sum(w.state is WorkerState.STARTING for w in self.workers.values())
+        coming = self.slots - self.busy - starting - self.stuck  # slots that are empty, or will be
+        for lease in heavy:
+            workers = self._of(lease.job)
+            lacks = lease.slots - sum(w.state is not WorkerState.IDLE for w in workers)
+            waiting = len(lease.pending) - sum(w.state is WorkerState.STARTING for w in workers)
+            coming -= max(0, min(lacks, waiting))
+            while coming < 0 and (worker := self._cheapest(lease.weight)):
+                preempted = Preempted(worker.job, worker.task, worker.attempt, lease.job)
+                self._kill(worker, now, effects)
+                effects.append(preempted)
+                coming += 1
+            coming = max(0, coming)
+
+    def _cheapest(self, weight: int) -> Worker | None:
+        """Return the busy worker of a lighter lease above its share that has its task shortest."""
+        above = {
+            one.job
+            for one in self.leases.values()
+            if one.weight < weight and self.running(one.job) > one.slots
+        }
+        found = [w for w in self.workers.values() if w.job in above and not (w.alone or w.firm)]
+        busy = [w for w in found if w.state is WorkerState.BUSY]
+        return max(busy, key=lambda w: (w.since_s, w.id), default=None)
 
     def _make_room(self, lease: Lease, now: float, effects: list[Effect]) -> bool:
         """End an idle worker of another lease, whose slot is then empty; False if there is none."""
@@ -470,8 +542,8 @@ class Slots:
     def _tick(self, now: float, effects: list[Effect]) -> None:
         seconds = now - self.ticked_s if self.ticked_s is not None else 0.0
         self.ticked_s = now
+        self._serve(seconds)
         for lease in list(self.leases.values()):
-            lease.served_s += seconds * self._running(lease)
             # a beat early: at the latest lost_s after a cut its slots are to be free
             if now - lease.heard_s > self.limits.lost_s - self.limits.beat_s:
                 silence = f"broker silent for {now - lease.heard_s:.0f} s"
@@ -487,6 +559,17 @@ class Slots:
             if ending and now - worker.since_s > STUCK_SECS:
                 worker.told = True
                 effects.append(Stuck(worker.id, now - worker.since_s))
+
+    def _serve(self, seconds: float) -> None:
+        """Note what the leases have had of the slots."""
+        served = {lease.job: self.running(lease.job) for lease in self.leases.values()}
+        weight = sum(one.weight for one in self.leases.values() if one.wanted or served[one.job])
+        if weight:
+            self.served_s += seconds * sum(served.values()) / weight
+        for lease in self.leases.values():
+            lease.served_s += seconds * served[lease.job] / lease.weight
+            if not lease.wanted:  # who wants nothing does not save up for later
+                lease.served_s = max(lease.served_s, self.served_s)
 
     def _kill_newest(self, now: float, effects: list[Effect]) -> None:
         busy = [w for w in self.workers.values() if w.state is WorkerState.BUSY]
@@ -584,6 +667,25 @@ class Slots:
             assert job == lease.job and all(given.job == job for given in lease.pending), lease
             waiting = [(job, given.task, given.attempt) for given in lease.pending]
             assert len(waiting) == len(set(waiting)) and not {*waiting} & {*running}, lease
+
+
+def divided(slots: int, wants: Mapping[str, int], weights: Mapping[str, int]) -> dict[str, int]:
+    """Divide slots by weight, whole ones only; what cannot be divided is left.
+
+    :param wants: how many each may get at most
+    :param weights: of each
+    """
+    shares: dict[str, int] = {}
+    hungry = dict(wants)
+    while hungry:
+        weight = sum(weights[job] for job in hungry)
+        sated = [job for job, want in hungry.items() if want * weight <= slots * weights[job]]
+        if not sated:
+            return shares | {job: slots * weights[job] // weight for job in hungry}
+        for job in sated:
+            shares[job] = hungry.pop(job)
+            slots -= shares[job]
+    return shares
 
 
 def gib(nbytes: int) -> str:

@@ -368,7 +368,8 @@ class Jobs:
 
     def run_one(self, job: Any) -> None:
         """Run a job when it is its turn, and report its summary."""
-        at_a_time = self.config.distribution.serialize_jobs
+        # the nodes of a cluster share their slots; see ``queue``
+        at_a_time = 0 if self.spec["cluster"] else self.config.distribution.serialize_jobs
 
         def tell(text: str) -> None:
             self.report({"kind": "waiting", "job": job.calc_id, "text": text})

@@ -1,5 +1,9 @@
 """The engine's queue: the jobs of a host run one after the other, in the order of their numbers.
 
+That is ``serialize_jobs`` of openquake.cfg, which the engine's own pools need: a second job would
+start as many processes again, or end those of the first. The agents of a cluster share their slots
+between jobs, so that a job whose tasks go there waits for no other.
+
 The engine looks every 15 s whether the jobs before have ended, waits for ever for one whose process
 is gone, and does not say for whom it waits where nobody reads its standard output.
 """
@@ -11,6 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
+from oq_runtime.config import Config
 from oq_runtime.engine.jobtable import Job, JobTable, Status
 from oq_runtime.text import clean
 
@@ -28,7 +33,8 @@ def install_queue(engine: Any, tell: Callable[[str], None] = print) -> None:
     def poll_queue(job_id: int, poll_time: float = LOOK_SECS) -> None:
         from openquake.baselib import config
 
-        wait(JobTable.of_engine(), job_id, config.distribution.serialize_jobs, tell)
+        if Config.from_sections(config).cluster is None:
+            wait(JobTable.of_engine(), job_id, config.distribution.serialize_jobs, tell)
 
     engine.poll_queue = poll_queue
 

@@ -45,6 +45,7 @@ from oq_runtime.node import systemd
 from oq_runtime.node.channel import Channel
 from oq_runtime.node.forkserver import Exited, ForkServer, refusal
 from oq_runtime.node.memory import Resident, oom_kills, usage
+from oq_runtime.priority import Priority
 from oq_runtime.wire import bombs, protocol, security, transport
 from oq_runtime.wire.bombs import Bombs
 from oq_runtime.wire.strangers import Strangers
@@ -63,6 +64,7 @@ AT_ONCE, DATA_AT_ONCE = 500, 64
 PING_BYTES = 32 << 20
 #: last bytes of a dead worker's stderr in which the reason is looked for
 STDERR_TAIL_BYTES = 64 << 10
+NOT_URGENT = "it asks to be urgent without the key of [oq_runtime] urgent_key"
 FORKSERVER_LOG = "forkserver.log"
 #: how many threads a worker starts besides its own: none, unless somebody wants them. Each slot has
 #: a worker, and a library that starts a thread for each core would start slots times cores
@@ -137,6 +139,7 @@ class JobIO:
     def __init__(self, control: transport.Link, user: str) -> None:
         self.control = control
         self.user, self.title = user, ""
+        self.progress = protocol.Beat()  # the last one of the broker
         self.since_s = time.monotonic()
         self.data: transport.Link | None = None  # open with the lease
         self.heard_s = 0.0  # when something came over it, or it was opened
@@ -173,6 +176,7 @@ class Agent:
     :param own_facts: what a broker must have in common with this node
     :param limits: of silence, memory and time
     :param keys: of the cluster, for a daemon
+    :param urgent_key: public key (hexadecimal) of those who may be urgent; none: everybody
     """
 
     def __init__(
@@ -187,6 +191,7 @@ class Agent:
         own_facts: protocol.Facts,
         limits: Limits,
         keys: security.Keys | None = None,
+        urgent_key: str = "",
     ) -> None:
         self.directory = directory
         self.control_url = control_url
@@ -197,7 +202,8 @@ class Agent:
         self.slots = Slots(slots, limits)
         self.attempts = Attempts(limits)
         self.context: zmq.Context[Any] = zmq.Context()
-        self.gate = security.Gate(self.context, keys) if keys else None
+        self.urgent_key = urgent_key
+        self.gate = security.Gate(self.context, keys, urgent_key) if keys else None
         self.strangers: Strangers | None = None
         self.bombs = Bombs(4 * bombs.MOST_BYTES) if keys else None
         self.next_beat_s = self.next_look_s = 0.0
@@ -294,10 +300,10 @@ class Agent:
 
     def _read_control(self) -> None:
         for _ in range(AT_ONCE):
-            if not (frames := transport.receive(self.control)):
+            if not (frames := transport.receive_frames(self.control)):
                 return
             try:
-                self._from_broker(frames)
+                self._from_broker(frames[0], [frame.bytes for frame in frames])
             except TransitionError as exc:
                 what = f"refused a message on the control socket: {exc}"
                 log.warning(what, extra=about("message"))
@@ -379,7 +385,7 @@ class Agent:
 
     # ---- messages in
 
-    def _from_broker(self, frames: list[bytes]) -> None:
+    def _from_broker(self, first: zmq.Frame, frames: list[bytes]) -> None:
         peer = frames[0]
         try:
             message = protocol.decode(frames[1])
@@ -411,8 +417,13 @@ class Agent:
         wanted = message.wanted if isinstance(message, protocol.Beat) else None
         self._handle(slots.Heard(name, wanted))
         match message:
-            case protocol.Lease(ticket=ticket, data_url=url) if job.data is None:
+            case protocol.Lease(ticket=ticket, data_url=url, priority=asked) if job.data is None:
                 keys = self.keys
+                if asked is Priority.URGENT and not self._admits_urgent(first):
+                    log.warning(f"refused {name}{job.whose}: {NOT_URGENT}", extra=about("urgent"))
+                    self._to_broker(name, protocol.Refused(reason=NOT_URGENT))
+                    self._forget(name, NOT_URGENT)
+                    return
                 secure = functools.partial(security.secure_client, keys=keys) if keys else None
                 job.local = keys is None
                 try:
@@ -429,10 +440,11 @@ class Agent:
                 self.poller.register(data, zmq.POLLIN)
                 opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
                 job.data.send(opening, bytes(protocol.PROBE_BYTES))
-                self._handle(slots.LeaseAsked(name))
+                self._handle(slots.LeaseAsked(name, asked))
                 if lease := self.slots.leases.get(name):
                     slots_ = "1 slot" if lease.slots == 1 else f"{lease.slots} slots"
-                    log.info(f"lease of {name}{job.whose} granted: {slots_}")
+                    how = "" if asked is Priority.NORMAL else f", {asked}"
+                    log.info(f"lease of {name}{job.whose} granted: {slots_}{how}")
             case protocol.Task() if job.data:
                 self._take(name, job, message)
             case protocol.Grant(task=task, attempt=attempt):
@@ -442,7 +454,7 @@ class Agent:
             case protocol.Release():
                 self._forget(name, "released")
             case protocol.Beat(title=title):
-                job.title = title
+                job.title, job.progress = title, message
             case _:
                 what = f"refused {type(message).__name__} on the control socket"
                 log.warning(what, extra=about("message"))
@@ -458,6 +470,12 @@ class Agent:
             returned = payload if ping.want is None else bytes(nbytes)
             if tracker := transport.send_tracked(self.control, peer, ping, returned):
                 self.pings.append((tracker, nbytes))
+
+    def _admits_urgent(self, frame: zmq.Frame) -> bool:
+        """Whether who has sent this may be urgent; it is known by the key of its connection."""
+        if not (self.keys and self.urgent_key):
+            return True
+        return security.key_of(frame) == self.urgent_key
 
     def _command(self, action: str) -> None:
         if action != "status":
@@ -482,11 +500,27 @@ class Agent:
             slots=self.slots.slots,
             busy=self.slots.busy,
             jobs=[self.jobs[name].about(name) for name in sorted(self.slots.leases)],
+            leases=[self._lease_status(name) for name in sorted(self.slots.leases)],
             memory=self.slots.memory_percent / 100,
             engine=self.own_facts.engine,
             state=state,
             ready=self.slots.ready,
             beat_age_s=self.slots.beat_age_s(time.monotonic()),
+        )
+
+    def _lease_status(self, name: str) -> protocol.LeaseStatus:
+        job, lease = self.jobs[name], self.slots.leases[name]
+        return protocol.LeaseStatus(
+            name=name,
+            user=job.user,
+            title=job.title,
+            priority=lease.priority,
+            age_s=time.monotonic() - job.since_s,
+            slots=lease.slots,
+            busy=self.slots.running(name),
+            done=job.progress.done,
+            total=job.progress.total,
+            left_s=job.progress.left_s,
         )
 
     def _greet(self, peer: bytes, hello: protocol.Hello) -> None:
@@ -525,7 +559,8 @@ class Agent:
         """Take a task; the blobs that a broker on this host has in files stay there."""
         blobs = tuple((b.digest, b.nbytes) for b in given.blobs if not (job.local and b.path))
         key = given.task, given.attempt
-        event = attempts.Given(name, *key, blobs, given.alone, self.store.free_bytes)
+        free_bytes = self.store.free_bytes
+        event = attempts.Given(name, *key, blobs, given.alone, free_bytes, given.firm)
         job.given.setdefault(key, given)
         self._handle(event)
 
@@ -674,7 +709,7 @@ class Agent:
         match effect:
             case slots.RunOn():
                 self._run(effect)
-            case slots.TaskGiven() | slots.TaskTaken() | slots.Died():
+            case slots.TaskGiven() | slots.TaskTaken() | slots.Died() | slots.Preempted():
                 self._handle(effect)  # one core has decided something for the other
             case attempts.Forget(job, task, attempt):
                 self._forget_attempt(job, (task, attempt))
@@ -710,12 +745,22 @@ class Agent:
                 self._send_results(job, (task, attempt))
             case attempts.TellStarted(job, task, attempt):
                 self._to_broker(job, protocol.Started(task=task, attempt=attempt))
+            case attempts.TellPreempted(job, task, attempt, by):
+                self._tell_preempted(job, (task, attempt), by)
             case attempts.TellDied(job, task, attempt, reason, oom, no_room):
                 log.info(f"{self._called(job, (task, attempt))}, attempt {attempt}: {reason}")
                 died = protocol.Died(
                     task=task, attempt=attempt, reason=reason, oom=oom, no_room=no_room
                 )
                 self._to_broker(job, died)
+
+    def _tell_preempted(self, name: str, key: Key, by: str) -> None:
+        whose = "a job of higher priority"  # whose broker was found lost just now
+        if (job := self.jobs.get(by)) and (lease := self.slots.leases.get(by)):
+            whose = f"{lease.priority} {job.about(by)}"
+        task, attempt = key
+        log.info(f"{self._called(name, key)}, attempt {attempt}: interrupted for {whose}")
+        self._to_broker(name, protocol.Preempted(task=task, attempt=attempt, by=whose))
 
     def _run(self, chosen: slots.RunOn) -> None:
         name, key = chosen.job, (chosen.task, chosen.attempt)

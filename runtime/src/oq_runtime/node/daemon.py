@@ -90,9 +90,12 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
             control_url=cluster.control_url(address),
             slots=wanted,
             owner=None,
-            own_facts=facts.own(cluster.dbserver, cluster.shared_dir, settings.limits),
+            own_facts=facts.own(
+                cluster.dbserver, cluster.shared_dir, settings.limits, settings.urgent_group
+            ),
             limits=settings.limits,
             keys=keys,
+            urgent_key=settings.urgent_key,
         )
     except zmq.ZMQError as exc:
         raise OqRuntimeError(f"{cluster.control_url(address)}: {exc.strerror}") from exc

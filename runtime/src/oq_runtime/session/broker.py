@@ -37,6 +37,7 @@ from oq_runtime.errors import NoRoom, OqRuntimeError, ProtocolError, TransitionE
 from oq_runtime.files import crashes, private
 from oq_runtime.files.store import Store
 from oq_runtime.logs import about
+from oq_runtime.priority import Priority
 from oq_runtime.session.peer import Event
 from oq_runtime.session.peers import Line, Peers
 from oq_runtime.session.staging import Staging
@@ -76,7 +77,9 @@ class Broker:
     :param window_bytes: results staged at a time
     :param limits: of silence and attempts
     :param own_facts: what the agents must have in common with this host
+    :param priority: of the job, beside those of others on the agents
     :param keys: of the cluster, where the agents are reached over TCP
+    :param caller: with which they are called, by default ``keys``
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class Broker:
         window_bytes: int,
         limits: Limits,
         own_facts: protocol.Facts,
+        priority: Priority = Priority.NORMAL,
         keys: security.Keys | None = None,
+        caller: security.Keys | None = None,
     ) -> None:
         self.directory = directory
         self.job = directory.name
@@ -120,6 +125,8 @@ class Broker:
         self.titles: dict[bytes, str] = {}  # of the job that each client runs now
         self.kinds: dict[tuple[str, str], int] = {}  # (job, function) -> its place in the next
         self.phases: list[protocol.Phase] = []
+        self.began_s: list[float] = []  # of each phase (monotonic)
+        self.progress = protocol.Beat()  # its counts of the job, as of the last beat
         self.next_beat_s = 0.0
         self.peers = Peers(
             self.context,
@@ -129,7 +136,8 @@ class Broker:
             limits=limits,
             own_facts=own_facts,
             user=getpass.getuser(),
-            keys=keys,
+            priority=priority,
+            keys=caller or keys,
             watched=agent_pid is not None,
             tell=self._handle,
             read_control=self._from_node,
@@ -190,10 +198,33 @@ class Broker:
 
     def _news(self) -> protocol.Beat:
         """Return what the nodes are to know of the job."""
-        return protocol.Beat(wanted=len(self.core.tasks), title=self.title)
+        known = self.progress
+        return protocol.Beat(
+            wanted=len(self.core.tasks),
+            title=self.title,
+            done=known.done,
+            total=known.total,
+            left_s=known.left_s,
+        )
+
+    def _count(self, now: float) -> protocol.Beat:
+        """Return the counts of the job that has the title, and about how long the rest takes."""
+        done = total = 0
+        left_s = None
+        for kind, phase in enumerate(self.phases):
+            if phase.job != self.title:
+                continue
+            done, total = done + phase.done, total + phase.total
+            if phase.done and phase.done < phase.total and kind in self.core.kinds:
+                # what runs counts as half done
+                worth = phase.done + self.core.kinds[kind].busy / 2
+                rest_s = (now - self.began_s[kind]) * max(0.0, phase.total - worth) / worth
+                left_s = min(max(left_s or 0.0, rest_s), protocol.MOST_AGE_S)
+        return protocol.Beat(done=done, total=total, left_s=left_s)
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
+        self.progress = self._count(now)
         if self.peers.data is None:
             self.peers.bind()
             self.poller = None
@@ -277,6 +308,7 @@ class Broker:
         kind = self.kinds.setdefault((job, func), len(self.phases))
         if kind == len(self.phases):
             self.phases.append(protocol.Phase(name=func, job=job))
+            self.began_s.append(time.monotonic())
         return kind
 
     def _welcome(self, peer: bytes) -> None:
@@ -317,6 +349,8 @@ class Broker:
             case protocol.Died(task=task, attempt=attempt, oom=oom, no_room=no_room):
                 reason = f"{message.reason}, host {line.host}"
                 self._handle(core.AttemptDied(name, task, attempt, reason, oom, no_room))
+            case protocol.Preempted(task=task, attempt=attempt, by=by):
+                self._handle(core.AttemptPreempted(name, task, attempt, by))
 
     def _from_data(self, line: Line, message: Any, rest: list[memoryview]) -> None:
         match message:
@@ -377,7 +411,7 @@ class Broker:
 
     def _apply(self, effect: core.Effect) -> None:
         match effect:
-            case core.Assign(node, task, attempt, alone):
+            case core.Assign(node, task, attempt, alone, firm):
                 sent = self.submissions[task].sent
                 blobs = sent.blobs
                 if not self.local:
@@ -390,6 +424,7 @@ class Broker:
                     call=sent.call,
                     blobs=blobs,
                     alone=alone,
+                    firm=firm,
                 )
                 self.peers.send(self.peers.lines[node], given)
             case core.GrantUpload(node, task, attempt):
@@ -471,6 +506,7 @@ class Broker:
         for kind, phase in enumerate(self.phases):
             known = self.core.kinds[kind]
             phase.running, phase.retries = known.busy, known.retries
+            phase.preempted = known.preempted
         nodes = []
         for line in self.peers.lines.values():
             found = self.core.nodes.get(line.name)
@@ -502,6 +538,7 @@ def main() -> None:
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--window-bytes", type=int, required=True)
     parser.add_argument("--limits", type=Limits.from_text, default=DEFAULTS)
+    parser.add_argument("--priority", type=Priority, default=Priority.NORMAL)
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
     args = parser.parse_args()
     logs.start(args.log_level)
@@ -522,15 +559,24 @@ def _made(args: argparse.Namespace, memory: Path) -> Broker | None:
     """Return the broker of these arguments; None, and the reason is told, when it cannot be."""
     agents = {"private": f"ipc://{args.directory}/control"}
     data_urls = [f"ipc://{args.directory}/data"]
-    own, keys = facts.own(limits=args.limits), None
+    own = facts.own(limits=args.limits)
+    keys = caller = None
     try:
         if args.agent_pid is None:
-            cluster = config.Config.from_sections(config.read()).cluster
+            settings = config.Config.from_sections(config.read())
+            cluster = settings.cluster
             assert cluster is not None, "the launcher has read the same configuration"
             agents = {host: cluster.control_url(host) for host in cluster.hosts}
             data_urls = [f"tcp://{cluster.receiver_host}:{port}" for port in cluster.receiver_ports]
-            own = facts.own(cluster.dbserver, cluster.shared_dir, args.limits)
-            keys = security.Keys.derive(security.read_secret(cluster.authkey))
+            own = facts.own(
+                cluster.dbserver, cluster.shared_dir, args.limits, settings.urgent_group
+            )
+            keys = caller = security.Keys.derive(security.read_secret(cluster.authkey))
+            if args.priority is Priority.URGENT:
+                settings.check_urgent()
+                if settings.urgent_key:
+                    file = Path(settings.urgent_key_file)
+                    caller = security.calling_with(keys, file, settings.urgent_key)
         return Broker(
             directory=args.directory,
             memory=memory,
@@ -541,7 +587,9 @@ def _made(args: argparse.Namespace, memory: Path) -> Broker | None:
             window_bytes=args.window_bytes,
             limits=args.limits,
             own_facts=own,
+            priority=args.priority,
             keys=keys,
+            caller=caller,
         )
     except OqRuntimeError as exc:
         print(exc, file=sys.stderr)

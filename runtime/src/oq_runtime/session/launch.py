@@ -26,6 +26,7 @@ from oq_runtime import descriptors, processes
 from oq_runtime.config import Config
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
+from oq_runtime.priority import Priority
 from oq_runtime.wire import security
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,12 @@ PREFIX = "oq-run-"
 SOCKET_PATH_BYTES = 107
 
 
-def start(config: Config, owner: int) -> Path:
+def start(config: Config, owner: int, priority: Priority = Priority.NORMAL) -> Path:
     """Start broker and agent for ``owner`` (a pid) and return the session's directory.
 
-    With a cluster there is only the broker. Raises ConfigError for a weak authkey or a low limit of
-    open files, and OqRuntimeError when the temporary directory is full or not writable.
+    With a cluster there is only the broker, and ``priority`` says what the job counts for there.
+    Raises ConfigError for a weak authkey or a low limit of open files, and OqRuntimeError when the
+    temporary directory is full or not writable.
     """
     if config.cluster is not None:
         security.read_secret(config.cluster.authkey)  # refuses a weak one before anything starts
@@ -51,7 +53,7 @@ def start(config: Config, owner: int) -> Path:
     command = processes.python("oq_runtime.session.launch", str(owner), str(slots))
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
-        [*command, str(config.window_bytes), config.limits.as_text(), config.log_level],
+        [*command, str(config.window_bytes), config.limits.as_text(), config.log_level, priority],
         stdin=subprocess.DEVNULL,  # it may be closed here, and a lock must not get its number
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("window_bytes", type=int)
     parser.add_argument("limits")
     parser.add_argument("log_level")
+    parser.add_argument("priority")
     args = parser.parse_args()
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     sweep(temporary)
@@ -138,7 +141,7 @@ def main() -> None:
     control = f"ipc://{directory}/control"
     common = ["--directory", str(directory), "--owner", str(args.owner)]
     common += ["--limits", args.limits, "--log-level", args.log_level]
-    window = ["--window-bytes", str(args.window_bytes)]
+    window = ["--window-bytes", str(args.window_bytes), "--priority", args.priority]
     started = []
     if args.slots:
         more = ["--control-url", control, "--slots", str(args.slots)]

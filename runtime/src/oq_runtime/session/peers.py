@@ -29,6 +29,7 @@ from oq_runtime.core import scheduler as core
 from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ConfigError, ProtocolError, TransitionError, VersionError
 from oq_runtime.logs import about
+from oq_runtime.priority import Priority
 from oq_runtime.session.peer import ANSWERS, RESTS, Event, Peer, State
 from oq_runtime.wire import protocol, security, transport
 from oq_runtime.wire.calls import Calls
@@ -80,6 +81,7 @@ class Peers:
     :param limits: of silence
     :param own_facts: what the agents must have in common with this host
     :param user: who runs the job, for people
+    :param priority: of the job
     :param keys: of the cluster, where the agents are reached over TCP
     :param watched: whether somebody waits for the ends of the agents' processes, to ``lose`` them
     :param tell: has the scheduler take an event
@@ -98,6 +100,7 @@ class Peers:
         limits: Limits,
         own_facts: protocol.Facts,
         user: str,
+        priority: Priority,
         keys: security.Keys | None,
         watched: bool,
         tell: Callable[[core.Event], None],
@@ -105,7 +108,7 @@ class Peers:
         read_data: Callable[[Line, Any, list[memoryview]], None],
     ) -> None:
         self.context, self.job, self.keys, self.watched = context, job, keys, watched
-        self.limits = limits
+        self.limits, self.priority = limits, priority
         self.hello = protocol.Hello(pid=os.getpid(), role="broker", facts=own_facts, user=user)
         self.tell, self.read_control, self.read_data = tell, read_control, read_data
         self.calls = Calls(context, keys)
@@ -356,7 +359,8 @@ class Peers:
         self._change(line, Event.WELCOMED, time.monotonic())
         line.ticket = secrets.token_bytes(TICKET_BYTES)
         self.tickets[line.ticket] = line
-        line.link.send(protocol.Lease(ticket=line.ticket, data_url=self.data_url), PROBE)
+        lease = protocol.Lease(ticket=line.ticket, data_url=self.data_url, priority=self.priority)
+        line.link.send(lease, PROBE)
 
     def _join(self, line: Line) -> None:
         """Tell of the node once it has granted a lease and its data connection is open."""

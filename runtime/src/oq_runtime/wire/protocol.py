@@ -9,7 +9,8 @@ encrypted by itself.
     engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery, AttemptsQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status, Attempts--  broker
     broker  --Hello, Lease, Task, Grant, Abort, Release, Beat-->  agent  (control)
-    broker  <--Welcome, Refused, Leased, NoLease, Started, Ended, Placed, Died, Beat--  agent
+    broker  <--Welcome, Refused, Leased, NoLease, Beat--  agent
+    broker  <--Started, Ended, Placed, Died, Preempted--  agent
     broker  <--Hello, Fetch, Chunk, Beat--  agent  (data)
     broker  --BlobChunk, Beat-->  agent            (data)
     agent   --Run-->  worker             agent  <--Ready, Ended, NoRoom--  worker   (channel)
@@ -30,9 +31,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from oq_runtime.errors import ProtocolError, VersionError
+from oq_runtime.priority import Priority
 from oq_runtime.text import clean
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 #: bytes of a body, or of the arguments in a call, that travel in a header
 INLINE_BYTES = 64 * 1024
 #: bytes of the payload that shows that long messages come through, not only short ones: more than a
@@ -55,6 +57,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 MOST_AGE_S = 366 * 86400.0
 #: page faults that are counted
 MOST_FAULTS = (1 << 32) - 1
+#: an age, or a time that is left (s)
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MOST_AGE_S)]
+#: a number of tasks
+Tasks = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 #: a size or an offset
 Size = Annotated[int, msgspec.Meta(ge=0, le=MOST_BYTES)]
 
@@ -90,6 +96,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     beat_s: str = ""
     suspect_s: str = ""
     lost_s: str = ""
+    urgent_group: str = ""
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -193,6 +200,7 @@ class Phase(msgspec.Struct, kw_only=True):
     done: int = 0
     running: int = 0
     retries: int = 0
+    preempted: int = 0
     received_bytes: int = 0
 
 
@@ -261,6 +269,7 @@ class Lease(Message, frozen=True, tag="lease"):
 
     ticket: bytes
     data_url: str
+    priority: Priority = Priority.NORMAL
 
 
 class Leased(Message, frozen=True, tag="leased"):
@@ -282,8 +291,9 @@ class Release(Message, frozen=True, tag="release"):
 class Task(Message, frozen=True, tag="task"):
     """An attempt; blobs that the node lacks, and has no path of, it fetches.
 
-    ``alone``: nothing else may run on the node at the same time. ``number`` is the one that people
-    know: the engine's, of the function ``func``.
+    ``alone``: nothing else may run on the node at the same time. ``firm``: it is not to be
+    interrupted for a job of higher priority. ``number`` is the one that people know: the engine's,
+    of the function ``func``.
     """
 
     task: int
@@ -292,6 +302,7 @@ class Task(Message, frozen=True, tag="task"):
     call: bytes
     blobs: list[Blob] = []
     alone: bool = False
+    firm: bool = False
     number: int = 0
 
 
@@ -382,14 +393,26 @@ class Died(Message, frozen=True, tag="died"):
     no_room: bool = False
 
 
+class Preempted(Message, frozen=True, tag="preempted"):
+    """An attempt was interrupted for a job of higher priority, whose name for people is ``by``."""
+
+    task: int
+    attempt: int
+    by: Words
+
+
 class Beat(Message, frozen=True, tag="beat"):
     """Sent every 2 s each way. ``wanted``: live tasks; ``closed``: no new tasks, please.
 
     ``free_bytes``: of memory for a task that is alone on the node, 0 when it drains.
-    ``title``: of the job, see Title.
+    ``title``: of the job, see Title; ``done`` of its ``total`` tasks so far have ended, and the
+    rest takes about ``left_s`` (s; None: not known).
     """
 
     wanted: int = 0
+    done: Tasks = 0
+    total: Tasks = 0
+    left_s: Seconds | None = None
     busy: int = 0
     closed: bool = False
     free_bytes: int = 0
@@ -419,11 +442,30 @@ class AgentState(enum.StrEnum):
     STOPPED = "stopped"
 
 
+class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node knows of a job: the session's name, and in people's words whose and which it is.
+
+    ``age_s``: of its lease; ``busy`` of its share of ``slots``; the rest as in Beat.
+    """
+
+    name: JobName
+    user: Words
+    title: Words
+    priority: Priority
+    age_s: Seconds
+    slots: Count
+    busy: Count
+    done: Tasks = 0
+    total: Tasks = 0
+    left_s: Seconds | None = None
+
+
 class AgentStatus(Message, frozen=True, tag="agentstatus"):
     """One node.
 
-    ``memory`` is the part in use, ``jobs`` the leases, ``ready`` the workers that have imported the
-    engine, ``beat_age_s`` the age of the oldest of the brokers' last beats (None: no lease).
+    ``memory`` is the part in use, ``jobs`` the leases in words, ``ready`` the workers that have
+    imported the engine, ``beat_age_s`` the age of the oldest of the brokers' last beats (None: no
+    lease).
     """
 
     host: Words
@@ -434,8 +476,9 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
     memory: Annotated[float, msgspec.Meta(ge=0, le=10)]
     engine: Words
     state: AgentState
+    leases: Annotated[list[LeaseStatus], msgspec.Meta(max_length=1000)] = []
     ready: Count = 0
-    beat_age_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_AGE_S)] | None = None
+    beat_age_s: Seconds | None = None
 
 
 class Ready(Message, frozen=True, tag="ready"):
@@ -466,8 +509,8 @@ class NoRoom(Message, frozen=True, tag="noroom"):
 AnyMessage = (
     Hello | Welcome | Refused | Submit | Consumed | Cancel | Delivered | Failed | Title
     | StatusQuery | Status | AttemptsQuery | Attempts | Lease | Leased | NoLease | Release | Task
-    | Fetch | BlobChunk | Chunk | Started | Ended | Placed | Grant | Abort | Died | Beat | Command
-    | Ping | AgentStatus | Ready | Run | NoRoom
+    | Fetch | BlobChunk | Chunk | Started | Ended | Placed | Grant | Abort | Died | Preempted | Beat
+    | Command | Ping | AgentStatus | Ready | Run | NoRoom
 )  # fmt: skip
 
 

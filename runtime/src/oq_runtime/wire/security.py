@@ -3,7 +3,9 @@
 Every socket on TCP is encrypted and authenticated by ZMTP's CURVE mechanism (RFC 26/ZMTP-CURVE).
 All members derive the same two key pairs from ``[dbserver] authkey``: one for whoever binds, one
 for whoever connects. Without the secret no handshake completes, and nothing is decoded before that.
-Not covered: what an admitted member may do; the right to submit is the right to run code.
+One more pair may be admitted, that of administrators. The nodes know its public half alone, and by
+that who calls. Not covered: what an admitted member may do; the right to submit is the right to run
+code.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import errno
 import hashlib
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,34 @@ def _pair(root: bytes, label: bytes) -> tuple[bytes, bytes]:
     return zmq.curve_public(secret), secret
 
 
+def new_pair() -> tuple[str, str]:
+    """Return the public and the secret half of a new key for administrators, as hexadecimals."""
+    public, secret = (z85.decode(half).hex() for half in zmq.curve_keypair())
+    return public, secret
+
+
+def calling_with(keys: Keys, file: Path, public: str) -> Keys:
+    """Return the keys for calls as an administrator, of whose pair the secret half is in a file.
+
+    :param public: the other half, in hexadecimal digits
+    :raises ConfigError: when this process may not read the file, or it belongs to another key
+    """
+    try:
+        secret = bytes.fromhex(file.read_text())
+        pair = zmq.curve_public(z85.encode(secret)), z85.encode(secret)
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or "not a key"
+        raise ConfigError(f"[oq_runtime] urgent_key_file {file}: {reason}") from None
+    if z85.decode(pair[0]).hex() != public:
+        raise ConfigError(f"[oq_runtime] urgent_key_file {file}: it is not the half of urgent_key")
+    return replace(keys, client_public=pair[0], client_secret=pair[1])
+
+
+def key_of(frame: zmq.Frame) -> str:
+    """Return the key in hexadecimal digits with which the sender of a frame was admitted."""
+    return z85.decode(str(frame.get("User-Id")).encode()).hex()
+
+
 def secure_server(socket: zmq.Socket[Any], keys: Keys) -> None:
     """Make a socket that will bind admit nobody but holders of the keys."""
     socket.curve_server = True
@@ -128,14 +158,16 @@ def secure_client(socket: zmq.Socket[Any], keys: Keys) -> None:
 class Gate:
     """Admits the derived client key, and nobody else, to the sockets of a context (ZAP, RFC 27).
 
+    :param also: a public key (hexadecimal) that is admitted as well
+
     To be opened before the first bind: CURVE alone admits any client that knows the server's key.
     Tried at once; raises SecurityError when it does not shut.
     """
 
-    def __init__(self, context: zmq.Context[Any], keys: Keys) -> None:
+    def __init__(self, context: zmq.Context[Any], keys: Keys, also: str = "") -> None:
         if not zmq.has("curve"):
             raise SecurityError("this libzmq was built without CURVE; install pyzmq from its wheel")
-        self.keys = keys
+        self.admitted = {keys.client_public, *([z85.encode(bytes.fromhex(also))] if also else [])}
         # not above: asyncio comes with it, for which oq-run would wait before its first line
         from zmq.auth.thread import ThreadAuthenticator
 
@@ -150,7 +182,7 @@ class Gate:
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Say whether a client key (Z85) may enter; called by the authenticator."""
-        return key == self.keys.client_public
+        return key in self.admitted
 
     def stop(self) -> None:
         self.authenticator.stop()

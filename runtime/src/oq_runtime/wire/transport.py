@@ -198,6 +198,13 @@ def receive(socket: zmq.Socket[Any], *, copy: bool = True) -> list[bytes] | list
 
     :param copy: as bytes; else as views of what libzmq has received
     """
+    if (frames := receive_frames(socket)) is None:
+        return None
+    return [frame.bytes for frame in frames] if copy else [frame.buffer for frame in frames]
+
+
+def receive_frames(socket: zmq.Socket[Any]) -> list[zmq.Frame] | None:
+    """Return the frames of one waiting message as libzmq has them; None when nothing waits."""
     # asking first is faster than an exception for each time that nothing waits
     if not int(socket.getsockopt(EVENTS)) & POLLIN:
         return None
@@ -205,4 +212,4 @@ def receive(socket: zmq.Socket[Any], *, copy: bool = True) -> list[bytes] | list
     heard.add(frames[0].get(SRCFD))  # 0.2 µs
     while frames[-1].more:  # known with the frame; to ask the socket takes longer
         frames.append(socket.recv(DONTWAIT, copy=False))
-    return [frame.bytes for frame in frames] if copy else [frame.buffer for frame in frames]
+    return frames
