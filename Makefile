@@ -187,7 +187,7 @@ molecule: .venv-provision/.stamp
 # Hosts with kernels of their own: NFS, swap, nftables, power cuts; see tests/system/README.md.
 # ROWS chooses rows as pytest's -k does; KEEP names a directory whose disks are used and stay.
 system-test: $(STAMP) .venv-provision/.stamp
-	$(if $(KEEP),OQ_SYSTEM_KEEP="$(KEEP)") $(VENV)/bin/python -m tests.system \
+	$(if $(KEEP),OQ_SYSTEM_KEEP="$(KEEP)") $(if $(SUITE),OQ_SYSTEM_SUITE="$(SUITE)") $(VENV)/bin/python -m tests.system \
 	  $(if $(ROWS),-k "$(ROWS)")
 
 clean:

@@ -26,7 +26,6 @@ PACKAGES = (
     "nftables",
     "openssh-client",
 )
-SUITES = ("bookworm",)
 
 
 def unavailable() -> str:
@@ -72,8 +71,7 @@ def main() -> int:
             return CANNOT_RUN
         install()
         kernel.program()
-        for suite in SUITES:
-            image.base(suite)
+        image.base(image.wanted())
         os.environ["OQ_SYSTEM_STARTED"] = "1"
         return pytest.main(["-p", "no:cacheprovider", str(HERE), *sys.argv[1:]])
 

@@ -44,7 +44,7 @@ class Cluster:
     :param suite: release of Debian
     """
 
-    def __init__(self, directory: Path, suite: str = "bookworm") -> None:
+    def __init__(self, directory: Path, suite: str) -> None:
         self.directory = directory
         self.settings: dict[str, object] = {"openquake_users": list(USERS)}
         self.workers = list(WORKERS)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.system import cluster as clusters
+from tests.system import image
 from tests.system.cluster import Cluster
 from tests.system.playbooks import ROOT, Played
 
@@ -66,7 +67,7 @@ def hosts() -> Iterator[Cluster]:
     directory = Path(kept) if kept else ROOT / "build/system-test"
     if not kept:
         shutil.rmtree(directory, ignore_errors=True)
-    with Cluster(directory) as cluster:
+    with Cluster(directory, image.wanted()) as cluster:
         cluster.start()
         cluster.make_people()
         yield cluster

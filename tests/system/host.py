@@ -60,7 +60,7 @@ class Host:
     address: str
     memory_mb: int
     directory: Path
-    suite: str = "bookworm"
+    suite: str
     with_swap: bool = True
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     boots: int = field(default=0, init=False)

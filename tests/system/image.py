@@ -7,6 +7,7 @@ with name, address, keys and file systems written into it.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import tempfile
@@ -37,6 +38,11 @@ CUSTOM = (
     'install -d -m 700 -o {uid} -g {uid} "$1"/home/{admin}/.ssh',
     'chroot "$1" update-ca-certificates >/dev/null 2>&1',
 )
+
+
+def wanted() -> str:
+    """The release of Debian that this run is for."""
+    return os.environ.get("OQ_SYSTEM_SUITE") or "bookworm"
 
 
 def base(suite: str) -> Path:
