@@ -121,8 +121,9 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Generat
             report.sections.append((f"journal of {one.name}", one.journal()))
     if HERE in item.path.parents and STARTED in os.environ:
         rows = item.config.stash[ROWS]
-        outcome, seconds = rows.get(item.nodeid, ("passed", 0.0))
-        outcome = report.outcome if outcome == "passed" else outcome
+        outcome, seconds = rows.get(item.nodeid, ("not ended", 0.0))
+        if report.when == "call" or not report.passed:  # what comes before it is no outcome
+            outcome = report.outcome
         rows[item.nodeid] = (outcome, seconds + call.duration)
     return report
 
