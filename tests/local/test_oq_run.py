@@ -389,7 +389,8 @@ def packed(tmp_path: Path, *more: str) -> Path:
 
 
 def test_archive(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
-    path = packed(tmp_path, "model/other.ini", "__MACOSX/model/._job.ini")
+    path = packed(tmp_path, "model/other.ini", "__MACOSX/model/._job.ini", "model/desktop.ini")
+    path = path.rename(tmp_path / "ARCHIVE.ZIP")  # as from an old disk
     code, _, err = run(env, path, "--no-progress", "--exports", "csv")
     assert code == 0, err
     assert f"{path} holds 2 job files: running job.ini, not other.ini" in err

@@ -29,7 +29,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_job_files_in_the_order_of_the_engine(tmp_path: Path, folder: Path) -> None:
-    names = ("b/job.ini", "b/job_2.ini", "b/model.xml", "__MACOSX/b/._job.ini")
+    beside = ("__MACOSX/b/._job.ini", "b/._job.ini", "b/Desktop.ini")  # by a Mac, by Windows
+    names = ("b/job.ini", "b/job_2.ini", "b/model.xml", *beside)
     found = archives.unpack(packed(tmp_path / "a.zip", *names), folder)
     assert [path.relative_to(folder / archives.FILES) for path in found] == [
         Path("b/job.ini"),
@@ -50,6 +51,7 @@ def test_nothing_is_written_above(tmp_path: Path, folder: Path) -> None:
     [
         ((), "holds no job file"),
         (("model.xml",), "holds no job file"),
+        (("._job.ini", "desktop.ini"), "holds no job file"),
         (("JOB.INI",), r"holds no job file \(\.ini\); rename JOB.INI to JOB.ini"),
         (("job.ini", "in\\model.xml"), r"backslashes \(in\\model.xml\)"),
     ],
@@ -99,12 +101,30 @@ def test_what_dead_sessions_left_is_removed(tmp_path: Path) -> None:
     assert archives.place(living, None).parent == living
 
 
-@pytest.mark.parametrize("above", ["../victim", "{folder}/victim"])
-def test_archives_that_a_job_names_move_nothing_away(tmp_path: Path, above: str) -> None:
-    """The engine's own function would rename it to ``victim.bak``."""
+@pytest.fixture
+def engine() -> SimpleNamespace:
+    """The engine's own functions, with what we put before them."""
     from openquake.commonlib import readinput
 
-    archives.install_readinput(engine := SimpleNamespace(unzip_rename=readinput.unzip_rename))
+    names = ("unzip_rename", "extract_from_zip")
+    engine = SimpleNamespace(**{name: getattr(readinput, name) for name in names})
+    archives.install_readinput(engine)
+    return engine
+
+
+def test_the_engine_takes_the_same_job_files(
+    tmp_path: Path, folder: Path, engine: SimpleNamespace
+) -> None:
+    path = packed(tmp_path / "a.zip", "._job.ini", "desktop.ini", "job.ini")
+    found = engine.extract_from_zip(str(path), targetdir=str(folder))
+    assert found == [str(folder / "job.ini")]
+
+
+@pytest.mark.parametrize("above", ["../victim", "{folder}/victim"])
+def test_archives_that_a_job_names_move_nothing_away(
+    tmp_path: Path, engine: SimpleNamespace, above: str
+) -> None:
+    """The engine's own function would rename it to ``victim.bak``."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / "job").mkdir()

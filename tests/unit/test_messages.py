@@ -172,6 +172,35 @@ def test_the_file_that_is_not_utf8(tmp_path: Path) -> None:
     assert str(bad) in messages.input_text(lost.value, [str(bad)])
 
 
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ("id,lon\n".encode("utf-32"), "is UTF-32; save it as UTF-8, e.g. iconv -f UTF-32"),
+        ("id,lon\n".encode("utf-16-le"), "is not UTF-8: it has a zero at byte 1 (line 1); save"),
+        (b"id,lon\n1,\0\n", "it has a zero at byte 9 (line 2)"),
+        (b"PK\3\4\x14\0", "is an archive or a spreadsheet, not text; save it as CSV"),
+        (b"\x1f\x8b\x08\0", "is compressed, not text; unpack it"),
+        (b"id;lon\n1;10,5\n", "has columns between semicolons; save it with commas"),
+        (b"id\tlon\n", "has columns between tabs; save it with commas"),
+        (b"id,lon\n", ": missing {'id'}"),
+    ],
+)
+def test_the_table_that_is_none(tmp_path: Path, data: bytes, words: str) -> None:
+    """The engine only says what columns are missing, or that something is no number."""
+    file = tmp_path / "exposure.csv"
+    file.write_bytes(data)
+    found = raised(ValueError("missing {'id'}"), "risklib/asset", str(file))
+    text = messages.input_text(found, [])
+    assert text.startswith(str(file)) and words in text
+
+
+def test_the_encoding_that_an_xml_file_does_not_have(tmp_path: Path) -> None:
+    file = tmp_path / "model.xml"
+    file.write_text('<?xml version="1.0" encoding="UTF-8"?><a/>', encoding="utf-16")
+    exc = ValueError(f"{file}: 1: encoding specified in XML declaration is incorrect")
+    assert f"{file} is UTF-16" in messages.input_text(raised(exc, "baselib/node", str(file)), [])
+
+
 def test_inputs_are_nested() -> None:
     inputs = {"a": "1", "b": ["2", "3"], "c": {"d": "4", "e": ["5"]}, "f": 6}
     assert list(messages.files(inputs)) == ["1", "2", "3", "4", "5"]

@@ -42,6 +42,7 @@ def forget() -> Iterator[None]:
     [
         ({"job.ini": JOB, "in/tree.xml": ""}, ["job.ini"]),
         ({"Il mio job/job.ini": JOB, "__MACOSX/Il mio job/._job.ini": b"\0\5"}, None),
+        ({"job.ini": JOB, "._job.ini": b"\0\5", "desktop.ini": b"\xff\xfe["}, ["job.ini"]),
         ({"b.ini": JOB, "a.ini": JOB}, ["a.ini", "b.ini"]),
         ({"job.ini": "\ufeff" + JOB}, ["job.ini"]),
         ({"hazard/job.ini": JOB.replace("in/", "../in/")}, ["hazard/job.ini"]),

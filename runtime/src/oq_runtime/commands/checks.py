@@ -104,12 +104,13 @@ def check_file(name: str) -> str:
             raise BadInput(f"{name} is a directory; give the job file in it")
         if path.exists() and not path.is_file():  # whose reader may wait for ever
             raise BadInput(f"{name} is a pipe or a device; give a job file (.ini)")
-        if path.suffix != ".zip" and (nbytes := path.stat().st_size) > MOST_BYTES:
+        packed = path.suffix.lower() == ".zip"
+        if not packed and (nbytes := path.stat().st_size) > MOST_BYTES:
             raise BadInput(f"{name} has {nbytes / 1e6:.0f} MB; give a job file (.ini)")
-        data = path.read_bytes() if path.suffix != ".zip" else path.open("rb").read(1)
+        data = path.open("rb").read(1) if packed else path.read_bytes()
     except OSError as exc:
         raise BadInput(f"{name}: {exc.strerror}; check the path of the job file") from exc
-    if path.suffix == ".zip":
+    if packed:
         return str(path.resolve())
     if not data.strip():
         raise BadInput(f"{name} is empty; a job file has sections such as [general]")

@@ -20,7 +20,7 @@ PLOTS = {"Hazard Maps": "hmaps", "Hazard Curves": "hcurves"}
 def describe(path: Path) -> str:
     """Return the name of a job file with the description that is in it."""
     name = str(Path(path.parent.name, path.name))
-    text = "" if path.suffix == ".zip" else path.read_text(errors="replace")
+    text = "" if path.suffix.lower() == ".zip" else path.read_text(errors="replace")
     found = re.search(r"^\s*description\s*[=:](.*)$", text, re.MULTILINE)
     words = clean(found[1].strip(), DESCRIPTION_CHARACTERS) if found else ""
     return f"{name} ({words})" if words else name

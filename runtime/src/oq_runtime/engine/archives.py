@@ -12,7 +12,7 @@ import socket
 import tempfile
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from oq_runtime.errors import InputError
@@ -23,6 +23,8 @@ PREFIX = ".oq-run-"
 OWNER = "session"
 #: where the files of the archive are in it
 FILES = "files"
+#: of a folder that a Mac adds to archives, and of a file that Windows keeps in folders
+MACOSX, FOLDER_SETTINGS = "__MACOSX", "desktop.ini"
 #: bytes that stay free
 SPARE_BYTES = 16 << 20
 
@@ -70,20 +72,27 @@ def unpack(archive: Path, place: Path) -> list[Path]:
         raise InputError(f"{archive} cannot be unpacked in {folder}: {exc.strerror}") from exc
     for directory, _, _ in os.walk(folder):
         os.chmod(directory, 0o755)
-    found = sorted(path for path in folder.rglob("*.ini") if "__MACOSX" not in path.parts)
+    found = sorted(path for path in folder.rglob("*.ini") if is_job_file(path))
     if not found:
-        near = [path.name for path in folder.rglob("*") if path.suffix.lower() == ".ini"]
+        near = [path.name for path in folder.rglob("*.[iI][nN][iI]") if is_job_file(path)]
         hint = f"; rename {near[0]} to {Path(near[0]).stem}.ini" if near else ""
         raise InputError(clean(f"{archive} holds no job file (.ini){hint}"))
     return found
 
 
-def install_readinput(readinput: Any) -> None:
-    """Look at archives that a job file names, before the engine unpacks them beside it.
+def is_job_file(path: PurePath) -> bool:
+    """Whether a file with the ending of a job file may be one: not what a Mac or Windows adds."""
+    name = path.name
+    return not (name.startswith(".") or name.lower() == FOLDER_SETTINGS or MACOSX in path.parts)
 
-    It moves away what is there already under the names in the archive, wherever these lead.
+
+def install_readinput(readinput: Any) -> None:
+    """Mend what the engine does with archives, for all ways into it.
+
+    It takes what a Mac or Windows adds for a job file. Where a job file names an archive, it moves
+    away what is there already under the names in the archive, wherever these lead.
     """
-    theirs = readinput.unzip_rename
+    theirs, extract = readinput.unzip_rename, readinput.extract_from_zip
 
     def unzip_rename(zpath: str, name: str) -> str:
         path = Path(zpath)
@@ -96,7 +105,10 @@ def install_readinput(readinput: Any) -> None:
         unpacked: str = theirs(zpath, name)
         return unpacked
 
-    readinput.unzip_rename = unzip_rename
+    def extract_from_zip(*args: Any, **kwargs: Any) -> list[str]:
+        return [name for name in extract(*args, **kwargs) if is_job_file(Path(name))]
+
+    readinput.unzip_rename, readinput.extract_from_zip = unzip_rename, extract_from_zip
 
 
 def check(archive: Path, packed: zipfile.ZipFile, free_bytes: int) -> None:

@@ -254,7 +254,7 @@ class Jobs:
 
         :raises InputError: for what cannot be read
         """
-        archive = path if path.suffix == ".zip" else None
+        archive = path if path.suffix.lower() == ".zip" else None
         if archive is not None:
             path = self.unpack(archive)
         try:

@@ -63,6 +63,23 @@ IGNORED = (
 EXPORT = "set another directory in the job file or with --export-dir"
 #: of the files that people edit
 TEXTS = (".csv", ".ini", ".txt", ".xml")
+#: what a file in a wide encoding begins with; the mark of UTF-32 begins with that of UTF-16
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+#: what begins a file that is taken for a table and is none
+NO_TABLES = {
+    b"PK\3\4": "an archive or a spreadsheet, not text; save it as CSV (UTF-8, with commas)",
+    b"\x1f\x8b": "compressed, not text; unpack it",
+}
+#: errors about the encoding of a file. A worker's UnicodeDecodeError cannot be raised again with a
+#: text, which is a TypeError
+ENCODING = re.compile(
+    "codec can't decode|function takes exactly 5 arguments|encoding specified in XML declaration"
+)
 #: of an XML file in which the names of others are looked for
 MOST_BYTES = 4 << 20
 FILE_NAME = re.compile(r"[^\s<>\"']+\.(?:csv|hdf5|xml)")
@@ -176,10 +193,10 @@ def input_text(exc: BaseException, inputs: Iterable[str]) -> str:
 
     :param inputs: the files of the job
     """
-    if wrong := encoding(exc, (*open_in(exc), *inputs)):
+    near = next(iter(found := open_in(exc)), "")
+    if wrong := no_table(Path(near)) or encoding(exc, (*found, *inputs)):
         return wrong
     text = explain(exc)
-    near = next(iter(open_in(exc)), "")
     if near and Path(near).name not in text:
         return clean(f"{near}: {text}", MOST_CHARACTERS)
     return text
@@ -190,8 +207,7 @@ def encoding(exc: BaseException, inputs: Iterable[str]) -> str:
 
     :param inputs: the files that it may be
     """
-    # a worker's UnicodeDecodeError cannot be raised again with a text, which is a TypeError
-    if re.search(r"codec can't decode|function takes exactly 5 arguments", str(exc)):
+    if ENCODING.search(str(exc)):
         for given in map(Path, inputs):
             for path in (given, *named_in(given)):
                 if not (path.suffix in TEXTS and path.is_file()):
@@ -246,8 +262,8 @@ def no_file(inputs: Iterable[str]) -> str:
 
 def not_utf8(path: Path, data: bytes) -> str:
     """Say where a text file is not UTF-8 and how to convert it; nothing when it is."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return f"{path} is UTF-16; save it as UTF-8, e.g. iconv -f UTF-16 -t UTF-8 {path.name}"
+    if wide := next((name for mark, name in MARKS.items() if data.startswith(mark)), ""):
+        return f"{path} is {wide}; save it as UTF-8, e.g. iconv -f {wide} -t UTF-8 {path.name}"
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -256,7 +272,28 @@ def not_utf8(path: Path, data: bytes) -> str:
         if path.suffix == ".csv":
             remedy += f" ({IGNORED})"
         return f"{path} is not UTF-8 at byte {exc.start} (line {line}); {remedy}"
+    if (zero := data.find(0)) >= 0:  # of UTF-16 without a mark, or where a disk lost something
+        line = data.count(b"\n", 0, zero) + 1
+        return f"{path} is not UTF-8: it has a zero at byte {zero} (line {line}); save it as UTF-8"
     return ""
+
+
+def no_table(path: Path) -> str:
+    """Say why a CSV file, about which there is an error, is none; nothing when it is one.
+
+    Of such a file the engine says which columns are missing, or that something is no number.
+    """
+    if path.suffix != ".csv":
+        return ""
+    data = path.read_bytes()
+    for mark, what in NO_TABLES.items():
+        if data.startswith(mark):
+            return clean(f"{path} is {what}")
+    head = data.partition(b"\n")[0]
+    for mark, what in ((b";", "semicolons"), (b"\t", "tabs")):
+        if mark in head and b"," not in head:
+            return clean(f"{path} has columns between {what}; save it with commas")
+    return clean(not_utf8(path, data))
 
 
 def unknown(names: list[str], known: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from oq_runtime.engine import archives
 from oq_runtime.errors import InputError
 from oq_runtime.text import clean
 
@@ -63,10 +64,10 @@ def check(files: Sequence[Any], ending: str) -> None:
     :param files: Django's uploaded files
     :param ending: of the name of the job file
     """
-    archives = [file for file in files if file.name.endswith(".zip")]
-    if archives:  # the engine takes the last one
-        with _archive(archives[-1]) as archive:
-            upload.jobs = _check_archive(archive, archives[-1].name, ending)
+    packed = [file for file in files if file.name.endswith(".zip")]
+    if packed:  # the engine takes the last one
+        with _archive(packed[-1]) as archive:
+            upload.jobs = _check_archive(archive, packed[-1].name, ending)
         return
     names = [file.name for file in files]
     jobs = [file for file in files if file.name.endswith(ending)]
@@ -107,8 +108,8 @@ def _check_archive(archive: zipfile.ZipFile, name: str, ending: str) -> list[str
         raise InputError(f"{name}: it unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB")
     jobs = sorted(
         member
-        for member in names
-        if PurePosixPath(member).name.endswith(ending) and "__MACOSX" not in member
+        for member, path in zip(names, map(PurePosixPath, names), strict=True)
+        if path.name.endswith(ending) and archives.is_job_file(path)
     )
     if not jobs:
         raise InputError(_no_job_file(name, names, ending))
