@@ -60,6 +60,14 @@ def run(env: dict[str, str], *args: object) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def limited(env: dict[str, str], first: str, *args: object) -> tuple[int, str]:
+    """Exit code and message of an ``oq-run`` in a shell that has done something first."""
+    command = [sys.executable, "-m", "oq_runtime.commands.run", "--no-progress", *map(str, args)]
+    shell = ["sh", "-c", f'{first}; exec "$@"', "sh"]
+    done = subprocess.run([*shell, *command], env=env, capture_output=True, text=True, timeout=200)
+    return done.returncode, done.stderr
+
+
 def one_line(err: str) -> str:
     """The message of a refused job: one line, besides those of the engine's log."""
     assert "Traceback" not in err, err
@@ -149,22 +157,17 @@ def test_bad_log_file(env: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_too_few_open_files(env: dict[str, str]) -> None:
-    job = str(EXAMPLES / "hazard_classical/job.ini")
-    command = [sys.executable, "-m", "oq_runtime.commands.run", "--no-progress", "--cores=1", job]
-    shell = ["sh", "-c", 'ulimit -n 20; exec "$@"', "sh"]
-    done = subprocess.run([*shell, *command], env=env, capture_output=True, text=True)
-    assert done.returncode == 2
+    code, err = limited(env, "ulimit -n 20", "--cores=1", EXAMPLES / "hazard_classical/job.ini")
+    assert code == 2
     said = "only 20 files may be open at a time, and 30 are needed here; raise the hard limit"
-    assert said in one_line(done.stderr)
+    assert said in one_line(err)
 
 
 def test_too_small_files(env: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "oq_runtime.commands.run", str(corpus(TINY))]
-    shell = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash"]
-    done = subprocess.run([*shell, *command], env=env, capture_output=True, text=True)
-    assert done.returncode == 2
+    code, err = limited(env, "ulimit -f 400", corpus(TINY))  # of 512 bytes
+    assert code == 2
     said = "a file may have 200 KiB at most here, and a job needs more than 128 MiB; raise this"
-    assert said in one_line(done.stderr)
+    assert said in one_line(err)
 
 
 # ---- refused by the engine; each costs its import
@@ -501,6 +504,9 @@ def test_archive_keeps_no_journal(env: dict[str, str], tmp_path: Path) -> None:
         (["JOB", "--watch"], "--watch shows a job that runs"),
         (["JOB", "--log-file", "PIPE"], "is a pipe; give a file"),
         (["JOB", "--log-file", "/proc/none"], "--log-file /proc/none: No such file"),
+        (["JOB", "--hc", ""], "--hc is empty; leave it out or give a value"),  # an unset variable
+        (["JOB", "--resume="], "--resume is empty"),
+        (["JOB", "--export-dir", ""], "--export-dir is empty"),
         (["~no_such_user/job.ini"], "there is no such user; write ./~no_such_user/job.ini"),
         (["JOB", "--export-dir", "~no_such_user"], "there is no such user"),
     ],
@@ -511,6 +517,29 @@ def test_odd_calls(env: dict[str, str], tmp_path: Path, args: list[str], words: 
     code, _, err = run(env, *(given.get(word, word) for word in args))
     assert code == 2
     assert words in one_line(err)
+
+
+@pytest.mark.parametrize(
+    "first, words",
+    [
+        ("mkdir {0}/gone; cd {0}/gone; rmdir {0}/gone", "working directory is not there any more"),
+        ("ulimit -t 2", "more than the 2 s of processor time that it may use here (ulimit -t)"),
+        (
+            "export LC_ALL=C PYTHONUTF8=0 TMPDIR={0}/à; mkdir {0}/à",
+            "is not UTF-8, or not in this locale",
+        ),
+    ],
+    ids=["directory", "time", "locale"],
+)
+def test_odd_places(env: dict[str, str], tmp_path: Path, first: str, words: str) -> None:
+    code, err = limited(env, first.format(tmp_path), corpus(TINY))
+    assert code in (1, 2), err
+    assert words in one_line(err)
+
+
+def test_few_open_files_may_be_more(env: dict[str, str]) -> None:
+    code, err = limited(env, "ulimit -Sn 20", corpus(TINY))
+    assert code == 0, err
 
 
 def test_relative_directory_for_temporary_files(env: dict[str, str], tmp_path: Path) -> None:
@@ -576,7 +605,7 @@ def test_names_of_the_engine_exports_and_next_commands(env: dict[str, str], tmp_
     assert (tmp_path / f"hcurves_{number}.png").stat().st_size
 
 
-def test_dry_run(env: dict[str, str], tmp_path: Path) -> None:
+def test_dry_run(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     before = jobs(env) if Path(env["OQ_DATADIR"], "db.sqlite3").exists() else []
     job = example(tmp_path) / "job.ini"
     code, out, err = run(env, job, "--dry-run")
@@ -586,6 +615,7 @@ def test_dry_run(env: dict[str, str], tmp_path: Path) -> None:
     [row] = json.loads(out)["jobs"]
     assert code == 0 and 1 < row["sites"] < 181
     assert jobs(env) == before
+    assert not list(tmpdir.iterdir()), "the engine makes a file there for its sources"
 
 
 def test_nothing_is_left_of_what_the_engine_has_started(

@@ -52,6 +52,8 @@ def test_nothing_is_written_above(tmp_path: Path, folder: Path) -> None:
         ((), "holds no job file"),
         (("model.xml",), "holds no job file"),
         (("._job.ini", "desktop.ini"), "holds no job file"),
+        (("job.ini", "x", "x/y"), r"cannot be unpacked in .*: x/y: Not a directory"),
+        (("job.ini", "x" * 300), r"cannot be unpacked in .*: x{250,}.*: File name too long"),
         (("JOB.INI",), r"holds no job file \(\.ini\); rename JOB.INI to JOB.ini"),
         (("job.ini", "in\\model.xml"), r"backslashes \(in\\model.xml\)"),
     ],

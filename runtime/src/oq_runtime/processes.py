@@ -8,6 +8,7 @@ import errno
 import grp
 import io
 import os
+import resource
 import signal
 import sys
 from dataclasses import dataclass
@@ -137,6 +138,16 @@ def ending(code: int) -> str:
     except ValueError:  # the real-time ones between SIGRTMIN and SIGRTMAX have no names
         name = f"signal {-code}"
     return f"was killed by {name}"
+
+
+def time_limit_s() -> int:
+    """Return the limit of processor time, where the children that have ended used as much; 0: no.
+
+    The limit is one of each process, the time here that of all together.
+    """
+    limit_s, _ = resource.getrlimit(resource.RLIMIT_CPU)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return limit_s if 0 <= limit_s <= used.ru_utime + used.ru_stime else 0
 
 
 def die_with_parent() -> None:

@@ -148,6 +148,24 @@ def check_file_size() -> None:
         )
 
 
+def check_places() -> None:
+    """Refuse to start where there is no working directory, or none for sockets."""
+    try:
+        os.getcwd()
+    except OSError as exc:
+        raise BadInput(
+            f"the working directory is not there any more ({exc.strerror}); cd to another one"
+        ) from None
+    temporary = os.environ.get("TMPDIR", "")
+    try:
+        temporary.encode()
+    except UnicodeEncodeError:  # libzmq's names of sockets are UTF-8
+        raise BadInput(
+            f"TMPDIR {temporary} is not UTF-8, or not in this locale; set another TMPDIR, or "
+            "LC_ALL=C.UTF-8"
+        ) from None
+
+
 def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:
     """Refuse directories of results and of the job database where nothing can be written."""
     room(data_directory(sections), "set OQ_DATADIR to another directory")

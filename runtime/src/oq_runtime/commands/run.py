@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from oq_runtime import cgroups, config, processes
+from oq_runtime import cgroups, config, descriptors, processes
 from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.lines import describe, exports, next_steps, place, surveyed
@@ -198,8 +198,13 @@ def main(
     0 complete, 1 a job failed, 2 bad input, 3 no workers, 130 interrupted.
     """
     processes.open_standard()
+    descriptors.raise_limit()  # of all that is started
+    for name, value in click.get_current_context().params.items():
+        if value == "" and name != "exports":  # of a shell's variable that is not set
+            raise BadInput(f"--{name.replace('_', '-')} is empty; leave it out or give a value")
     checks.check_user()
     checks.check_file_size()
+    checks.check_places()
     if temporary := os.environ.get("TMPDIR"):  # what is started works in other directories
         os.environ["TMPDIR"] = os.path.abspath(temporary)
     if watch is not None:
@@ -703,7 +708,12 @@ class Run:
             code = EXIT_INTERRUPTED
         elif code < 0:
             self.error = f"the engine process {processes.ending(code)}"
-            if -code == signal.SIGKILL and memory.oom_kills() > self.oom_kills:
+            if -code in (signal.SIGKILL, signal.SIGXCPU) and (most_s := processes.time_limit_s()):
+                self.error += (
+                    f", after more than the {most_s} s of processor time that it may use here "
+                    "(ulimit -t)"
+                )
+            elif -code == signal.SIGKILL and memory.oom_kills() > self.oom_kills:
                 self.error += (
                     ": the kernel was out of memory; run the job where there is more, or with "
                     "fewer --cores"

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from oq_runtime.engine import messages
 from oq_runtime.errors import InputError
 from oq_runtime.text import clean
 
@@ -57,11 +58,13 @@ def unpack(archive: Path, place: Path) -> list[Path]:
     :raises InputError: for what is no archive, does not fit on the device, or has no job file
     """
     folder = place / FILES
+    name = ""  # of the member that is being unpacked
     try:
         folder.mkdir()
         with zipfile.ZipFile(archive) as packed:
             check(archive, packed, shutil.disk_usage(folder).free)
             for member in packed.infolist():
+                name = f": {member.filename}"
                 path = Path(packed.extract(member, folder))  # never above the folder
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except zipfile.BadZipFile as exc:
@@ -69,7 +72,8 @@ def unpack(archive: Path, place: Path) -> list[Path]:
     except (zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
         raise InputError(f"{archive} cannot be unpacked: {exc}; pack it again") from exc
     except OSError as exc:
-        raise InputError(f"{archive} cannot be unpacked in {folder}: {exc.strerror}") from exc
+        what = f"{archive} cannot be unpacked in {folder}{name}: {exc.strerror}"
+        raise InputError(clean(what, messages.MOST_CHARACTERS)) from exc
     for directory, _, _ in os.walk(folder):
         os.chmod(directory, 0o755)
     found = sorted(path for path in folder.rglob("*.ini") if is_job_file(path))

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -530,6 +531,7 @@ def main() -> None:
         sys.exit("oq-run has ended")
     for number in (signal.SIGINT, signal.SIGTERM):  # also where oq-run's parent ignores them
         signal.signal(number, signal.default_int_handler)
+    tempfile.tempdir = os.environ[SESSION_VARIABLE]  # the engine leaves files there
     spec = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w") as stream:
 
@@ -540,8 +542,16 @@ def main() -> None:
         code = run(spec, report)
         # from here on nothing can change the outcome, nor the interpreter's own end be safer
         report({"kind": "end", "code": code})
+        remove_temporary()
         close_files()
     os._exit(code)
+
+
+def remove_temporary() -> None:
+    """Remove what the engine would remove at the interpreter's end, where custom_tmp is set."""
+    if general := sys.modules.get("openquake.baselib.general"):
+        with contextlib.suppress(OSError):
+            general.removetmp()
 
 
 def close_files() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def survey(readinput: Any, oq: Any, params: Mapping[str, Any]) -> dict[str, Any]
 
 def is_temporary(folder: str) -> bool:
     """Whether an export directory is one that is emptied: exports would be lost, or others'."""
-    return Path(folder) in (*TEMPORARY, Path(tempfile.gettempdir()))
+    # not tempfile's, which for the engine process of oq-run is the session's
+    return Path(folder) in (*TEMPORARY, Path(os.environ.get("TMPDIR") or TEMPORARY[0]))
 
 
 def exported(folder: Path, job: int, since_s: float) -> list[Path]:
