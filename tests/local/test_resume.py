@@ -118,6 +118,7 @@ def test_job_that_runs_is_not_begun_again(env: dict[str, str], undisturbed: Path
     assert compare(undisturbed, done(out)[1]) == []
 
 
+@pytest.mark.slow
 def test_second_job_goes_on_alone(env: dict[str, str]) -> None:
     """From the hazard that is complete, as long as that is the same; with other slots than then."""
     files = [corpus(f"scenario_damage/case_5/job_{name}.ini") for name in ("haz", "risk")]
@@ -153,6 +154,7 @@ def begin(env: dict[str, str], job: Path = JOB) -> int:
     return number
 
 
+@pytest.mark.slow
 def test_what_has_changed_is_named(env: dict[str, str], tmp_path: Path) -> None:
     """A byte of an input, a parameter, others who can read it: one line each."""
     folder = example(tmp_path, "event_based_risk")
