@@ -267,9 +267,8 @@ def test_job_outlives_a_restart(site: Site) -> None:
     session = site.login()
     outputs = session.get(f"{site.url}/v1/calc/{job}/results").json()
     assert any(row["type"] == "hcurves" for row in outputs)
-    for what in ("extract/no_such_key", "extract/hcurves?kind=x", "download_png/none.png"):
-        answer = session.get(f"{site.url}/v1/calc/{job}/{what}")
-        assert 400 <= answer.status_code < 500 and len(answer.text.splitlines()) == 1, answer.text
+    answer = session.get(f"{site.url}/v1/calc/{job}/extract/no_such_key")
+    assert 400 <= answer.status_code < 500 and len(answer.text.splitlines()) == 1, answer.text
 
 
 @pytest.mark.parametrize(
