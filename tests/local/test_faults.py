@@ -330,8 +330,11 @@ def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) ->
 
 def row(env: dict[str, str], pid: int, status: str = "executing") -> int:
     """Put a job of this host and user into the database; return its number."""
+    database = Path(env["OQ_DATADIR"], "db.sqlite3")
+    if not database.exists():
+        run(env, corpus(SMALL), "--json")
     values = (getpass.getuser(), status, pid, socket.gethostname(), env["OQ_DATADIR"])
-    with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
         cursor = db.execute(
             "INSERT INTO job (description, user_name, calculation_mode, status, is_running, pid, "
             "host, ds_calc_dir) VALUES ('test', ?, 'classical', ?, 1, ?, ?, ?)",
@@ -368,7 +371,6 @@ def test_wait_for_another_job(env: dict[str, str]) -> None:
 def test_pid_of_another_program(env: dict[str, str]) -> None:
     with subprocess.Popen(["sleep", "999"]) as other:
         try:
-            run(env, corpus(SMALL), "--json")  # there is a database
             number = row(env, other.pid)
             code, out, err = run(env, corpus(SMALL), "--json")
         finally:

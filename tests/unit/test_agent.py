@@ -455,13 +455,12 @@ def test_the_death_of_a_worker_is_told_in_a_sentence(
     here.give(3, "poison", 3)
     died = here.expect(protocol.Died)
     assert re.fullmatch(r"worker process \d+ was killed by SIGKILL", died.reason)
-    assert (
-        f"task #103 (poison) of calculation 7 of anna, attempt 1: {died.reason}" in caplog.messages
-    )
+    told = f"task #103 (poison) of calculation 7 of anna, attempt 1: {died.reason}"
+    assert wait_for(lambda: told in caplog.messages)
     here.send(protocol.Release())
     assert wait_for(lambda: f"lease of {JOB} of anna ended: released" in caplog.messages)
     here.lease()
-    assert f"lease of {JOB} of anna granted: 1 slot" in caplog.messages
+    assert wait_for(lambda: f"lease of {JOB} of anna granted: 1 slot" in caplog.messages)
 
 
 def test_a_stopped_worker_is_killed_and_its_slot_used_again(here: Stage) -> None:
