@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.compare import compare
-from tests.system.cluster import EXAMPLES, OUTSIDER, USERS, WORKERS, Cluster, Job, sampled
+from tests.system.cluster import OUTSIDER, OWNER, WORKERS, Cluster, Job, sampled
 
 
 def busy(cluster: Cluster) -> dict[str, int]:
@@ -18,7 +18,7 @@ def test_both_examples_by_two_people_at_the_same_time(
     cluster: Cluster, embedded: dict[str, Path], tmp_path: Path
 ) -> None:
     jobs: dict[str, Job] = {}
-    for user, example in zip(USERS, EXAMPLES, strict=True):
+    for example, user in OWNER.items():
         jobs[example] = cluster.submit(user, cluster.give_example(user, example))
     most: dict[str, int] = {}
     for job in jobs.values():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.conformance.compare import compare
 from tests.leftovers import wait_for
-from tests.system.cluster import MASTER, USERS, WORKERS, Cluster
+from tests.system.cluster import MASTER, OWNER, USERS, WORKERS, Cluster
 
 #: until the master's database says that a job is not under way any more
 STATE_LIMIT_S = 120.0
@@ -31,7 +31,7 @@ def test_a_worker_loses_its_power_in_a_job(
     cluster: Cluster, embedded: dict[str, Path], tmp_path: Path
 ) -> None:
     worker = cluster.hosts[WORKERS[0]]
-    job = cluster.submit(USERS[0], cluster.give_example(USERS[0], "risk"))
+    job = cluster.submit(OWNER["risk"], cluster.give_example(OWNER["risk"], "risk"))
     job.under_way(*WORKERS)
     worker.cut()
     datastore = job.complete()
@@ -45,9 +45,9 @@ def test_a_worker_loses_its_power_in_a_job(
 def test_the_master_loses_its_power_in_a_job(
     cluster: Cluster, embedded: dict[str, Path], tmp_path: Path
 ) -> None:
-    file = cluster.give_example(USERS[0], "risk")
+    file = cluster.give_example(OWNER["risk"], "risk")
     before = cluster.jobs()
-    job = cluster.submit(USERS[0], file)
+    job = cluster.submit(OWNER["risk"], file)
     job.under_way(*WORKERS)
     cluster.master.cut()
     cluster.master.start()
@@ -64,7 +64,7 @@ def test_the_master_loses_its_power_in_a_job(
         lambda: not any(row.get("busy") for row in cluster.status().values()), STATE_LIMIT_S, 1.0
     )
     assert free, cluster.status()
-    again = cluster.submit(USERS[0], file)
+    again = cluster.submit(OWNER["risk"], file)
     datastore = again.complete()
     assert not compare(embedded["risk"], again.fetch(datastore, tmp_path / "risk.hdf5"))
 
