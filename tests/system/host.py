@@ -8,6 +8,7 @@ an administrator does.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -160,6 +161,16 @@ class Host:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
         self.process = None
+        # a helper of the kernel, which shares its files, may end later than it
+        assert wait_for(self._disk_is_free, 60, 0.1), f"something uses {self.disk}"
+
+    def _disk_is_free(self) -> bool:
+        with self.disk.open("r+b") as disk:
+            try:
+                fcntl.lockf(disk, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
 
     def reboot(self) -> None:
         """As an administrator does; returns when it is up again."""
