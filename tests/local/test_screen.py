@@ -221,7 +221,7 @@ def test_a_detached_job(
     assert jobs(env)[-1] == (number, "executing", 1)
     top = [sys.executable, "-m", "oq_runtime.commands.workers", "top"]
     shown = subprocess.run(top, env=one.env, capture_output=True, text=True).stdout
-    assert re.search(rf"^ +{number} +\w+ +\d+/\d+ +\d/\d +0", shown, re.MULTILINE), shown
+    assert re.search(rf"^ *{number} +\w+ +\d+/\d+ +\d/\d +0", shown, re.MULTILINE), shown
     three = terminal(100)
     three.type(" ".join(top))
     print(three.until(lambda screen: re.search(rf"^ +{number} +\w+", screen, re.M)))
