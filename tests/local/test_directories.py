@@ -20,14 +20,13 @@ pytestmark = [pytest.mark.timeout(180), pytest.mark.light, pytest.mark.attack]
 SESSIONS = 4
 BODY = f"""
 from oq_runtime.session.client import Session
-from oq_runtime.commands.run import stop_session
 from oq_runtime.config import Config, read
 from oq_runtime.session import launch
 for n in range({SESSIONS}):
     directory = launch.start(Config.from_sections(read()), os.getpid())
     Session._current = Session(directory)
     say(value=go(tasks.grow, [(i, b'x' * 1_000_000, 1_000_000) for i in (1, 2)])['in'])
-    stop_session(directory)
+    launch.stop(directory)
 """
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from oq_runtime.commands.run import stop_session
 from oq_runtime.core.limits import DEFAULTS
 from oq_runtime.files import private
 from oq_runtime.session import launch
@@ -217,7 +216,7 @@ def test_power_cut(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     for directory in kept:
         shutil.rmtree(directory)
     for directory in (living, spelt / newest.name):  # as its processes spell it
-        stop_session(directory)
+        launch.stop(directory)
 
 
 @pytest.mark.light
@@ -252,8 +251,8 @@ def test_one_process_keeps_a_session(env: dict[str, str], tmpdir: Path, stays: s
     another = launched(launching(env))
     assert sessions(tmpdir) == sorted([session, another])
     os.kill(stopped, signal.SIGCONT)
-    stop_session(session)
-    stop_session(another)
+    launch.stop(session)
+    launch.stop(another)
 
 
 # ---- oq abort

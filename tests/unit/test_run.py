@@ -12,9 +12,10 @@ import pytest
 
 from oq_runtime.commands.checks import BadInput, check_priority
 from oq_runtime.commands.lines import exports, surveyed
-from oq_runtime.commands.run import NO_NODE, NO_SHARE, parse_params, stop_session, waits_for
+from oq_runtime.commands.run import NO_NODE, NO_SHARE, parse_params, waits_for
 from oq_runtime.config import Cluster, Config
 from oq_runtime.priority import Priority
+from oq_runtime.session import launch
 from oq_runtime.wire.protocol import Node, NodeState, Status
 
 #: an account and a group of every Linux
@@ -78,7 +79,7 @@ def test_only_the_processes_of_a_session_are_ended(tmp_path: Path) -> None:
     )
     try:
         (directory / "pids").write_text(json.dumps([own.pid, other.pid]))
-        stop_session(directory)
+        launch.stop(directory)
         assert own.wait(timeout=5) == -9 and other.poll() is None
         assert not directory.exists()
     finally:

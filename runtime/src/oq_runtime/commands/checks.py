@@ -19,7 +19,7 @@ from typing import IO, Any
 import click
 
 from oq_runtime.config import Config
-from oq_runtime.engine import messages
+from oq_runtime.engine import jobtable, messages
 from oq_runtime.errors import ConfigError
 from oq_runtime.priority import Priority
 from oq_runtime.text import clean
@@ -171,7 +171,7 @@ def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:
     room(data_directory(sections), "set OQ_DATADIR to another directory")
     dbserver = sections.get("dbserver", {})
     host = os.environ.get("OQ_DATABASE") or dbserver.get("host")
-    if host == "127.0.0.1" and getpass.getuser() != "openquake":  # no DbServer, as in the engine
+    if not jobtable.served(host):
         file = Path(dbserver.get("file", "")).expanduser()
         room(file.parent, "set file in [dbserver] of openquake.cfg to another place")
 

@@ -37,7 +37,7 @@ from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
 from oq_runtime.engine import jobtable
 from oq_runtime.errors import ConfigError, JournalError, OqRuntimeError
-from oq_runtime.files import compiling, journal, private
+from oq_runtime.files import compiling, journal
 from oq_runtime.files.journal import Reader
 from oq_runtime.node import memory
 from oq_runtime.priority import Priority
@@ -473,7 +473,7 @@ class Run:
             self.display.close()
             # broker and agent end with this process; do not wait for that when the caller may
             # import us, and let nothing of the session outlive the command
-            stop_session(directory)
+            launch.stop(directory)
 
     def _engine(self, directory: Path) -> int:
         env = dict(os.environ)
@@ -804,35 +804,6 @@ def end_group(pid: int) -> None:
         # its number stays its own until it is waited for in earnest
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         os.killpg(pid, signal.SIGKILL)
-
-
-def stop_session(directory: Path) -> None:
-    """End the broker and the agent of a session and remove its directory."""
-    ends = [end for pid in launch.pids(directory) if (end := end_of(pid, directory)) is not None]
-    left = selectors.DefaultSelector()
-    for end in ends:
-        left.register(end, selectors.EVENT_READ)
-    for number, limit_s in ((signal.SIGTERM, STOP_SECS), (signal.SIGKILL, 0.0)):
-        for key in left.get_map().values():
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(key.fd, number)
-        deadline_s = time.monotonic() + limit_s
-        while left.get_map() and time.monotonic() < deadline_s:
-            for key, _ in left.select(0.1):
-                left.unregister(key.fd)
-    for end in ends:
-        os.close(end)
-    private.remove(directory)
-
-
-def end_of(pid: int, directory: Path) -> int | None:
-    """Return a descriptor of a process of a session; None where the number is another one's now."""
-    end = processes.pidfd(pid)
-    found = processes.look(pid)
-    if end is not None and not (found and str(directory) in found.command):
-        os.close(end)
-        return None
-    return end
 
 
 if __name__ == "__main__":

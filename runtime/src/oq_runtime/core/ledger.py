@@ -3,7 +3,7 @@
 ``Ledger.take`` is shown the scheduler's events and effects, and makes a row of each attempt that is
 over. Rows are packed, since a job may have a hundred thousand; ROW and FIELDS say how. All times
 are those of the broker's clock, so that no two clocks are compared: a worker tells only for how
-long it has run. Not covered: how rows travel (``wire.protocol``) and are kept (``engine.ledger``).
+long it has run. Not covered: how rows travel (``wire.protocol``) and are kept (``engine.kept``).
 """
 
 from __future__ import annotations

@@ -202,8 +202,6 @@ def authorize(action: int, first: str | None, second: str | None, *_: str | None
         return sqlite3.SQLITE_DENY
     if action in REFUSED_STEPS:
         return sqlite3.SQLITE_DENY
-    if action == sqlite3.SQLITE_ATTACH and first != "":
-        return sqlite3.SQLITE_DENY
     if action == sqlite3.SQLITE_PRAGMA and str(first).lower() in REFUSED_PRAGMAS:
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK

@@ -36,7 +36,7 @@ INSTALLERS = {
     ),
     "openquake.commonlib.readinput": (
         "oq_runtime.engine.archives:install_readinput",
-        ("unzip_rename",),
+        ("unzip_rename", "extract_from_zip"),
     ),
     "openquake.engine.engine": (
         "oq_runtime.engine.queue:install_queue oq_runtime.engine.kept:install_kept",

@@ -205,7 +205,7 @@ class Jobs:
         :raises InputError: where that cannot be
         """
         host = os.environ.get("OQ_DATABASE", self.config.dbserver.host)
-        if host != "127.0.0.1" or jobtable.user_name() == "openquake":  # as the engine
+        if jobtable.served(host):
             place = f"tcp://{host}:{self.config.dbserver.port}"
         else:
             place = os.path.expanduser(self.config.dbserver.file)

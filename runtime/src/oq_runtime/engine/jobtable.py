@@ -233,6 +233,14 @@ def user_name() -> str:
     return getpass.getuser()
 
 
+def served(host: str | None) -> bool:
+    """Whether the job table is asked for through the DbServer of ``host``, or is a file here.
+
+    Source: ``dbcmd`` in ``openquake/commonlib/logs.py`` of engine 3.26.
+    """
+    return host != "127.0.0.1" or user_name() == "openquake"
+
+
 # ---- parents
 
 

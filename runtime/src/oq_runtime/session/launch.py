@@ -1,4 +1,4 @@
-"""Start a session: a broker and a private agent, children of nobody, in a 0700 directory.
+"""Start and end a session: a broker and a private agent, children of nobody, in a 0700 directory.
 
 They are started by a short-lived process of this module and so are adopted by init: the engine
 (3.26 and later) reaps and misreads every child that it has. Both end with the owner process. The
@@ -14,7 +14,9 @@ import fcntl
 import json
 import logging
 import os
+import selectors
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: seconds for the broker to be there
 START_SECS = 20.0
+#: seconds that broker and agent have to end by themselves
+STOP_SECS = 2.5
 #: of the names of session directories
 PREFIX = "oq-run-"
 #: bytes of a socket's path, see unix(7)
@@ -74,6 +78,38 @@ def pids(directory: Path) -> list[int]:
     with contextlib.suppress(OSError, ValueError):
         return list(json.loads((directory / "pids").read_text()))
     return []
+
+
+def stop(directory: Path) -> None:
+    """End the broker and the agent of a session and remove its directory.
+
+    :param directory: spelt as its processes know it
+    """
+    ends = [end for pid in pids(directory) if (end := _end_of(pid, directory)) is not None]
+    left = selectors.DefaultSelector()
+    for end in ends:
+        left.register(end, selectors.EVENT_READ)
+    for number, limit_s in ((signal.SIGTERM, STOP_SECS), (signal.SIGKILL, 0.0)):
+        for key in left.get_map().values():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(key.fd, number)
+        deadline_s = time.monotonic() + limit_s
+        while left.get_map() and time.monotonic() < deadline_s:
+            for key, _ in left.select(0.1):
+                left.unregister(key.fd)
+    for end in ends:
+        os.close(end)
+    private.remove(directory)
+
+
+def _end_of(pid: int, directory: Path) -> int | None:
+    """Return a descriptor of a process of a session; None where the number is another one's now."""
+    end = processes.pidfd(pid)
+    found = processes.look(pid)
+    if end is not None and not (found and str(directory) in found.command):
+        os.close(end)
+        return None
+    return end
 
 
 def lock(directory: Path) -> int:

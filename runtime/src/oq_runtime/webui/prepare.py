@@ -42,7 +42,7 @@ def init(name: str) -> str:
                 path.chmod(0o600)
         make_key(Site.read().key or database.with_name(KEY_NAME))
     except sqlite3.Error as exc:
-        raise ConfigError(f"the job database {database}: {exc}; repair or move it away") from None
+        raise ConfigError(f"the job database {database}: {exc}; {jobtable.remedy(exc)}") from None
     except OSError as exc:
         raise ConfigError(f"{exc.filename}: {exc.strerror}") from None
     import django
