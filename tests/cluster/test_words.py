@@ -64,6 +64,7 @@ def test_node_that_lies_about_itself(no_agents: Cluster, attacks: Attacks) -> No
     assert rows == ["host", *known], "one row per node of the configuration"
     words = json.dumps(status(no_agents)["node1"], ensure_ascii=False)
     check(words, attacks, row='"host"')
+    check(screen(no_agents, "workers", "jobs"), attacks, row="low")
 
 
 @pytest.mark.settings(**SHORT_BEATS)

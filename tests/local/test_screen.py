@@ -224,7 +224,7 @@ def test_a_detached_job(
     assert re.search(rf"^ *{number} +\w+ +\d+/\d+ +\d/\d +0", shown, re.MULTILINE), shown
     three = terminal(100)
     three.type(" ".join(top))
-    print(three.until(lambda screen: re.search(rf"^ +{number} +\w+", screen, re.M)))
+    print(three.until(lambda screen: re.search(rf"^ *{number} +\w+", screen, re.M)))
     oq = Path(sys.executable).with_name("oq")
     subprocess.run([oq, "abort", str(number)], env=one.env, check=True, capture_output=True)
     ended = two.until(ENDED.search)
