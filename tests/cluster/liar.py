@@ -84,7 +84,8 @@ def main() -> None:
 def status() -> bytes:
     """What it says that it does: a state that there is not would be refused, so that is right."""
     lease = protocol.LeaseStatus(
-        name="oq-run-1", user=WORDS[:9999], title=WORDS[:9999], priority=Priority.LOW, age_s=1.0, slots=1, busy=0
+        name="oq-run-1", user=WORDS[:9999], title=WORDS[:9999],  # the message has a limit
+        priority=Priority.LOW, age_s=1.0, slots=1, busy=0,
     )  # fmt: skip
     said = protocol.AgentStatus(
         host=WORDS, pid=1, slots=1, busy=0, jobs=[WORDS], leases=[lease], memory=0.5, engine=WORDS,
