@@ -1,9 +1,9 @@
 """A spare machine: this one's files under an overlay, for roles to change as root.
 
 What is changed there is gone with it: namespaces of its own for mounts, processes, network and
-names, and as root directory a copy-on-write view of this machine's. With ``services`` systemd runs
-in it, with no units but those that a test or a role makes. Needs root and overlayfs, and systemd
-needs the second version of cgroups.
+names, and as root directory a copy-on-write view of this machine's, with the packages that the
+roles install. With ``services`` systemd runs in it, with no units but those that a test or a role
+makes. Needs root and overlayfs, and systemd needs the second version of cgroups.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ import pytest
 import yaml
 
 from tests.leftovers import wait_for
+from tests.provisioning.packages import files_of_the_roles
 from tests.provisioning.roles import ROOT
 
 UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--uts", "--ipc")
 #: $1: an empty directory, $2: its cgroup for systemd or nothing, $3: an address or nothing,
-#: $4...: directories that are seen as they are
+#: $4: files that it has besides, $5...: directories that are seen as they are
 MAKE = """
 set -e
-spare=$1 cgroup=$2 address=$3
-shift 3
+spare=$1 cgroup=$2 address=$3 files=$4
+shift 4
 mount -t tmpfs spare "$spare"
-mkdir "$spare/changed" "$spare/work" "$spare/root"
+mkdir "$spare/work" "$spare/root"
+cp -a "$files" "$spare/changed"
 root=$spare/root
 mount -t overlay -o "lowerdir=/,upperdir=$spare/changed,workdir=$spare/work" spare "$root"
 mount -t proc proc "$root/proc"
@@ -98,9 +100,10 @@ class Machine:
             pytest.skip("a spare machine needs root")
         self.folder = folder
         self.cgroup = f"spare-{os.getpid()}-{folder.name}" if services else ""
+        files = files_of_the_roles()
         seen = sorted({str(ROOT), sys.prefix, sys.base_prefix, str(Path(sys.prefix).resolve())})
         self.holder = subprocess.Popen(
-            [*UNSHARE, "sh", "-c", MAKE, "spare", str(folder), self.cgroup, address, *seen],
+            [*UNSHARE, "sh", "-c", MAKE, "spare", folder, self.cgroup, address, files, *seen],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.provisioning.machine import Machine, role
-from tests.provisioning.roles import ROOT
+from tests.provisioning.packages import download
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,21 +20,6 @@ def of(count: int) -> dict[str, Any]:
     workers = [f"198.51.100.{number}" for number in range(1, count + 1)]
     addresses = {"m1": "192.0.2.1"} | {f"w{address}": address for address in workers}
     return {"openquake_worker_addresses": workers, "openquake_addresses": addresses}
-
-
-def packages(name: str) -> Path:
-    """Return a directory with a package of the distribution, and what it depends on."""
-    folder = ROOT / "build" / "packages" / name
-    if not folder.exists():
-        half = folder.with_suffix(".half")
-        shutil.rmtree(half, ignore_errors=True)
-        (half / "partial").mkdir(parents=True)
-        command = ["apt-get", "-qq", "install", "--download-only", "--no-install-recommends", "-y"]
-        done = subprocess.run([*command, f"-oDir::Cache::archives={half}", name])
-        if done.returncode:
-            pytest.skip(f"apt-get cannot download {name}")
-        half.rename(folder)
-    return folder
 
 
 @pytest.fixture
@@ -50,7 +33,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 
 def install(machine: Machine, name: str) -> None:
-    machine.sh(f"DEBIAN_FRONTEND=noninteractive dpkg --install {packages(name)}/*.deb")
+    machine.sh(f"DEBIAN_FRONTEND=noninteractive dpkg --install {download(name)}/*.deb")
 
 
 def play(machine: Machine, workers: int, part: str = "main") -> str:
