@@ -113,7 +113,7 @@ def calculating(env: dict[str, str], tmpdir: Path) -> Iterator[Calculating]:
 # ---- a process of the session ends
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGQUIT"])
 def test_signal(env: dict[str, str], calculating: Calculating, name: str) -> None:
     phase = f"{name} to oq-run"
     calculating.process.send_signal(signal.Signals[name])

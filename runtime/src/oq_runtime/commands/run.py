@@ -47,6 +47,8 @@ from oq_runtime.wire.protocol import NodeState, Status
 
 EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
 STATES = {0: jobtable.Status.COMPLETE, EXIT_INTERRUPTED: jobtable.Status.ABORTED}
+#: what ends a job: Ctrl-C, Ctrl-\, a terminal that is closed, a system that stops
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 #: seconds that an interrupted engine process has to end by itself
 STOP_SECS = 2.5
 #: seconds after which a node that is missing, or a wait, is worth a line
@@ -452,7 +454,7 @@ class Run:
 
     def execute(self) -> int:
         """Run the jobs and return the exit code."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ENDINGS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or by a script
                 signal.signal(number, self._interrupt)
         if self.display.framed and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
@@ -760,7 +762,7 @@ class Run:
             return
         seconds = round(time.monotonic() - self.began_s, 1)
         state = STATES.get(code, jobtable.Status.FAILED)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it goes on by itself
+        for number in ENDINGS:  # it goes on by itself
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         facts = {"state": state, "error": self.error, "seconds": seconds}
