@@ -319,6 +319,20 @@ def test_abort_of_a_stopped_process(
         assert processes.look(pid).command == ""  # type: ignore[union-attr]
 
 
+def test_abort_of_one_job_of_several_of_a_process(database: Database, table: JobTable) -> None:
+    with titled("oq-job-1") as pid:
+        first = database.job(pid=pid)
+        second, third = (database.job("submitted", pid=pid) for _ in range(2))
+        said = abort.end(table, third)
+        assert said == f"Job {third} aborted before its turn; job {first} goes on"
+        assert [database.status(n) for n in (first, third)] == ["executing", "aborted"]
+        assert processes.look(pid).command  # type: ignore[union-attr]
+        database.call("finish", first, "complete")
+        database.call("update_job", second, {"status": "executing"})
+        assert abort.end(table, second) == f"Job {second} aborted"  # the title is the first one's
+        assert processes.look(pid).command == ""  # type: ignore[union-attr]
+
+
 def test_abort_without_a_process(database: Database, table: JobTable) -> None:
     with program("sleep", "99") as pid:
         number = database.job(pid=pid)

@@ -609,11 +609,18 @@ def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
     export = ["--exports", "csv", "--export-dir", tmp_path / "out"]
     started_s = time.monotonic()
     fault = {"OQ_RUNTIME_FAULT": "before_end:0:1"}  # the first task of the hazard
-    code, out, err = run(env | fault, corpus(HAZARD), corpus(RISK), "--json", *export)
+    # and a third one that is aborted before its turn
+    process = start(env | fault, *map(corpus, [HAZARD, RISK, RISK]), "--json", *export)
+    assert process.stderr is not None
+    assert any(" running " in line for line in process.stderr), "there is no job"
+    with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
+        db.execute("UPDATE job SET status='aborted' WHERE id=?", (jobs(env)[-1][0],))
+    out, err = process.communicate(timeout=200)
     took_s = time.monotonic() - started_s
-    assert code == 0, (out, err)
-    hazard, risk = json.loads(out)["jobs"]
-    assert (hazard["state"], risk["state"]) == ("complete", "complete")
+    assert process.returncode == 130, (out, err)
+    hazard, risk, third = json.loads(out)["jobs"]
+    assert [job["state"] for job in (hazard, risk)] == ["complete", "complete"]
+    assert third["state"] == state(env, third["job"])[0] == "aborted"
     assert parent(env, risk["job"]) == hazard["job"]
     assert (hazard["retries"], risk["retries"]) == (1, 0), "each job has its own"
     assert hazard["seconds"] + risk["seconds"] < took_s - IMPORT_S

@@ -13,7 +13,7 @@ import signal
 from typing import Any
 
 from oq_runtime import processes
-from oq_runtime.engine.jobtable import UNFINISHED, JobTable, Status, lives
+from oq_runtime.engine.jobtable import UNFINISHED, Job, JobTable, Status, lives
 from oq_runtime.text import clean
 
 #: seconds that an engine process has to end after an interrupt
@@ -51,6 +51,10 @@ def end(table: JobTable, number: int) -> str:
         table.finish(job.id, Status.FAILED)
         return f"Unable to find a process for job {job.id}, setting it as failed"
     try:
+        signal.pidfd_send_signal(descriptor, 0)  # is it ours?
+        if job.status == Status.SUBMITTED and (before := ahead(table, job)):
+            table.finish(job.id, Status.ABORTED)
+            return f"Job {job.id} aborted before its turn; job {before} goes on"
         signal.pidfd_send_signal(descriptor, signal.SIGINT)
         table.call("set_status", job.id, Status.ABORTED.value)
         end = select.poll()
@@ -66,3 +70,9 @@ def end(table: JobTable, number: int) -> str:
         os.close(descriptor)
     table.finish(job.id, Status.ABORTED)  # the engine writes "failed" on its way out
     return f"Job {job.id} aborted"
+
+
+def ahead(table: JobTable, job: Job) -> int | None:
+    """Return the job of the same ``oq-run`` that has its turn before another one's, if any."""
+    found = [one.id for one in table.unfinished() if one.pid == job.pid and one.id < job.id]
+    return min(found, default=None)

@@ -130,11 +130,16 @@ class Jobs:
                 resume.check(self.before, self.facts[0] | parent)
             self.create(params, self.place)
             hazard = self.rest[0]
+            code = COMPLETE
             for job in list(self.rest):
+                if job is not hazard and self.is_aborted(job.calc_id):
+                    code = INTERRUPTED
+                    self.rest.remove(job)
+                    continue
                 if job is not hazard and self.parent is None:
                     job.params["hazard_calculation_id"] = hazard.calc_id
                 self.run_one(job)
-            return COMPLETE
+            return code
         except KeyboardInterrupt:
             self.finish(Status.ABORTED)
             return INTERRUPTED
@@ -166,6 +171,11 @@ class Jobs:
             found = self.table.job(job.calc_id)
             if found is not None and found.status not in jobtable.COMPLETE:
                 self.table.finish(job.calc_id, status)
+
+    def is_aborted(self, number: int) -> bool:
+        """Whether somebody has aborted a job while it waited for its turn."""
+        found = self.table.job(number)
+        return found is not None and found.status == Status.ABORTED
 
     def failed(self, exc: BaseException) -> int:
         """Report an error in the words of the user; return the exit code."""
