@@ -335,6 +335,16 @@ def test_an_upload_that_is_too_large_gets_a_sentence(site: Sites) -> None:
     assert (answer.status_code, answer.json()) == (413, {"error": sentence})
 
 
+def test_a_large_upload_is_kept_of_an_account_alone(site: Sites) -> None:
+    alice = f"sessionid={site.login_as('alice').cookies['sessionid']}"
+    ask = "import django, sys; django.setup(); from oq_runtime.webui.__main__ import has_logged_in"
+    ask += "; print([has_logged_in(cookies) for cookies in sys.argv[1:]])"
+    said = site.python("-c", ask, alice, f"{alice}x", "sessionid=", "", "junk")
+    assert said.splitlines()[-1] == "[True, False, False, False, False]"
+    answer = requests.post(f"{site.url}/v1/calc/run", bytes(3 << 19))
+    assert (answer.status_code, answer.json()) == (403, {"error": "log in first"})
+
+
 def test_activity_is_shown_to_whom_the_calculations_are(site: Sites) -> None:
     line = "classical  34% [9 submitted, 0 queued]"
     job = site.job_of("alice", "executing", running=True, description="<b>of alice</b>", line=line)

@@ -16,6 +16,7 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from oq_runtime.descriptors import raise_limit
 from oq_runtime.errors import ConfigError
 from oq_runtime.webui.site import Site
 
@@ -50,8 +51,9 @@ def application() -> Any:
 
 def serve(listen: str, threads: int) -> None:
     """Serve the site; raises ConfigError where it cannot be."""
-    import waitress
+    from oq_runtime.webui import server
 
+    raise_limit()
     site = Site.read()
     if not _is_loopback(listen) and site.only_here:
         raise ConfigError(
@@ -63,20 +65,34 @@ def serve(listen: str, threads: int) -> None:
     }
     app = application()
     try:
-        server = waitress.create_server(
-            app,
+        bounds = server.Bounds(
             listen=listen,
             threads=threads,
+            has_logged_in=has_logged_in,
             max_request_body_size=CUT * site.upload_bytes,
-            ident=None,
-            clear_untrusted_proxy_headers=True,
             **(behind_proxy if site.proxy else {}),
         )
+        serving = server.make(app, bounds)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"--listen {listen}: {exc}; give another address:port") from None
     address = f"{site.origin}{site.prefix}" if site.url else f"http://{listen}"
     print(f"oq-webui: {address}/engine/", flush=True)
-    server.run()
+    serving.run()
+
+
+def has_logged_in(cookies: str) -> bool:
+    """Whether a request with these cookies is of an account, as far as its session says."""
+    from django.conf import settings
+    from django.contrib.auth import SESSION_KEY
+    from django.db import Error
+    from django.http import parse_cookie
+
+    sessions = import_module(settings.SESSION_ENGINE)
+    try:
+        key = parse_cookie(cookies).get(settings.SESSION_COOKIE_NAME)
+        return SESSION_KEY in sessions.SessionStore(key)
+    except Error:  # the database is locked; the view will find out by itself
+        return False
 
 
 def _is_loopback(listen: str) -> bool:
