@@ -26,6 +26,8 @@ AGAIN_SECS = 0.1
 PINGS = 5
 #: seconds for the bandwidth; bytes of a message then, and how many are under way
 LOAD_SECS, PIECE_BYTES, PIECES = 1.0, 256 * 1024, 16
+#: messages that are read before the time is looked at: a host may send without an end
+AT_ONCE = 500
 Action = Literal["status", "start", "stop", "kill"]
 SILENT = f"no answer in {ANSWER_SECS:g} s; is its openquake-worker service running?"
 
@@ -93,6 +95,9 @@ class Lines:
     def send(self, host: str, message: protocol.Message, *frames: Any) -> None:
         transport.send_to(self.calls.socket, self.names[host], message, *frames)
 
+    def send_tracked(self, host: str, message: protocol.Message, payload: bytes) -> Any:
+        return transport.send_tracked(self.calls.socket, self.names[host], message, payload)
+
     def hear(self) -> list[tuple[str, Any]]:
         """Wait for AGAIN_SECS; return per host a message, or Unreachable if none will come."""
         self.poller.poll(round(AGAIN_SECS * 1000))
@@ -107,7 +112,9 @@ class Lines:
             elif event.change is Change.CLOSED:
                 self.closed.add(host)
         hosts = {name: host for host, name in self.names.items()}
-        while frames := transport.receive(self.calls.socket):
+        for _ in range(AT_ONCE):
+            if not (frames := transport.receive(self.calls.socket)):
+                break
             try:
                 message = protocol.decode(frames[1])
             except ProtocolError as exc:
@@ -250,13 +257,15 @@ def _ping(line: Lines, host: str, payload: bytes = b"", want: int | None = None)
 def _load(line: Lines, host: str) -> float:
     """Return the bytes per second that come back while PIECES messages are under way."""
     began_s = time.monotonic()
-    for _ in range(PIECES):
-        line.send(host, protocol.Ping(), bytes(PIECE_BYTES))
-    nbytes = 0
-    while returned := _returned(line, began_s + LOAD_SECS):
-        for _ in range(returned):
-            line.send(host, protocol.Ping(), bytes(PIECE_BYTES))
-        nbytes += returned * PIECE_BYTES
+    nbytes, returned = 0, PIECES
+    waiting: list[zmq.MessageTracker] = []  # to be sent; a host may return more than it was sent
+    while returned:
+        waiting = [one for one in waiting if not one.done]
+        for _ in range(min(returned, PIECES - len(waiting))):
+            if sent := line.send_tracked(host, protocol.Ping(), bytes(PIECE_BYTES)):
+                waiting.append(sent)
+        if returned := _returned(line, began_s + LOAD_SECS):
+            nbytes += returned * PIECE_BYTES
     return nbytes / (time.monotonic() - began_s)
 
 

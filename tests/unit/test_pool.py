@@ -1,0 +1,74 @@
+"""What an administrator's commands make of an agent that never stops sending."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import zmq
+
+from oq_runtime.cluster.pool import ANSWER_SECS, Pool
+from oq_runtime.config import Cluster
+from oq_runtime.wire import protocol, security, transport
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.attack]
+
+HOST, SECRET = "127.0.0.1", "a secret of this test"
+#: takes much longer to read than to send
+STATUS = protocol.AgentStatus(
+    host="h", pid=1, slots=1, busy=0, jobs=["j"] * 1000, memory=0.5, engine="e",
+    state=protocol.AgentState.UP,
+)  # fmt: skip
+
+
+@contextmanager
+def flooding(*messages: protocol.Message) -> Iterator[Pool]:
+    """A cluster of one agent that says this again and again to whoever has called it."""
+    keys = security.Keys.derive(SECRET.encode())
+    context: zmq.Context[Any] = zmq.Context()
+    gate = security.Gate(context, keys)
+    secure = functools.partial(security.secure_server, keys=keys)
+    control = transport.router(context, f"tcp://{HOST}:*", secure=secure)
+    port = int(control.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+    frames = [protocol.encode(message) for message in messages]
+    over = threading.Event()
+
+    def flood() -> None:
+        peers: set[bytes] = set()
+        while not over.is_set():
+            if control.poll(0 if peers else 100):
+                peers.add(control.recv_multipart()[0])
+            for peer in list(peers):
+                try:
+                    for frame in frames:
+                        control.send_multipart([peer, frame], zmq.DONTWAIT)
+                except zmq.Again:
+                    pass
+                except zmq.ZMQError:  # that call is over
+                    peers.remove(peer)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        yield Pool(Cluster({HOST: 1}, port, HOST, HOST, range(1, 2), "", SECRET))
+    finally:
+        over.set()
+        thread.join()
+        gate.stop()
+        context.destroy(linger=0)
+
+
+def test_questions_end_in_time() -> None:
+    with flooding(protocol.Refused(reason="r"), STATUS) as pool:
+        began_s = time.monotonic()
+        assert isinstance(pool.ask("status")[HOST], protocol.AgentStatus)
+        assert time.monotonic() - began_s < 2 * ANSWER_SECS
+    with flooding(protocol.Ping(), STATUS) as pool:
+        began_s = time.monotonic()
+        assert pool.measure(HOST).bytes_per_s
+        assert time.monotonic() - began_s < 3 * ANSWER_SECS
