@@ -24,7 +24,17 @@ import zmq
 from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ConfigError
 from oq_runtime.files import private
-from oq_runtime.node.agent import DATA_HWM, PING_BYTES, Agent
+from oq_runtime.node.agent import (
+    CALLS_BYTES,
+    COMING,
+    DATA_HWM,
+    EACH_SLOT,
+    MORE,
+    MOST_COMING,
+    MOST_JOBS,
+    PING_BYTES,
+    Agent,
+)
 from oq_runtime.node.memory import Resident
 from oq_runtime.priority import Priority
 from oq_runtime.wire import payload, protocol, security, transport
@@ -50,11 +60,12 @@ class Peer:
         self.link = transport.Link(socket, job, 0)
         self.come: deque[tuple[Any, list[bytes]]] = deque()
 
-    def read(self) -> None:
+    def read(self) -> deque[tuple[Any, list[bytes]]]:
         while frames := transport.receive(self.socket):
             if self.socket.type == zmq.ROUTER:
                 self.link.peer, *frames = frames
             self.come.append((protocol.decode(frames[0]), frames[1:]))
+        return self.come
 
 
 class Stage:
@@ -412,7 +423,80 @@ def test_a_size_is_only_a_word_until_bytes_come(away: Stage) -> None:
     assert (before - os.statvfs(away.disk).f_bavail) * block < 1 << 30
 
 
+def test_big_arguments_come_a_few_at_a_time(away: Stage) -> None:
+    blobs = [blob(bytes([n]) * 200_000) for n in range(2 * COMING)]
+    for task, (found, _) in enumerate(blobs):
+        away.give(task, "grow", task, found, 10)
+    job = away.agent.jobs[JOB]
+    for number, (found, body) in enumerate(blobs):
+        assert away.expect(protocol.Fetch).digest == found.digest, "in their order"
+        if number == COMING - 1:
+            away.ping()
+            assert len(job.incoming) == COMING
+            assert not any(isinstance(told, protocol.Fetch) for told, _ in away.data.come)
+            for ready, its_body in blobs[:COMING]:
+                away.answer(ready.digest, its_body)
+        elif number >= COMING:
+            away.answer(found.digest, body)
+    assert {away.ended(task)[0]["in"] for task in range(len(blobs))}
+
+
 # ---- what makes no sense
+
+
+def test_a_task_with_thousands_of_big_arguments_takes_few_files(away: Stage) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    blobs = [protocol.Blob(b"%032d" % n, 1 << 20, b"c" * 16) for n in range(MOST_COMING - 1)]
+    away.send(protocol.Task(task=1, attempt=1, func="f", call=b"c", blobs=blobs))
+    away.expect(protocol.Fetch)
+    away.ping()
+    assert len(os.listdir("/proc/self/fd")) < before + 2 * COMING
+    away.send(protocol.Abort(task=1, attempt=1))
+    away.ping()
+    assert not away.agent.store.files and not away.agent.jobs[JOB].unasked
+    away.send(
+        protocol.Task(task=2, attempt=1, func="f", call=b"c", blobs=[*blobs, *blob()[:1]] * 2)
+    )
+    assert "more tasks than can wait" in away.expect(protocol.NoLease).reason
+
+
+def test_more_tasks_than_can_wait_end_the_lease(here: Stage) -> None:
+    def said(lost: protocol.NoLease) -> str:  # those after it are told that there is none
+        return lost.reason
+
+    for task in range(EACH_SLOT + MORE + 2):
+        here.send(protocol.Task(task=task, attempt=1, func="f", call=b"c"))
+    assert "more tasks than can wait" in here.expect(protocol.NoLease, said, beat=False).reason
+    assert wait_for(lambda: not here.agent.attempts.attempts)
+    here.lease()
+    call = bytes(protocol.CALL_BYTES)
+    for task in range(CALLS_BYTES // len(call) + 2):
+        here.send(protocol.Task(task=task, attempt=1, func="f", call=call))
+    assert "more tasks than can wait" in here.expect(protocol.NoLease, said, beat=False).reason
+
+
+def test_a_job_is_of_the_connection_that_has_called(here: Stage) -> None:
+    other = Peer(transport.dealer(here.context, here.url))
+    sent = here.control.link.sent
+    for seq in (sent, 0):
+        forged = protocol.Release(job=JOB, epoch=here.control.link.epoch, seq=seq)
+        transport.send(other.socket, forged)
+    assert wait_for(lambda: len(other.read()) == 2)
+    assert all(isinstance(told, protocol.NoLease) for told, _ in other.come)
+    here.give(1, "square", 3)
+    assert here.ended(1) == [{"sum": 9}]
+
+
+def test_a_crowd_of_jobs_is_refused(here: Stage) -> None:
+    other = Peer(transport.dealer(here.context, here.url))
+    for number in range(MOST_JOBS):
+        hello = protocol.Hello(job=f"j{number}", pid=1, role="broker", facts=FACTS)
+        transport.send(other.socket, hello)
+    assert wait_for(lambda: len(other.read()) == MOST_JOBS)
+    last, _ = other.come[-1]
+    assert isinstance(last, protocol.Refused) and "200 other jobs" in last.reason
+    here.give(1, "square", 3)
+    assert here.ended(1) == [{"sum": 9}]
 
 
 def test_messages_out_of_place_are_refused_and_the_job_goes_on(here: Stage) -> None:

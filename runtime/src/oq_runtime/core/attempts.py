@@ -12,6 +12,7 @@ Not covered: which worker runs an attempt, and when (``slots``); files and bytes
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -43,6 +44,7 @@ class State(Enum):
     DROPPED = "nobody wants it any more"
 
 
+WAITING = (State.FETCHING, State.PENDING)
 FINAL = (State.ENDED, State.FAILED, State.DROPPED)
 
 # {state: {transition: next state}}
@@ -291,8 +293,10 @@ class Attempts:
     def __init__(self, limits: Limits = DEFAULTS) -> None:
         self.limits = limits
         self.attempts: dict[Key, Attempt] = {}
-        self.blobs: dict[BlobKey, Blob] = {}  # the least recently used first
+        self.blobs: dict[BlobKey, Blob] = {}
+        self.idle: dict[BlobKey, None] = {}  # that are here, and need not: the longest idle first
         self.fetches: dict[str, Fetches] = {}  # of jobs that wait for some
+        self.waiting: Counter[str] = Counter()  # attempts of each job that no worker has had
         # attempts that run, of which the broker has not been told that; the oldest first
         self.untold: dict[Key, float] = {}
 
@@ -302,6 +306,10 @@ class Attempts:
         for since_s in self.untold.values():
             return since_s + STARTED_SECS
         return math.inf
+
+    def coming(self, job: str) -> int:
+        """Return how many big arguments of a job are yet to come."""
+        return len(self.fetches[job].asked) if job in self.fetches else 0
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, monotonic); return what is to be done.
@@ -361,6 +369,7 @@ class Attempts:
         to = TRANSITIONS[attempt.state].get(transition)
         if to is None:
             raise TransitionError(f"{transition!r} of {attempt}, which is {attempt.state.name}")
+        self.waiting[attempt.job] += (to in WAITING) - (attempt.state in WAITING)
         attempt.state = to
 
     def _end(self, attempt: Attempt, transition: str, effects: list[Effect]) -> None:
@@ -372,7 +381,9 @@ class Attempts:
         for digest in attempt.blobs:
             blob = self.blobs[attempt.job, digest]
             del blob.users[key]
-            if not blob.here and not blob.users:
+            if blob.here and not blob.users:
+                self.idle[attempt.job, digest] = None
+            elif not blob.users:
                 del self.blobs[attempt.job, digest]
                 self._asked_no_more(attempt.job, digest)
                 effects.append(DropBlob(attempt.job, digest))
@@ -388,15 +399,16 @@ class Attempts:
         digests = frozenset(digest for digest, _ in given.blobs)
         attempt = Attempt(*key, given.alone, given.firm, digests)
         self.attempts[key] = attempt
+        self.waiting[job] += 1
         free_bytes = given.free_bytes
         for digest, nbytes in given.blobs:
-            blob = self.blobs.pop((job, digest), None)
+            self.idle.pop((job, digest), None)
+            blob = self.blobs.get((job, digest))
             if blob is None:
                 free_bytes = self._make_room(nbytes, free_bytes, effects)
-                blob = Blob(nbytes)
+                blob = self.blobs[job, digest] = Blob(nbytes)
                 self.fetches.setdefault(job, Fetches(now)).asked[digest] = None
                 effects.append(Fetch(job, digest, nbytes))
-            self.blobs[job, digest] = blob  # now the most recently used
             blob.users[key] = None
             if not blob.here:
                 attempt.missing.add(digest)
@@ -409,13 +421,11 @@ class Attempts:
 
     def _make_room(self, nbytes: int, free_bytes: int, effects: list[Effect]) -> int:
         """Drop blobs that nobody needs until there is room; return what is left for others."""
-        for (job, digest), blob in list(self.blobs.items()):
-            if free_bytes >= nbytes:
-                break
-            if blob.here and not blob.users:
-                del self.blobs[job, digest]
-                effects.append(DropBlob(job, digest))
-                free_bytes += blob.nbytes
+        while free_bytes < nbytes and self.idle:
+            job, digest = name = next(iter(self.idle))
+            del self.idle[name]
+            free_bytes += self.blobs.pop(name).nbytes
+            effects.append(DropBlob(job, digest))
         return free_bytes - nbytes if free_bytes >= nbytes else free_bytes
 
     def _come(self, job: str, digest: bytes, effects: list[Effect]) -> None:
@@ -484,7 +494,9 @@ class Attempts:
             self.untold.pop(key, None)
         for name in [name for name in self.blobs if name[0] == job]:
             del self.blobs[name]
+            self.idle.pop(name, None)
         self.fetches.pop(job, None)
+        del self.waiting[job]
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
@@ -498,9 +510,12 @@ class Attempts:
         for (job, digest), blob in self.blobs.items():
             assert all(digest in self.attempts[key].blobs and key[0] == job for key in blob.users)
             assert blob.here or (blob.users and blob.asks <= MOST_ASKS), blob
+        idle = {name for name, blob in self.blobs.items() if blob.here and not blob.users}
+        assert self.idle.keys() == idle
         asked = {(job, digest) for job, fetches in self.fetches.items() for digest in fetches.asked}
         assert asked == {name for name, blob in self.blobs.items() if not blob.here}
         assert all(fetches.asked for fetches in self.fetches.values())
+        assert +self.waiting == Counter(a.job for a in self.attempts.values() if a.state in WAITING)
         for key in self.untold:
             assert self.attempts[key].state is State.RUNNING, key
         assert list(self.untold.values()) == sorted(self.untold.values())

@@ -60,6 +60,11 @@ SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
 DATA_HWM = 16
 #: messages that are read from the brokers, and chunks from one, before others have their turn
 AT_ONCE, DATA_AT_ONCE = 500, 64
+#: big arguments of a job that come at a time: each has a file open, and room for it on the disk
+COMING = 16
+#: jobs that are known at a time; what each may have waiting for a worker: attempts, so many for
+#: each slot and some more (a broker sends 8), bytes of their calls, and big arguments yet to come
+MOST_JOBS, EACH_SLOT, MORE, CALLS_BYTES, MOST_COMING = 200, 32, 1000, 256 << 20, 10_000
 #: bytes of pings that are on their way back at a time, for all peers together
 PING_BYTES = 32 << 20
 #: last bytes of a dead worker's stderr in which the reason is looked for
@@ -145,9 +150,11 @@ class JobIO:
         self.heard_s = 0.0  # when something came over it, or it was opened
         self.local = False  # the broker is on this host and takes files as they are
         self.given: dict[Key, protocol.Task] = {}  # of the attempts that are not forgotten
+        self.given_bytes = 0  # of the calls of those that wait for a worker
+        self.checks: dict[bytes, bytes] = {}  # of blobs that are here or to come, by their digests
         self.incoming: dict[bytes, Reception] = {}
         self.moved = False  # bytes have come for one of these since the last look
-        self.unasked: deque[bytes] = deque()  # digests of blobs that are still to be asked for
+        self.unasked: dict[bytes, int] = {}  # blobs that are still to be asked for, and their bytes
         self.uploads: deque[Upload] = deque()
 
     @property
@@ -157,6 +164,30 @@ class JobIO:
     def about(self, name: str) -> str:
         """Say which job this is, and whose."""
         return f"{self.title or name}{self.whose}"
+
+    def take(self, key: Key, given: protocol.Task) -> None:
+        """Note an attempt."""
+        if key not in self.given:
+            self.given[key] = given
+            self.given_bytes += len(given.call)
+
+    def started(self, key: Key) -> None:
+        """Let go of the call of an attempt, which its worker has."""
+        given = self.given[key]
+        self.given_bytes -= len(given.call)
+        self.given[key] = msgspec.structs.replace(given, call=b"", blobs=[])
+
+    def forget(self, key: Key) -> None:
+        """Let go of an attempt."""
+        if given := self.given.pop(key, None):
+            self.given_bytes -= len(given.call)
+
+    def forget_blob(self, digest: bytes) -> None:
+        """Let go of what is known of a blob that nobody wants any more."""
+        self.checks.pop(digest, None)
+        self.unasked.pop(digest, None)
+        if reception := self.incoming.pop(digest, None):
+            reception.close()
 
     def close(self) -> None:
         for reception in self.incoming.values():
@@ -406,11 +437,11 @@ class Agent:
             self._greet(peer, message)
             return
         job = self.jobs.get(name)
-        if job is None or job.control.epoch != message.epoch:
+        # each call of a broker has a connection of its own
+        if job is None or job.control.epoch != message.epoch or job.control.peer != peer:
             unknown = protocol.NoLease(job=name, epoch=message.epoch)
             transport.send_to(self.control, peer, unknown)
             return
-        job.control.peer = peer
         if not job.control.accepts(message):
             self._forget(name, "messages were lost on the way")
             return
@@ -427,7 +458,7 @@ class Agent:
                 secure = functools.partial(security.secure_client, keys=keys) if keys else None
                 job.local = keys is None
                 try:
-                    if url.startswith("ipc:") is not job.local:
+                    if not url.startswith("ipc:" if job.local else "tcp:"):
                         raise ProtocolError("not encrypted")
                     data = transport.dealer(
                         self.context, url, send_hwm=DATA_HWM, receive_hwm=DATA_HWM, secure=secure
@@ -534,6 +565,11 @@ class Agent:
             log.warning(f"refused {who}: {different}", extra=about(f"{who}: {different}"))
             link.send(protocol.Refused(reason=different))
             return
+        if len(self.jobs) >= MOST_JOBS:
+            reason = f"it has {MOST_JOBS} other jobs, which is the most"
+            log.warning(f"refused {hello.job} of {hello.user}: {reason}", extra=about("jobs"))
+            link.send(protocol.Refused(reason=reason))
+            return
         self.jobs[hello.job] = JobIO(link, hello.user)
         slots = 0 if self.slots.draining else self.slots.slots
         link.send(
@@ -557,12 +593,21 @@ class Agent:
 
     def _take(self, name: str, job: JobIO, given: protocol.Task) -> None:
         """Take a task; the blobs that a broker on this host has in files stay there."""
-        blobs = tuple((b.digest, b.nbytes) for b in given.blobs if not (job.local and b.path))
+        blobs = [blob for blob in given.blobs if not (job.local and blob.path)]
+        if (
+            self.attempts.waiting[name] >= EACH_SLOT * self.slots.configured + MORE
+            or job.given_bytes + len(given.call) > CALLS_BYTES
+            or self.attempts.coming(name) + len(blobs) > MOST_COMING
+        ):
+            self._give_back(name, "its broker sends more tasks than can wait here")
+            return
         key = given.task, given.attempt
+        job.take(key, given)
+        for blob in blobs:
+            job.checks.setdefault(blob.digest, blob.check)
+        sizes = tuple((blob.digest, blob.nbytes) for blob in blobs)
         free_bytes = self.store.free_bytes
-        event = attempts.Given(name, *key, blobs, given.alone, free_bytes, given.firm)
-        job.given.setdefault(key, given)
-        self._handle(event)
+        self._handle(attempts.Given(name, *key, sizes, given.alone, free_bytes, given.firm))
 
     # ---- data in
 
@@ -593,7 +638,7 @@ class Agent:
             self._complete(name, job, message.digest, reception)
 
     def _complete(self, name: str, job: JobIO, digest: bytes, reception: Reception) -> None:
-        if reception.hash.digest() != _blob(job, digest).check:
+        if reception.hash.digest() != job.checks[digest]:
             self._give_back(name, "a big argument was damaged on the way")
             return
         job.incoming.pop(digest).close()
@@ -739,8 +784,8 @@ class Agent:
                 self._fetch(job, digest, nbytes)
             case attempts.DropBlob(job, digest):
                 self.store.remove(_blob_name(job, digest))
-                if (found := self.jobs.get(job)) and (coming := found.incoming.pop(digest, None)):
-                    coming.close()
+                if found := self.jobs.get(job):
+                    found.forget_blob(digest)
             case attempts.Upload(job, task, attempt):
                 self._send_results(job, (task, attempt))
             case attempts.TellStarted(job, task, attempt):
@@ -778,6 +823,7 @@ class Agent:
             spool_bytes=min(SPOOL_BYTES, self.store.free_bytes // self.slots.slots),
             slot=process.slot,
         )
+        job.started(key)
         process.channel.send(protocol.encode(run))
         if process.channel.unsent:
             self.poller.modify(process.channel.fileno(), _events(process.channel))
@@ -796,18 +842,19 @@ class Agent:
         return str(self.store.path(_blob_name(name, blob.digest)))
 
     def _fetch(self, name: str, digest: bytes, nbytes: int) -> None:
-        job = self.jobs.get(name)
-        if job is None:
-            return
-        if digest not in job.incoming:
-            try:
-                descriptor = self.store.create(_blob_name(name, digest), nbytes, AHEAD_BYTES)
-            except OSError as exc:
-                self._refuse_blob(name, digest, exc)
-                return
-            job.incoming[digest] = Reception(descriptor, nbytes, xxhash.xxh3_128())
-        job.unasked.append(digest)
-        self._want_to_send(job)
+        if job := self.jobs.get(name):
+            job.unasked[digest] = nbytes
+            self._want_to_send(job)
+
+    def _receive(self, name: str, job: JobIO, digest: bytes, nbytes: int) -> bool:
+        """Get ready for a blob; False, and those that wait for it have failed, without room."""
+        try:
+            descriptor = self.store.create(_blob_name(name, digest), nbytes, AHEAD_BYTES)
+        except OSError as exc:
+            self._refuse_blob(name, digest, exc)
+            return False
+        job.incoming[digest] = Reception(descriptor, nbytes, xxhash.xxh3_128())
+        return True
 
     def _to_broker(self, name: str, message: protocol.Message) -> None:
         """Send to a broker; one that cannot be reached has lost the lease."""
@@ -824,7 +871,7 @@ class Agent:
         job, stored = self.jobs.get(name), _name(name, key)
         if job is None:
             return  # its broker was found lost just now
-        job.given.pop(key, None)
+        job.forget(key)
         if stored not in self.store:
             return
         if sending := [upload for upload in job.uploads if upload.key == key]:
@@ -861,9 +908,15 @@ class Agent:
         """Ask for blobs and send results, as far as the data socket takes them now."""
         assert job.data is not None
         while job.unasked:
-            if not job.data.send(protocol.Fetch(digest=job.unasked[0])):
+            digest, nbytes = next(iter(job.unasked.items()))
+            if digest not in job.incoming and len(job.incoming) >= COMING:
+                break  # in their order, as their answers come
+            if digest not in job.incoming and not self._receive(name, job, digest, nbytes):
+                job.unasked.pop(digest, None)
+                continue
+            if not job.data.send(protocol.Fetch(digest=digest)):
                 return
-            job.unasked.popleft()
+            del job.unasked[digest]
         while job.uploads:
             upload = job.uploads[0]
             if upload.chunk is None:
@@ -928,12 +981,6 @@ def _tail(path: Path) -> list[str]:
         file.seek(max(0, path.stat().st_size - STDERR_TAIL_BYTES))
         return file.read().decode(errors="replace").strip().splitlines()
     return []
-
-
-def _blob(job: JobIO, digest: bytes) -> protocol.Blob:
-    """Return what the broker has said of a blob for which an attempt waits."""
-    given = (blob for task in job.given.values() for blob in task.blobs)
-    return next(blob for blob in given if blob.digest == digest)
 
 
 def _blob_name(job: str, digest: bytes) -> str:
