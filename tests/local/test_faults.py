@@ -28,6 +28,7 @@ from oq_runtime.core.limits import DEFAULTS
 from oq_runtime.files import private
 from oq_runtime.session import launch
 from tests.leftovers import LIMIT_S, wait_for
+from tests.squatter import AS_ANYBODY
 
 from .conftest import sessions
 from .test_oq_run import EXAMPLES, corpus, edited, jobs, one_line, run, start
@@ -446,22 +447,47 @@ def test_ignored_signal(env: dict[str, str], name: str) -> None:
 # ---- start-up
 
 
+CLUSTER = "[distribution]\noq_distribute = zmq\n[zworkers]\nhost_cores = 192.0.2.1 1\n"
+#: calls ``oq engine`` with each of the arguments, and prints the exit codes
+ENGINE = """
+import sys
+from openquake.baselib import sap
+from openquake.commands import engine
+for words in sys.argv[1:]:
+    try:
+        sap.run(engine.main, words.split())
+    except SystemExit as exc:
+        print(exc.code)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have files of others")
 def test_refused_cluster(env: dict[str, str], tmp_path: Path) -> None:
-    # the engine's own command: by now the database says that the job is executing
-    cfg = tmp_path / "openquake.cfg"
-    cluster = "[distribution]\noq_distribute = zmq\n[zworkers]\nhost_cores = 192.0.2.1 1\n"
-    cfg.write_text(Path(env["OQ_CONFIG_FILE"]).read_text() + cluster)
+    """By the engine's own command as well: one line, and no job of which the database knows.
+
+    Here by somebody outside the group of the cluster, whose secret and directories are shut.
+    """
+    cfg, secret, theirs = (tmp_path / name for name in ("openquake.cfg", "authkey", "theirs"))
+    secret.write_text(32 * "s")
+    theirs.mkdir()
+    for path in secret, theirs:
+        path.chmod(0o700)
+        os.chown(path, 12345, 12345)
+    cluster = f"{CLUSTER}[dbserver]\nreceiver_host = 192.0.2.9\nauthkey = file:{secret}\n"
+    cfg.write_text(Path(env["OQ_CONFIG_FILE"]).read_text().replace("[dbserver]\n", cluster))
+    before = jobs(env)
     result = subprocess.run(
-        [sys.executable, "-m", "openquake.commands", "engine", "--run", str(corpus(SMALL))],
-        env=env | {"OQ_CONFIG_FILE": str(cfg)},
+        [*AS_ANYBODY, sys.executable, "-c", ENGINE, f"--run {corpus(SMALL)}", "--lhc"],
+        env=env | {"OQ_CONFIG_FILE": str(cfg), "OQ_DATADIR": str(theirs / "mine/oqdata")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
-    assert result.returncode == 1, result.stderr
-    assert "ConfigError: [dbserver] receiver_host" in result.stderr, result.stderr
-    running = [number for number, _, is_running in jobs(env) if is_running]
-    assert not running, "the next job would wait for them"
+    assert result.stdout.split() == ["2", "2"], result.stderr
+    run, lhc = result.stderr.splitlines()
+    assert "ask its administrator to put you into the group of the file, and log in again" in run
+    assert f"{theirs}/mine/oqdata: Permission denied; ask the owner of" in lhc
+    assert jobs(env) == before
 
 
 @pytest.mark.parametrize("delay_s", [0.05, 0.5, 1.5])

@@ -82,6 +82,8 @@ def one_line(err: str) -> str:
 
 def jobs(env: dict[str, str]) -> list[tuple[int, str, int]]:
     path = Path(env["OQ_DATADIR"]) / "db.sqlite3"
+    if not path.exists():
+        return []
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
         return connection.execute("SELECT id, status, is_running FROM job ORDER BY id").fetchall()
 

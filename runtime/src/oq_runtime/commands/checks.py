@@ -1,17 +1,15 @@
 """What ``oq-run`` refuses before anything is started: files, directories, users, limits.
 
-Each check raises BadInput with one line: what is wrong, where, and what to do.
+Each check raises BadInput (or ConfigError) with one line: what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
 
 import codecs
-import errno
 import getpass
 import os
 import pwd
 import resource
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +19,7 @@ import click
 from oq_runtime.config import Config
 from oq_runtime.engine import jobtable, messages
 from oq_runtime.errors import ConfigError
+from oq_runtime.files import places
 from oq_runtime.priority import Priority
 from oq_runtime.text import clean
 
@@ -34,13 +33,6 @@ MOST_BYTES = 64 << 20
 LEAST_FILE_BYTES = 128 << 20
 #: bytes that no text has
 CONTROL = frozenset(range(32)) - frozenset(b"\t\n\f\r")
-#: by errno, what can be done besides taking another place
-REMEDIES = {
-    errno.ENOSPC: "free space or ",
-    errno.EDQUOT: "remove old results (oq engine --dc ID) or ",
-    errno.EEXIST: "it is a file: move it away or ",
-    errno.ENOTDIR: "a file is in its way: move that away or ",
-}
 
 
 class BadInput(click.ClickException):
@@ -167,13 +159,13 @@ def check_places() -> None:
 
 
 def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse directories of results and of the job database where nothing can be written."""
-    room(data_directory(sections), "set OQ_DATADIR to another directory")
+    """Raise ConfigError where nothing can be written: the results, the job database."""
+    places.room(data_directory(sections), places.OTHER_DATADIR)
     dbserver = sections.get("dbserver", {})
     host = os.environ.get("OQ_DATABASE") or dbserver.get("host")
     if not jobtable.served(host):
         file = Path(dbserver.get("file", "")).expanduser()
-        room(file.parent, "set file in [dbserver] of openquake.cfg to another place")
+        places.room(file.parent, "set file in [dbserver] of openquake.cfg to another place")
 
 
 def is_full(directory: Path) -> bool:
@@ -197,26 +189,3 @@ def data_directory(sections: Mapping[str, Mapping[str, str]]) -> Path:
         return Path.home() / "oqdata"
     folder = str(Path(shared, getpass.getuser(), "oqdata"))
     return Path(folder.replace("openquake/openquake", "openquake"))
-
-
-def room(folder: Path, otherwise: str) -> None:
-    """Make a directory where there is none, and try to write there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"oq-run" * 1000)
-    except OSError as exc:
-        remedy = REMEDIES.get(exc.errno or 0, "")
-        if exc.errno in (errno.EACCES, errno.EPERM):
-            remedy = f"ask {owner(folder)} to let you write there, or "
-        raise BadInput(f"{folder}: {exc.strerror}; {remedy}{otherwise}") from exc
-
-
-def owner(path: Path) -> str:
-    """Return who owns a path, or the first directory above it that there is."""
-    try:  # above it there may be one that this user cannot look into
-        while not path.exists() and path != path.parent:
-            path = path.parent
-        return f"{path.owner()}, who owns {path},"
-    except (KeyError, OSError):
-        return f"the owner of {path}"

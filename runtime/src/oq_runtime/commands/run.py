@@ -234,13 +234,14 @@ def main(
     }
     compiling.find_cache(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
     try:
-        sections = config.read()
-        checks.check_directories(sections)
-        datadir = checks.data_directory(sections)
+        sections = whole = config.read()
         if cores:  # on this machine, whatever cluster there is; but with the same limits
             check_cores(cores)
             sections = {"oq_runtime": sections.get("oq_runtime", {}) | {"cores": cores}}
         settings = Config.from_sections(sections)
+        launch.check(settings)  # whoever is no user of the cluster has no directory there either
+        checks.check_directories(whole)
+        datadir = checks.data_directory(whole)
         checks.check_priority(Priority(priority), settings)
         cgroups.check_processes(0 if settings.cluster else settings.cores)
     except ConfigError as exc:

@@ -39,9 +39,12 @@ INSTALLERS = {
         ("unzip_rename", "extract_from_zip"),
     ),
     "openquake.engine.engine": (
-        "oq_runtime.engine.queue:install_queue oq_runtime.engine.kept:install_kept",
+        "oq_runtime.engine.queue:install_queue oq_runtime.engine.kept:install_kept "
+        "oq_runtime.engine.oq:install_create_jobs",
         ("poll_queue", "run_jobs", "create_jobs", "run_calc"),
     ),
+    "openquake.baselib.sap": ("oq_runtime.engine.oq:install_sap", ("run",)),
+    "openquake.commands.engine": ("oq_runtime.engine.oq:install_main", ("main", "datastore")),
     "openquake.commands.abort": ("oq_runtime.engine.abort:install_abort", ("main",)),
 }
 #: what is installed in worker processes, whose tasks are run by ``worker``

@@ -47,13 +47,11 @@ def start(config: Config, owner: int, priority: Priority = Priority.NORMAL) -> P
     """Start broker and agent for ``owner`` (a pid) and return the session's directory.
 
     With a cluster there is only the broker, and ``priority`` says what the job counts for there.
-    Raises ConfigError for a weak authkey or a low limit of open files, and OqRuntimeError when the
-    temporary directory is full or not writable.
+    Raises ConfigError as ``check`` does, and OqRuntimeError when the temporary directory is full or
+    not writable.
     """
-    if config.cluster is not None:
-        security.read_secret(config.cluster.authkey)  # refuses a weak one before anything starts
+    check(config)
     slots = config.cores if config.cluster is None else 0
-    descriptors.check(slots if config.cluster is None else len(config.cluster.hosts))
     command = processes.python("oq_runtime.session.launch", str(owner), str(slots))
     # not run(): inside an engine whose SIGCHLD handler reaps first, the exit code may be lost
     process = subprocess.Popen(
@@ -71,6 +69,13 @@ def start(config: Config, owner: int, priority: Priority = Priority.NORMAL) -> P
         if len(lines := text.splitlines()) > 1:
             log.error(text)
         raise OqRuntimeError(f"the session could not be started: {lines[-1]}") from None
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a secret that is weak or not this user's to read, and a low limit."""
+    if config.cluster is not None:
+        security.read_secret(config.cluster.authkey)
+    descriptors.check(config.cores if config.cluster is None else len(config.cluster.hosts))
 
 
 def pids(directory: Path) -> list[int]:

@@ -60,7 +60,7 @@ def read_secret(authkey: str) -> bytes:
         except PermissionError:
             raise ConfigError(
                 f"{where}: only those who may read it may use this cluster; ask its administrator "
-                "to put you into the group of the file, and log in again"
+                f"to put you into the group {_group(path)}, and log in again"
             ) from None
         except (OSError, UnicodeDecodeError) as exc:
             reason = getattr(exc, "strerror", None) or "not a text file"
@@ -76,6 +76,14 @@ def read_secret(authkey: str) -> bytes:
         )
         raise ConfigError(f"{where} is {what}; {REMEDY}")
     return authkey.encode()
+
+
+def _group(path: Path) -> str:
+    """Return the name of a file's group, or what to call it."""
+    try:
+        return path.group()
+    except (KeyError, OSError):
+        return "of the file"
 
 
 @dataclass(frozen=True, slots=True)
