@@ -6,14 +6,27 @@ import dataclasses
 from pathlib import Path
 
 import h5py
+import msgspec
 import pytest
 
 from benchmarks.simulation import Scenario, Simulation
 from oq_runtime.core import scheduler as core
 from oq_runtime.core.explain import Use, divide
-from oq_runtime.core.ledger import FIELDS, ROW, STARTED_SECS, Ledger, Outcome, Task
+from oq_runtime.core.ledger import (
+    FIELDS,
+    MOST_ATTEMPTS,
+    MOST_REASONS,
+    MOST_SHARES,
+    ROW,
+    STARTED_SECS,
+    Ledger,
+    Outcome,
+    Task,
+)
 from oq_runtime.core.scheduler import Effect, Event, Scheduler
 from oq_runtime.engine import kept
+from oq_runtime.session.broker import MOST_ROWS, NODE_CHARACTERS
+from oq_runtime.wire import protocol
 from oq_runtime.wire.protocol import Attempts, Share
 
 TASKS = 300
@@ -158,3 +171,20 @@ def test_an_earlier_group_is_replaced_and_a_later_format_is_not_read(tmp_path: P
         assert job is not None and job.attempts == [] and job.shares[0].at_s == -4.0
         file[kept.GROUP].attrs["format"] = kept.FORMAT + 1
         assert kept.read(file) is None
+
+
+def test_what_lying_nodes_fill_in_fits_into_a_message() -> None:
+    ledger = begun()
+    for number in range(MOST_SHARES + MOST_REASONS):
+        ledger.take(core.NodeResized("a", 1_000_000 - number % 2), 1e9)
+        if number < 2 * MOST_REASONS:
+            ledger.take(core.NodeGone("a", f"{number}" + "\U0001f4a3" * 495), 1e9)
+    said = told(ledger)
+    assert len(said.shares) == MOST_SHARES and len(said.reasons) == MOST_REASONS + 1
+    nodes = ["\U0001f4a3" * NODE_CHARACTERS] * 2000
+    rows = bytes(MOST_ROWS * ROW.size)
+    said = msgspec.structs.replace(said, rows=rows, nodes=nodes, functions=["f" * 50] * 1000)
+    assert len(protocol.encode(said)) < protocol.HEADER_BYTES
+    ledger.take(core.Assign("a", 5, 1 << 20), 20.0)
+    ledger.take(core.Forget(5), 21.0)
+    assert row(ledger)["attempt"] == MOST_ATTEMPTS

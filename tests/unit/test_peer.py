@@ -89,6 +89,15 @@ def test_after_a_lease_the_next_call_comes_at_once() -> None:
     assert found.due_s == pytest.approx(200.0 + CALL_SECS)
 
 
+def test_one_that_is_left_out_is_called_again_in_its_time() -> None:
+    found = peer(*WAYS[State.LEASED], Event.LOST)
+    found.leave_out(100.0, 60.0, "it brings nothing")
+    assert (found.told, found.reason) == (NodeState.REFUSED, "it brings nothing")
+    assert found.due_s == 160.0
+    found.take(Event.DUE, 160.0)
+    assert found.state is State.CALLED
+
+
 @pytest.mark.parametrize("state", [State.CALLED, State.ASKED])
 def test_an_answer_may_take_a_limited_time(state: State) -> None:
     found = peer(*WAYS[state], now=5.0)

@@ -279,6 +279,17 @@ def test_an_agent_that_goes_away_is_called_again() -> None:
         assert b.agents["a"].heard[0].epoch > 1
 
 
+def test_an_agent_that_is_left_out_is_called_in_its_time() -> None:
+    with bench() as b:
+        b.lease("a")
+        b.agents["a"].say(protocol.NoLease(reason="gone"))
+        b.until(lambda: b.state() is State.RESTING)
+        b.peers.leave_out(b.peers.lines["a"], 600.0, "it brings nothing")
+        for later_s, state in ((590.0, State.SHUN), (610.0, State.CALLED)):
+            b.turn(time.monotonic() + later_s)
+            assert (b.state(), b.reason()) == (state, "it brings nothing")
+
+
 def test_a_private_agent_is_lost_with_its_process_and_for_its_reason(tmp_path: Path) -> None:
     with bench(directory=tmp_path) as b:
         b.lease("a")

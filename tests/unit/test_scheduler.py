@@ -19,6 +19,7 @@ from oq_runtime.core.scheduler import (
     MAX_NODE_LOSSES,
     MAX_OOMS,
     MAX_PREEMPTIONS,
+    MOST_BARREN,
     TRANSITIONS,
     AbortAttempt,
     Assign,
@@ -35,6 +36,7 @@ from oq_runtime.core.scheduler import (
     GiveUp,
     GrantUpload,
     Group,
+    LeftOut,
     Move,
     NodeGone,
     NodeJoined,
@@ -171,7 +173,9 @@ class Cluster(RuleBasedStateMachine):
                 over = charged[task] == most
                 self.forget(task, node, number)
             case AttemptPreempted(node, task, number, _) if self.current(node, task, number):
-                self.preemptions[task] = self.preemptions.get(task, 0) + 1
+                firm = self.preemptions.get(task, 0) >= MAX_PREEMPTIONS
+                charged = self.losses if firm else self.preemptions
+                charged[task] = charged.get(task, 0) + 1
                 self.forget(task, node, number)
             case Uploaded(node, task, number, False) if self.current(node, task, number):
                 self.losses[task] = self.losses.get(task, 0) + 1
@@ -945,6 +949,68 @@ def test_an_interruption_is_no_failure_and_the_third_attempt_is_firm() -> None:
     task = core.tasks[1]
     assert (task.deaths, task.kind.retries, task.kind.preempted) == (0, 0, MAX_PREEMPTIONS)
     assert "attempt 1: interrupted on a for urgent job 7 of boris" in task.history
+
+
+def test_a_node_that_interrupts_for_ever_ends_the_task() -> None:
+    core = one_task(State.RUNNING)
+    for number in range(1, MAX_PREEMPTIONS + MAX_NODE_LOSSES):
+        assert assigned(core.handle(AttemptPreempted("a", 1, number, "x"), 1.0))
+    last = AttemptPreempted("a", 1, MAX_PREEMPTIONS + MAX_NODE_LOSSES, "x")
+    assert only(core.handle(last, 1.0), GiveUp).error == "NodeLost"
+
+
+def test_a_node_that_only_loses_tasks_is_left_out_while_there_are_others() -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("good", 1), 0.0)
+    for task in (1, 2):
+        core.handle(Submitted(task, 0, 0, 1 / task), 0.0)
+
+    def lost(slots: int = 1) -> list[Any]:
+        core.handle(NodeJoined("bad", slots), 0.0)
+        return [one for one in core.handle(NodeGone("bad", "gone"), 0.0) if type(one) is LeftOut]
+
+    for _ in range(MOST_BARREN - 1):
+        assert lost() == lost(slots=0) == []
+    for seconds in (60, 120, 240):
+        assert lost(slots=0) == [], "it had no task"
+        [told] = lost()
+        assert (told.node, told.seconds) == ("bad", seconds) and "at last: gone;" in told.reason
+    [(_, task, attempt)] = assigned(core.handle(NodeJoined("bad", 1), 0.0))
+    core.handle(AttemptEnded("bad", task, attempt, 5), 0.0)
+    core.handle(Uploaded("bad", task, attempt, True), 0.0)
+    core.handle(Submitted(3, 0, 0), 0.0)
+    effects = core.handle(NodeGone("bad", "gone"), 0.0)
+    assert not any(isinstance(one, LeftOut) for one in effects), "it has brought something"
+
+
+def test_the_only_node_is_not_left_out() -> None:
+    core = one_task(State.RUNNING)
+    for _ in range(MAX_NODE_LOSSES - 1):
+        assert not [e for e in core.handle(NodeGone("a", "g"), 0.0) if isinstance(e, LeftOut)]
+        core.handle(NodeJoined("a", 1), 0.0)
+
+
+def test_nodes_that_are_lost_together_are_not_left_out() -> None:
+    core = Scheduler()
+    for task in (1, 2):
+        core.handle(Submitted(task, 0, 0), 0.0)
+    for now in range(0, 100 * MOST_BARREN, 100):
+        for name in "ab":
+            core.handle(NodeJoined(name, 1), float(now))
+        effects = core.handle(Tick(), now + LOST_AFTER_S + 1)
+        assert [type(one) for one in effects] == [NodeLost, NodeLost]
+
+
+def test_a_lost_task_prefers_another_node() -> None:
+    core = Scheduler()
+    core.handle(NodeJoined("b", 2), 0.0)
+    core.handle(Submitted(1, 0, 0), 0.0)
+    core.handle(NodeJoined("a", 9), 0.0)
+    assert assigned(core.handle(NodeGone("b", "gone"), 0.0)) == [("a", 1, 2)]
+    core.handle(NodeJoined("b", 2), 0.0)
+    core.handle(NodeJoined("c", 1), 0.0)
+    core.handle(Submitted(2, 0, 0), 0.0)
+    assert assigned(core.handle(NodeGone("a", "gone"), 0.0)) == [("c", 1, 3)]
 
 
 def test_task_is_given_up_after_too_many_lost_nodes() -> None:

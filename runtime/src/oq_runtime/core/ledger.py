@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 
 from oq_runtime.core import scheduler as core
 
-#: reasons that differ, of which rows tell; later ones are the last
-MOST_REASONS = 1000
+#: reasons that differ, of which rows tell, and their characters; later ones are the last
+MOST_REASONS, REASON_CHARACTERS = 1000, 200
+#: changes of the nodes' slots that are noted: a node may change them without an end
+MOST_SHARES = 50_000
+#: attempts at a task that are told apart
+MOST_ATTEMPTS = 0xFFFF
 #: a process is another one each time; its number is in the log
 PROCESS = re.compile(r"process \d+ ")
 #: events that come for each task, or often, and of which nothing is noted
@@ -178,10 +182,10 @@ class Ledger:
             case core.GiveUp(task) | core.Forget(task):
                 self._forget(task, now)
             case core.NodeJoined(node, slots) | core.NodeResized(node, slots):
-                self.shares.append(Share(now, self._node(node), slots))
+                self._share(Share(now, self._node(node), slots))
             case core.NodeGone(node, reason) | core.NodeLost(node, reason):
                 number = self._node(node)
-                self.shares.append(Share(now, number, 0, self._reason(reason)))
+                self._share(Share(now, number, 0, self._reason(reason)))
                 for task, of in self.tasks.items():
                     for attempt in [a for a, found in of.open.items() if found.node == number]:
                         self._close(task, attempt, Outcome.NODE_LOST, reason, now)
@@ -202,8 +206,12 @@ class Ledger:
     def _node(self, name: str) -> int:
         return self.nodes.setdefault(name, len(self.nodes))
 
+    def _share(self, share: Share) -> None:
+        if len(self.shares) < MOST_SHARES:
+            self.shares.append(share)
+
     def _reason(self, text: str) -> int:
-        text = PROCESS.sub("process ", text)
+        text = PROCESS.sub("process ", text)[:REASON_CHARACTERS]
         if text not in self.reasons and len(self.reasons) >= MOST_REASONS:
             text = "other reasons"
         return self.reasons.setdefault(text, len(self.reasons))
@@ -231,7 +239,7 @@ class Ledger:
             ROW.pack(
                 of.number & 0xFFFFFFFF,
                 of.func,
-                attempt,
+                min(attempt, MOST_ATTEMPTS),
                 found.node,
                 found.slot,
                 outcome,

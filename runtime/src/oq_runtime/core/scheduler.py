@@ -11,7 +11,7 @@ sender is told to abort. A task that has ended is forgotten. Not covered: which 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,6 +26,9 @@ MAX_OOMS = 2
 MAX_NODE_LOSSES = 10
 #: attempts that may be interrupted for jobs of higher priority; the next one is firm
 MAX_PREEMPTIONS = 2
+#: leases of a node, one after the other, that end before any result of their tasks has come; from
+#: there on the job does without the node for so many seconds, doubled each time up to the second
+MOST_BARREN, LEFT_OUT_S, MOST_LEFT_OUT_S = 3, 60, 3600
 #: bytes of results that may be staged in the broker; beyond it, one attempt per group
 WINDOW_BYTES = 1 << 30
 #: seconds after which an attempt that has not started waits for a slot, for agents tell of a start
@@ -319,7 +322,16 @@ class NodeLost:
     reason: str
 
 
-Effect = Assign | GrantUpload | AbortAttempt | Commit | GiveUp | Forget | NodeLost
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """It takes tasks and loses them: the job goes on with other nodes, so many seconds at least."""
+
+    node: str
+    seconds: int
+    reason: str
+
+
+Effect = Assign | GrantUpload | AbortAttempt | Commit | GiveUp | Forget | NodeLost | LeftOut
 
 STRAGGLERS = Speculation()
 
@@ -421,6 +433,7 @@ class Scheduler:
         self.submitted = self.committed = self.cancelled = self.given_up = 0
         self.no_nodes_since_s: float | None = None
         self.losses: deque[str] = deque(maxlen=LOSSES)  # of nodes, in words
+        self.barren: Counter[str] = Counter()  # leases of each node since it has brought something
 
     @property
     def nodes(self) -> dict[str, Node]:
@@ -444,7 +457,8 @@ class Scheduler:
             case NodeSeen(node, closed, free_bytes):
                 self.placement.beat(node, closed, free_bytes)
             case NodeGone(node, reason):
-                self._lose(node, reason, effects)
+                if self._lose(node, reason, effects):
+                    self._leave_out(node, reason, effects)
             case Submitted():
                 self._submit(event)
             case AttemptStarted(node, task, attempt):
@@ -474,10 +488,15 @@ class Scheduler:
                     self._retry(current, f"{reason} on {node}", effects)
             case AttemptPreempted(node, task, attempt, by):
                 if current := self._current(node, task, attempt, Move.RETRY, effects):
-                    current.preemptions += 1
-                    current.kind.preempted += 1
-                    self._free(current, effects)
-                    self._again(current, f"interrupted on {node} for {by}", effects)
+                    note = f"interrupted on {node} for {by}"
+                    if current.firm:  # by a node that would do so for ever
+                        current.node_losses += 1
+                        self._retry(current, note, effects)
+                    else:
+                        current.preemptions += 1
+                        current.kind.preempted += 1
+                        self._free(current, effects)
+                        self._again(current, note, effects)
             case Uploaded(node, task, attempt, intact):
                 if current := self._uploading(node, task, attempt, effects):
                     if intact:
@@ -505,10 +524,14 @@ class Scheduler:
                 if found_group := self.groups.pop(group, None):
                     self._cancel(found_group, effects)
             case Tick():
+                # only on a tick, which comes after all waiting beats were read
+                barren = []
                 for node, reason in self.placement.lost(now):
-                    # only on a tick, which comes after all waiting beats were read
-                    self._lose(node, reason, effects)
+                    if self._lose(node, reason, effects):
+                        barren.append((node, reason))
                     effects.append(NodeLost(node, reason))
+                for node, reason in barren:
+                    self._leave_out(node, reason, effects)
         if not isinstance(event, Uploaded):  # which may be of what came long ago
             # whatever else comes of a node is a sign of life
             self.placement.hear(getattr(event, "node", ""), now)
@@ -573,6 +596,7 @@ class Scheduler:
         self.placement.widen(task.node)
         self._end(task, effects)
         self.committed += 1
+        self.barren.pop(task.node, None)
         effects.append(Commit(task.node, task.id, task.attempt))
 
     def _retry(self, task: Task, note: str, effects: list[Effect]) -> None:
@@ -659,17 +683,32 @@ class Scheduler:
 
     # ---- nodes that are lost
 
-    def _lose(self, name: str, reason: str, effects: list[Effect]) -> None:
+    def _lose(self, name: str, reason: str, effects: list[Effect]) -> bool:
+        """Have the tasks of a node run elsewhere; return whether it had some."""
         node = self.nodes.pop(name, None)
         if node is None:
-            return
+            return False
+        tasks = sorted(node.running | node.ended)
+        self.barren[name] += bool(tasks)
         self.losses.append(f"{name}: {reason}")
-        for task_id in sorted(node.running | node.ended):
+        for task_id in tasks:
             task = self.tasks[task_id]
             if task.node != name:
                 task.swap()
             task.node_losses += 1
+            if not task.deaths:
+                task.avoid = name
             self._retry(task, f"node {name} lost ({reason})", effects)
+        return bool(tasks)
+
+    def _leave_out(self, name: str, reason: str, effects: list[Effect]) -> None:
+        """Do without a node that was lost before it brought anything, and before, and before."""
+        times = self.barren[name] - MOST_BARREN
+        if times >= 0 and any(node.slots for node in self.nodes.values()):
+            seconds = min(LEFT_OUT_S << min(times, 10), MOST_LEFT_OUT_S)
+            told = f"it was lost {self.barren[name]} times before it brought any result, at last: "
+            told += f"{reason}; it is asked again in {seconds} s"
+            effects.append(LeftOut(name, seconds, told))
 
     def _give_up_without_nodes(self, now: float, effects: list[Effect]) -> None:
         if self.nodes or not self.tasks:

@@ -48,8 +48,10 @@ log = logging.getLogger(__name__)
 
 #: messages that are read from the engine before the agents have their turn
 AT_ONCE = 500
-#: rows on attempts in a message, 2 MB
-MOST_ROWS = 20_000
+#: rows on attempts in a message, 0.6 MB; with all names and shares it stays below 4 MiB
+MOST_ROWS = 5000
+#: characters of the name of a node in it
+NODE_CHARACTERS = 100
 #: for the last messages to the agents
 LINGER_MS = 500
 MEMORY_REMEDY = (
@@ -437,6 +439,8 @@ class Broker:
                 self._deliver(node, task, attempt)
             case core.NodeLost(node, reason):
                 self.peers.lose(self.peers.lines[node], reason)
+            case core.LeftOut(node, seconds, reason):
+                self.peers.leave_out(self.peers.lines[node], seconds, reason)
             case core.GiveUp(task, error, attempts, history):
                 self._fail(task, error, attempts, history)
             case core.Forget(task):
@@ -492,7 +496,7 @@ class Broker:
     def _attempts(self, job: str) -> protocol.Attempts:
         rows = self.ledger.pop(job, MOST_ROWS)
         names = list(self.ledger.nodes)
-        hosts = [self.peers.lines[name].host or name for name in names]
+        hosts = [(self.peers.lines[name].host or name)[:NODE_CHARACTERS] for name in names]
         return protocol.Attempts(
             rows=rows,
             more=len(rows) == MOST_ROWS * ROW.size,

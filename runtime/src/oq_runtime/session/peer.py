@@ -46,10 +46,12 @@ class Event(Enum):
 TRANSITIONS: dict[State, dict[Event, State]] = {
     State.RESTING: {
         Event.DUE: State.CALLED,
+        Event.REFUSED: State.SHUN,
         Event.ENDED: State.GONE,
     },
     State.SHUN: {
         Event.DUE: State.CALLED,
+        Event.REFUSED: State.SHUN,
         Event.ENDED: State.GONE,
     },
     State.CALLED: {
@@ -123,6 +125,11 @@ class Peer:
                 self.due_s = now + self.limits.suspect_s
             case State.LEASED | State.GONE:
                 self.rest_s, self.due_s = 0.0, math.inf
+
+    def leave_out(self, now: float, seconds: float, reason: str) -> None:
+        """Rest for so many seconds; the connection has ended."""
+        self.take(Event.REFUSED, now, reason)
+        self.due_s = now + seconds
 
     def _rest(self, first_s: float, most_s: float, now: float) -> None:
         self.rest_s = min(max(first_s, self.rest_s * GROWTH), most_s)

@@ -238,6 +238,12 @@ class Peers:
         if state is State.LEASED:
             self.tell(core.NodeGone(line.name, reason))
 
+    def leave_out(self, line: Line, seconds: float, reason: str) -> None:
+        """Do without an agent that was lost just now, and call it again after so many seconds."""
+        line.peer.leave_out(time.monotonic(), seconds, reason)
+        heapq.heappush(self.due, (line.peer.due_s, line.name))
+        log.info(f"{line.host or line.name} is left out: {reason}")
+
     def close(self, linger_ms: int) -> None:
         """Release the nodes, and close the sockets; those of the context have to be waited for."""
         self.send_all(protocol.Release())
