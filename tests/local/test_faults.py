@@ -208,7 +208,12 @@ def test_power_cut(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     assert cut.exists() and memory.exists(), "there is nothing to tidy up"
     # a reboot empties the shared memory
     made("oq-run-rebooted", socket.gethostname())
-    kept = [made("oq-run-elsewhere", "another"), made("oq-run-made-just-now", "")]
+    kept = [made("oq-run-elsewhere", "another"), made("oq-run-without-locks", "")]
+    for name, age_s in (("killed-at-once", private.STALE_SECS + 60), ("made-just-now", 0)):
+        unlocked = made(f"oq-run-{name}", "")
+        (unlocked / "lock").rename(unlocked / "lock.new")
+        os.utime(unlocked, (time.time() - age_s,) * 2)
+    kept.append(unlocked)
     spelt = tmp_path / "spelt"
     spelt.symlink_to(tmpdir)
     newest = tmpdir / launched(launching(env, TMPDIR=str(spelt))).name

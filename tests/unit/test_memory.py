@@ -82,6 +82,27 @@ def test_the_cgroup_with_least_to_give_counts(tmp_path: Path) -> None:
     assert memory.usage(fake) == Usage(50 * MIB, 60 * MIB)
 
 
+@pytest.mark.parametrize(
+    ("most", "high", "limit"),
+    [("max", 40, 40), (60, 40, 40), (40, 60, 40), (40, "max", 40), (0, 0, 0)],
+)
+def test_what_slows_all_down_is_a_limit(
+    tmp_path: Path, most: int | str, high: int | str, limit: int
+) -> None:
+    fake = proc(tmp_path, "/o\\x2d/a", "/o\\134x2d", "rw")
+    sizes = [n if isinstance(n, str) else n * MIB for n in (most, high)]
+    inner = tmp_path / "cg/a"
+    write(inner, memory_current=30 * MIB, memory_max=sizes[0], memory_high=sizes[1])
+    assert memory.usage(fake) == Usage(30 * MIB, max(1, limit * MIB))
+
+
+def test_what_is_no_number_is_no_limit(tmp_path: Path) -> None:
+    fake = proc(tmp_path, "/a", "/", "rw")
+    write(tmp_path / "cg/a", memory_current="", memory_max="", memory_events="oom_kill x")
+    assert memory.usage(fake).limit_bytes == psutil.virtual_memory().total
+    assert memory.oom_kills(fake) == 7
+
+
 @pytest.mark.parametrize(("options", "limit"), [("rw", "max"), ("rw,memory", V1_UNLIMITED)])
 def test_without_a_limit_the_machine_counts(tmp_path: Path, options: str, limit: str | int) -> None:
     fake = proc(tmp_path, "/a", "/", options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def own(controller: str, proc: Path = PROC) -> Iterator[tuple[str, Path]]:
             paths[V1] = path
     for line in _lines(proc / "self/mountinfo"):
         mount, _, device = line.partition(" - ")  # see proc_pid_mountinfo(5)
-        root, top = mount.split()[3:5]
+        root, top = map(_unescaped, mount.split()[3:5])
         kind, options = device.partition(" ")[0], device.rpartition(" ")[2]
         if kind not in paths or (kind == V1 and controller not in options.split(",")):
             continue
@@ -124,6 +125,11 @@ def _threads(uid: int, proc: Path) -> int:
             stat = path.stat()
             count += stat.st_nlink - 2 if stat.st_uid == uid else 0
     return count
+
+
+def _unescaped(word: str) -> str:
+    """Return a word of mountinfo, where blanks and backslashes are written as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), word)
 
 
 def _words(path: Path) -> list[str]:

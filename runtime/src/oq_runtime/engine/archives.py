@@ -17,9 +17,10 @@ from typing import Any
 
 from oq_runtime.engine import messages
 from oq_runtime.errors import InputError
+from oq_runtime.files import private
 from oq_runtime.text import clean
 
-PREFIX = ".oq-run-"
+PREFIX, NEW = ".oq-run-", ".oq-new-"
 #: of an unpacked archive: a link to the directory of the session that unpacked it
 OWNER = "session"
 #: where the files of the archive are in it
@@ -44,11 +45,13 @@ def place(session: Path, shared: Path | None) -> Path:
     for left in shared.glob(f"{prefix}*"):
         if not (left / OWNER).exists():
             shutil.rmtree(left, ignore_errors=True)
+    for left in shared.glob(f"{NEW}*"):
+        private.remove_stale(left)
     # under another name until it has its owner, or the next session would remove it
-    new = Path(tempfile.mkdtemp(prefix=".oq-new-", dir=shared))
+    new = Path(tempfile.mkdtemp(prefix=NEW, dir=shared))
     (new / OWNER).symlink_to(session)
     new.chmod(0o755)
-    return new.rename(shared / f"{prefix}{new.name.removeprefix('.oq-new-')}")
+    return new.rename(shared / f"{prefix}{new.name.removeprefix(NEW)}")
 
 
 def unpack(archive: Path, place: Path) -> list[Path]:

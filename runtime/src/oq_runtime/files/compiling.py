@@ -31,6 +31,8 @@ from oq_runtime.files import private
 WAIT_SECS, LOOK_SECS = 600.0, 0.1
 #: under the directory of the environment, as numba has it: a directory for each one of sources
 COMPILED = "compiled"
+#: how the name of a directory begins into which that is copied for a user
+TAKING = "taken-"
 #: bytes that numba writes for a small function
 PROBE_BYTES = 16 << 10
 
@@ -111,7 +113,9 @@ def take() -> None:
         found = list(Path(sys.prefix, COMPILED).iterdir())
         cache = Path(os.environ.get("NUMBA_CACHE_DIR") or caches() / "numba")
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="taken-", dir=cache) as scratch:
+        for left in cache.glob(f"{TAKING}*"):
+            private.remove_stale(left)
+        with tempfile.TemporaryDirectory(prefix=TAKING, dir=cache) as scratch:
             for directory in found:
                 if not (cache / directory.name).exists():
                     copy = Path(scratch, directory.name)

@@ -8,12 +8,14 @@ memory that belongs to it, so that whoever comes after a killed process finds wh
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from oq_runtime.errors import ConfigError
@@ -27,6 +29,8 @@ NO_MEMORY = {
     errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
 }  # fmt: skip
 REMEDY = "set TMPDIR to another directory"
+#: seconds after which nobody is still at work in a directory that was not finished
+STALE_SECS = 3600.0
 
 
 def make(parent: Path, prefix: str) -> Path:
@@ -113,6 +117,13 @@ def remove(directory: Path, memory: Path | None = None) -> None:
     remove_memory(directory, memory)
     if is_own(directory):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove a directory of ours in which nothing was made for long: its process was killed."""
+    with contextlib.suppress(OSError):  # somebody else removes it
+        if time.time() - directory.lstat().st_mtime > STALE_SECS:
+            remove(directory)
 
 
 def remove_memory(directory: Path, memory: Path | None = None) -> None:

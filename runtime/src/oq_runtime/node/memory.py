@@ -38,18 +38,23 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the files of a memory cgroup are called, and in memory.stat the cache to be dropped."""
+    """What the files of a memory cgroup are called, and in memory.stat the cache to be dropped.
+
+    Above some limits the kernel kills, above others it slows everything down to what it can free.
+    """
 
     used: str
-    limit: str
+    limits: tuple[str, ...]
     events: str
     cache: str
 
 
 NAMES = {
-    V2: Names("memory.current", "memory.max", "memory.events", "inactive_file"),
+    V2: Names(
+        "memory.current", ("memory.max", "memory.high"), "memory.events", "inactive_file"
+    ),
     V1: Names(
-        "memory.usage_in_bytes", "memory.limit_in_bytes", "memory.oom_control",
+        "memory.usage_in_bytes", ("memory.limit_in_bytes",), "memory.oom_control",
         "total_inactive_file",
     ),
 }  # fmt: skip
@@ -61,12 +66,12 @@ def usage(proc: Path = PROC) -> Usage:
     found = [Usage(machine.total - machine.available, machine.total)]
     for kind, directory in cgroups.own("memory", proc):
         names = NAMES[kind]
-        with contextlib.suppress(OSError):  # the root has no limit
-            limit = patiently((directory / names.limit).read_text).strip()
-            if limit != "max":
-                cache = _counter(directory / "memory.stat", names.cache) or 0
-                used = int(patiently((directory / names.used).read_text))
-                found.append(Usage(max(0, used - cache), int(limit)))
+        for limit in names.limits:
+            with contextlib.suppress(OSError, ValueError):  # the root has none, others "max"
+                limit_bytes = int(patiently((directory / limit).read_text))
+                used_bytes = int(patiently((directory / names.used).read_text))
+                used_bytes -= _counter(directory / "memory.stat", names.cache) or 0
+                found.append(Usage(max(0, used_bytes), max(1, limit_bytes)))
     return min(found, key=lambda one: one.limit_bytes - one.used_bytes)
 
 
@@ -125,7 +130,7 @@ def volunteer() -> None:
 
 def _counter(path: Path, name: str) -> int | None:
     """Return the number behind a name in a file of ``name number`` lines, None without it."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in patiently(path.read_text).splitlines():
             key, _, number = line.partition(" ")
             if key == name:

@@ -123,10 +123,12 @@ def lock(directory: Path) -> int:
     A pid could not tell whether one is left: it may be another process's by now, and a process that
     has just been started has no command line by which to know it.
     """
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    new = directory / "lock.new"  # until it is locked: one without a lock is dead, or very young
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
     with contextlib.suppress(OSError):  # a file system without locks; then it stays empty
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(descriptor, os.fsencode(socket.gethostname()))
+    new.rename(directory / "lock")
     return descriptor
 
 
@@ -142,9 +144,12 @@ def sweep(temporary: Path) -> None:
         with contextlib.suppress(OSError):  # it is locked, or somebody else removes it
             if not private.is_own(directory):
                 continue
+            if not (directory / "lock").exists():
+                private.remove_stale(directory)  # it was killed in its first moment
+                continue
             with (directory / "lock").open("r+b") as file:
                 if file.read() != os.fsencode(socket.gethostname()):
-                    continue  # another host's, or not locked yet
+                    continue  # another host's, or of a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             private.remove(directory)
 
