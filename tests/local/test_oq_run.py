@@ -641,11 +641,15 @@ def test_nothing_is_left_of_what_the_engine_has_started(
 def test_modules_beside_a_job_are_nobodys(env: dict[str, str], tmp_path: Path) -> None:
     """The folder of a job may be a colleague's, and what lies there is not run."""
     folder, mark = example(tmp_path), tmp_path / "mark"
-    for name in ("msgspec", "zmq", "psutil", "numpy", "h5py", "toml"):
+    for name in ("msgspec", "zmq", "psutil", "numpy", "h5py", "toml", "click", "json", "secrets"):
         (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write('{name} ')\n")
     command = Path(sys.executable).with_name("oq-run")  # as users do: Python's -m adds the folder
     done = subprocess.run(
-        [command, "job.ini", "--dry-run"], env=env, cwd=folder, capture_output=True, text=True
+        [command, "job.ini", "--dry-run"],
+        env=env | {"PYTHONPATH": f"{env['PYTHONPATH']}:"},  # so it was meant for more
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
     assert not mark.exists(), mark.read_text()
     assert done.returncode == 0, done.stderr

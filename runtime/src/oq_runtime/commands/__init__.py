@@ -1,1 +1,5 @@
 """What a person types."""
+
+import oq_runtime
+
+oq_runtime.leave_working_directory_out()

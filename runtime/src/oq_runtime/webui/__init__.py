@@ -7,3 +7,7 @@ everybody knows. Here is the same site behind waitress, with login (the engine's
 What it needs is made by ``oq-webui --init``, see ``prepare``; what the environment sets is in
 ``site``.
 """
+
+import oq_runtime
+
+oq_runtime.leave_working_directory_out()
