@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from oq_runtime.commands.checks import BadInput, check_priority
+from oq_runtime.commands.checks import BadInput, check_places, check_priority
 from oq_runtime.commands.lines import exports, surveyed
 from oq_runtime.commands.run import NO_NODE, NO_SHARE, parse_params, waits_for
 from oq_runtime.config import Cluster, Config
@@ -136,6 +136,12 @@ def test_a_priority_is_for_a_cluster() -> None:
     assert answer(Priority.NORMAL, "", cluster=False) == ""
     told = answer(Priority.LOW, "", cluster=False)
     assert told.startswith("--priority low is for a cluster") and "leave it out" in told
+
+
+def test_the_engine_needs_more_of_proc_than_processes(tmp_path: Path) -> None:
+    check_places()
+    with pytest.raises(BadInput, match=f"{tmp_path}/meminfo cannot be read.*subset=pid may not"):
+        check_places(tmp_path)
 
 
 def test_what_a_job_waits_for() -> None:

@@ -28,7 +28,7 @@ class Process:
     """What ``/proc`` says of a process.
 
     ``name`` is the one it has given itself, of 15 characters at most; ``started_s`` is in seconds
-    since 1970.
+    since 1970, 0 where ``/proc`` hides when this machine was booted.
     """
 
     name: str
@@ -106,7 +106,7 @@ def look(pid: int) -> Process | None:
         with process.oneshot():
             ended = process.status() == psutil.STATUS_ZOMBIE
             command = "" if ended else " ".join(process.cmdline())
-            return Process(process.name(), command, process.create_time())
+            return Process(process.name(), command, process.create_time() if boot_s() else 0.0)
     except psutil.Error:
         return None
 

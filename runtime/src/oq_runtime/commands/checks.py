@@ -140,8 +140,8 @@ def check_file_size() -> None:
         )
 
 
-def check_places() -> None:
-    """Refuse to start where there is no working directory, or none for sockets."""
+def check_places(proc: Path = Path("/proc")) -> None:
+    """Refuse to start where a working directory, one for sockets, or most of /proc is lacking."""
     try:
         os.getcwd()
     except OSError as exc:
@@ -156,6 +156,11 @@ def check_places() -> None:
             f"TMPDIR {temporary} is not UTF-8, or not in this locale; set another TMPDIR, or "
             "LC_ALL=C.UTF-8"
         ) from None
+    if not os.access(proc / "meminfo", os.R_OK):
+        raise BadInput(
+            f"{proc}/meminfo cannot be read, and the engine needs it; mount {proc} whole "
+            "(hidepid may be set, subset=pid may not)"
+        )
 
 
 def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:
