@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -187,6 +188,20 @@ def test_a_host_that_refuses_the_methods_is_in_no_cluster(
     assert "Traceback" not in done.stderr
     assert "this host refuses scrypt or BLAKE2b" in line and "oq-run --cores" in line
     assert SECRET not in line
+
+
+def test_an_engine_that_does_not_load_on_such_a_host_is_told_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "openssl.cnf").write_text(FIPS)
+    done = subprocess.run(
+        [sys.executable, "-c", "from oq_runtime.engine import job; job.run({}, print)"],
+        env=os.environ | {"OPENSSL_CONF": str(tmp_path / "openssl.cnf")},
+        capture_output=True,
+        text=True,
+    )
+    said = (
+        r"the engine cannot be loaded: .+ unsupported \(\w+ in numba/core/\w+\.py: .*hashlib\.sha1"
+    )
+    assert re.search(said, done.stdout), done
 
 
 def test_secrets_are_not_shown() -> None:

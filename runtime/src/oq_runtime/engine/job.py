@@ -527,9 +527,11 @@ def run(spec: dict[str, Any], report: Report) -> int:
         return INTERRUPTED
     except UnsupportedEngine as exc:
         code, error = BAD_INPUT, str(exc)
-    except Exception as exc:  # the engine cannot be imported
+    except Exception as exc:
         traceback.print_exc(file=sys.stderr)
-        code, error = FAILED, messages.explain(exc)
+        *_, (file, function, line) = messages.frames(exc)
+        where = f"{function} in {file.rpartition('/site-packages/')[2]}: {line}"
+        code, error = FAILED, f"the engine cannot be loaded: {messages.explain(exc)} ({where})"
     report({"kind": "failed", "job": None, "error": error, "retries": 0})
     return code
 
