@@ -254,6 +254,18 @@ def test_a_job_of_days_is_found(database: Database, table: JobTable) -> None:
     assert [job.id for job in table.unfinished()] == [number]
 
 
+def test_the_start_of_the_webui_fails_the_lost_jobs_alone(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openquake.server.db import actions
+
+    monkeypatch.setattr(actions, "reset_is_running", actions.reset_is_running)
+    jobtable.install_actions(actions)
+    lives, lost = database.job(pid=os.getpid()), database.job(pid=no_process())
+    database.call("reset_is_running")
+    assert (database.status(lives), database.status(lost)) == ("executing", "failed")
+
+
 def test_end_own(database: Database, table: JobTable) -> None:
     own, other = database.job(pid=os.getpid()), database.job(pid=1)
     table.end_own(Status.ABORTED)

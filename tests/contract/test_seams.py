@@ -66,6 +66,8 @@ for where, (_, names) in hook.INSTALLERS.items():
         except UnsupportedEngine as exc:
             print(where, name, exc, sep="|")
         setattr(module, name, value)
+from openquake.server.db import actions
+assert actions.reset_is_running.__module__ == "oq_runtime.engine.jobtable"
 """
 
 FAKE_SEAM = """

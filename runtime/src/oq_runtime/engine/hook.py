@@ -34,6 +34,10 @@ INSTALLERS = {
         "oq_runtime.engine.dbserver:install_dbserver",
         ("DbServer", "actions", "p", "w"),
     ),
+    "openquake.server.db.actions": (
+        "oq_runtime.engine.jobtable:install_actions",
+        ("reset_is_running",),
+    ),
     "openquake.commonlib.readinput": (
         "oq_runtime.engine.archives:install_readinput",
         ("unzip_rename", "extract_from_zip"),

@@ -188,6 +188,21 @@ class JobTable:
             raise InputError(f"{outdated}".replace("\n", " "))
 
 
+def install_actions(actions: Any) -> None:
+    """Let the start of the WebUI fail the jobs that are lost, and no others.
+
+    The engine's application sets every job that is executing to ``failed``, also where a command of
+    ``manage.py`` loads it. They would go on, and others beside them.
+
+    :param actions: the module ``openquake.server.db.actions``
+    """
+
+    def reset_is_running(db: Any) -> None:
+        JobTable(lambda action, *arguments: getattr(actions, action)(db, *arguments)).mend()
+
+    actions.reset_is_running = reset_is_running
+
+
 def lives(job: Job) -> bool:
     """Whether the engine process of a job of this host may be there; what is hidden counts."""
     return processes.exists(job.pid) and is_of(job, processes.look(job.pid), processes.boot_s())
