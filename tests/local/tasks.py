@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -90,6 +91,11 @@ def unless(x: Any, seconds: Any, path: Any, monitor: Any) -> dict[str, Any]:
     while time.monotonic() < end_s and not os.path.exists(path):
         time.sleep(0.05)
     return {"sum": x}
+
+
+def leaves(x: Any, monitor: Any) -> dict[str, Any]:
+    """Start a process and leave it running; return its number."""
+    return {"pid": subprocess.Popen(["sleep", "600"]).pid}
 
 
 def hang(x: Any, monitor: Any) -> dict[str, Any]:

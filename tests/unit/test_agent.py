@@ -21,6 +21,7 @@ import pytest
 import xxhash
 import zmq
 
+from oq_runtime import processes
 from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ConfigError
 from oq_runtime.files import private
@@ -577,6 +578,22 @@ def test_what_stays_stopped_is_killed_and_its_task_runs_elsewhere(here: Stage) -
     here.expect(protocol.Died, lambda one: one.task == 4)
     here.give(5, "square", 7)
     assert here.ended(5) == [{"sum": 49}]
+
+
+def test_what_a_task_has_left_ends_with_its_worker(tmp_path: Path) -> None:
+    with stage(tmp_path) as here:
+        for task in (1, 2):
+            here.give(task, "leaves", None)
+            [left] = here.ended(task)
+            assert processes.exists(left["pid"])
+            if task == 1:
+                os.kill(here.workers[0], signal.SIGKILL)
+                assert wait_for(lambda: not alive(left["pid"]))  # noqa: B023
+    assert wait_for(lambda: not alive(left["pid"])), "at the end of the agent"
+
+
+def alive(pid: int) -> bool:
+    return bool((found := processes.look(pid)) and found.command)
 
 
 def test_workers_have_one_thread(here: Stage) -> None:

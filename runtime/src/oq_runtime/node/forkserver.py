@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, NoReturn
 
 import msgspec
@@ -81,6 +81,12 @@ def refusal(exc: OSError) -> str:
         f"no process for a worker: {exc.strerror}; the limits are {cgroups.process_limit()}: "
         "raise them, or use fewer cores"
     )
+
+
+def end_group(worker: int) -> None:
+    """Kill a worker and all that its tasks have started and left."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker, signal.SIGKILL)
 
 
 class ForkServer:
@@ -145,7 +151,7 @@ class ForkServer:
         data = read(self.channel, MAX_BYTES)
         return None if data is None else decode_exited(data)
 
-    def close(self, workers: Iterable[int] = ()) -> int:
+    def close(self, workers: Sequence[int] = ()) -> int:
         """End the process and its workers, of which these are the pids; return its exit code.
 
         Takes END_SECS at most, whatever becomes of the workers.
@@ -157,6 +163,8 @@ class ForkServer:
         for _, files in self.orders:
             for file in files:
                 file.close()
+        for pid in workers:
+            end_group(pid)  # of which nobody hears any more when the process has gone
         self.process.kill()
         code = self.process.wait()
         poll = select.poll()
@@ -229,6 +237,7 @@ class Children:
         try:
             parent = os.getppid()
             processes.die_with_parent()
+            os.setsid()  # what a task starts is of the worker's group, and ends with it
             for descriptor in (sys.stdout.fileno(), sys.stderr.fileno()):
                 os.dup2(log, descriptor)
             self.channel.close()
@@ -250,6 +259,7 @@ class Children:
         self.poll.unregister(descriptor)
         os.close(descriptor)
         number = self.by_pidfd.pop(descriptor)
+        end_group(self.pids[number])  # its number stays its own until it is waited for
         pid, status, used = os.wait4(self.pids.pop(number), 0)
         code = os.waitstatus_to_exitcode(status)
         # ru_maxrss is in KiB, see getrusage(2)
