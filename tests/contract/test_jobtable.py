@@ -6,6 +6,7 @@ Not covered: what ``oq-run`` makes of it (``tests/local``).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
 import os
 import re
@@ -192,6 +193,25 @@ def test_a_database_with_jobs_is_kept(database: Database) -> None:
     number = database.job("complete")
     jobtable.make(database.path)
     assert database.status(number) == "complete"
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("of the user")
+    lock = tmp_path / ".db.sqlite3.lock"
+    lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(sqlite3.OperationalError, match=str(lock)):
+        jobtable.make(tmp_path / "db.sqlite3")
+    assert (tmp_path / "precious").read_text() == "of the user"
+
+
+def test_a_lock_that_is_never_given_back_is_waited_for_with_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobtable, "LOCK_SECS", 0.3)
+    with (tmp_path / ".db.sqlite3.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        jobtable.make(tmp_path / "db.sqlite3")
+    assert jobtable.made(tmp_path / "db.sqlite3")
 
 
 def test_what_is_no_database_is_not_touched(tmp_path: Path) -> None:

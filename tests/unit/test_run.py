@@ -6,6 +6,7 @@ import grp
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from oq_runtime.commands.checks import BadInput, check_places, check_priority
 from oq_runtime.commands.lines import exports, surveyed
 from oq_runtime.commands.run import NO_NODE, NO_SHARE, parse_params, waits_for
 from oq_runtime.config import Cluster, Config
+from oq_runtime.errors import OqRuntimeError
 from oq_runtime.priority import Priority
 from oq_runtime.session import launch
 from oq_runtime.wire.protocol import Node, NodeState, Status
@@ -86,6 +88,17 @@ def test_only_the_processes_of_a_session_are_ended(tmp_path: Path) -> None:
         for process in (own, other):
             process.kill()
             process.communicate()
+
+
+def test_a_start_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (hanging := tmp_path / "python").write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    monkeypatch.setattr(launch, "ANSWER_SECS", 0.2)
+    with pytest.raises(
+        OqRuntimeError, match=r"not be started in 0.2 s; is the file server of .* there"
+    ):
+        launch.start(Config(cores=1), os.getpid())
 
 
 def answer(priority: Priority, group: str, *groups: int, cluster: bool = True) -> str:

@@ -14,9 +14,9 @@ def leave_working_directory_out() -> None:
     working directory may be the folder of a job, in which others put files; so to be called before
     anything else is imported.
     """
-    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    meant = [entry for entry in entries if entry]
-    if len(meant) == len(entries):
+    given = os.environ.get("PYTHONPATH", "")
+    meant = [entry for entry in given.split(os.pathsep) if entry]
+    if not given or given == os.pathsep.join(meant):
         return
     os.environ["PYTHONPATH"] = os.pathsep.join(meant)  # of what is started
     with contextlib.suppress(OSError):  # it is not there any more

@@ -19,8 +19,8 @@ from oq_runtime.core import scheduler as core
 MOST_REASONS, REASON_CHARACTERS = 1000, 200
 #: changes of the nodes' slots that are noted: a node may change them without an end
 MOST_SHARES = 50_000
-#: attempts at a task that are told apart
-MOST_ATTEMPTS = 0xFFFF
+#: attempts at a task that are told apart, and slots of a node
+MOST_ATTEMPTS, MOST_SLOTS = 0xFFFF, 0xFFFFFFFF
 #: a process is another one each time; its number is in the log
 PROCESS = re.compile(r"process \d+ ")
 #: events that come for each task, or often, and of which nothing is noted
@@ -207,6 +207,7 @@ class Ledger:
         return self.nodes.setdefault(name, len(self.nodes))
 
     def _share(self, share: Share) -> None:
+        share.slots = min(share.slots, MOST_SLOTS)
         if len(self.shares) < MOST_SHARES:
             self.shares.append(share)
 

@@ -42,6 +42,8 @@ MOST_JOBS = 100_000
 ANSWER_SECS = 5.0
 #: seconds for another process to finish a database that lacks a part
 HALF_MADE_SECS = 3.0
+#: and for one that makes it, or holds the lock for no good reason
+LOCK_SECS = 30.0
 
 
 #: what can be done about errors of SQLite, by the beginnings of their names, and about all others
@@ -428,9 +430,18 @@ def make(database: Path) -> None:
     from openquake.commonlib import dbapi
     from openquake.server.db import actions
 
-    with database.with_name(f".{database.name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    path = database.with_name(f".{database.name}.lock")
+    flags = (
+        os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    )  # others may have put a link there
+    try:
+        lock = os.open(path, flags, 0o600)
+    except OSError as exc:
+        raise sqlite3.OperationalError(f"{path}: {exc.strerror}") from exc
+    with os.fdopen(lock):
+        deadline_s = time.monotonic() + LOCK_SECS
+        while not _locked(lock) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
         deadline_s = time.monotonic() + HALF_MADE_SECS
         while database.exists() and time.monotonic() < deadline_s and not made(database):
             time.sleep(0.1)  # a command of the engine may be making it
@@ -446,6 +457,17 @@ def make(database: Path) -> None:
             new.replace(database)
         finally:
             new.unlink(missing_ok=True)
+
+
+def _locked(descriptor: int) -> bool:
+    """Take a lock if it is free, or if the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def remedy(exc: sqlite3.Error) -> str:

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: seconds for the broker to be there
 START_SECS = 20.0
+#: seconds for all of the start: a file server that is away would hold it up for ever
+ANSWER_SECS = START_SECS + 10.0
 #: seconds that broker and agent have to end by themselves
 STOP_SECS = 2.5
 #: of the names of session directories
@@ -61,7 +63,14 @@ def start(config: Config, owner: int, priority: Priority = Priority.NORMAL) -> P
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    out, err = process.communicate()
+    try:
+        out, err = process.communicate(timeout=ANSWER_SECS)
+    except subprocess.TimeoutExpired:
+        process.kill()  # it need not end: the kernel does not kill what waits for a file server
+        raise OqRuntimeError(
+            f"the session could not be started in {ANSWER_SECS:g} s; is the file server of "
+            f"{os.environ.get('TMPDIR') or tempfile.gettempdir()} or of Python there?"
+        ) from None
     try:
         return Path(json.loads(out)["directory"])
     except ValueError:
