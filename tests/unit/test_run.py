@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import oq_runtime
 from oq_runtime.commands.checks import BadInput, check_places, check_priority
 from oq_runtime.commands.lines import exports, surveyed
 from oq_runtime.commands.run import NO_NODE, NO_SHARE, parse_params, waits_for
@@ -88,6 +89,25 @@ def test_only_the_processes_of_a_session_are_ended(tmp_path: Path) -> None:
         for process in (own, other):
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("given", "left", "imports"),
+    [
+        (None, None, True), ("", "", True), ("/a", "/a", True), (".", ".", True),
+        (":", "", False), (":/a", "/a", False), ("/a:", "/a", False), (":.", ".", True),
+    ],
+)  # fmt: skip
+def test_an_empty_entry_of_pythonpath(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, left: str | None, imports: bool
+) -> None:
+    monkeypatch.setattr(sys, "path", ["/x", here := os.getcwd(), "/y"])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if given is not None:
+        monkeypatch.setenv("PYTHONPATH", given)
+    oq_runtime.leave_working_directory_out()
+    assert os.environ.get("PYTHONPATH") == left
+    assert (here in sys.path) == imports and {"/x", "/y"} <= set(sys.path)
 
 
 def test_a_start_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
