@@ -136,7 +136,7 @@ class Stage:
         self.data.link = transport.Link(self.data.socket, self.job, epoch, self.data.link.peer)
 
     def send(self, message: protocol.Message) -> None:
-        assert self.control.link.send(message)
+        assert wait_for(lambda: self.control.link.send(message))  # when the agent is slower
 
     def expect(
         self,
