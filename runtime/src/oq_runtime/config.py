@@ -240,6 +240,14 @@ def is_loopback(host: str) -> bool:
     return any(ipaddress.ip_address(row[4][0]).is_loopback for row in found)
 
 
+def has_ipv4(host: str) -> bool:
+    """Whether a host has an address that a cluster can use, as far as this one knows its name."""
+    try:
+        return bool(socket.getaddrinfo(host, None, family=socket.AF_INET))
+    except OSError:
+        return False
+
+
 def available_cores() -> tuple[int, str]:
     """Return how many tasks at a time this process has processors for, at least 1, and why.
 

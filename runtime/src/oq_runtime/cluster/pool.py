@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import zmq
 
 from oq_runtime.cluster import remote
-from oq_runtime.config import Cluster
+from oq_runtime.config import Cluster, has_ipv4
 from oq_runtime.errors import NoWorkers, ProtocolError
 from oq_runtime.text import grouped
 from oq_runtime.wire import protocol, security, transport
@@ -30,6 +30,7 @@ LOAD_SECS, PIECE_BYTES, PIECES = 1.0, 256 * 1024, 16
 AT_ONCE = 500
 Action = Literal["status", "start", "stop", "kill"]
 SILENT = f"no answer in {ANSWER_SECS:g} s; is its openquake-worker service running?"
+NAMELESS = "its name has no IPv4 address here; see /etc/hosts, or give its address in host_cores"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ class Pool:
                             answers[host] = heard
                         case protocol.Refused(reason=reason):
                             answers[host] = Unreachable(reason)
-        return {host: answers.get(host, Unreachable(SILENT)) for host in lines.urls}
+        return {host: answers.get(host) or silent(host) for host in lines.urls}
 
     def start(self) -> dict[str, Answer]:
         """Let all hosts take tasks, after starting over ssh the agents that do not answer."""
@@ -275,3 +276,8 @@ def _returned(line: Lines, deadline_s: float) -> int:
         if found := sum(isinstance(heard, protocol.Ping) for _, heard in line.hear()):
             return found
     return 0
+
+
+def silent(host: str) -> Unreachable:
+    """Return why a host that was called in time says nothing."""
+    return Unreachable(SILENT if has_ipv4(host) else NAMELESS)
