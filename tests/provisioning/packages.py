@@ -38,6 +38,8 @@ def download(*names: str) -> Path:
     What is installed on this machine is not among them.
     """
     folder = FOLDER / "-".join(names)
+    if not shutil.which("apt-get"):
+        pytest.skip("packages of Debian are fetched by apt-get, which is missing")
     if not folder.exists():
         half = folder.with_suffix(".half")
         command = ["apt-get", "-qq", "install", "--download-only", "--no-install-recommends"]
@@ -60,11 +62,12 @@ def files_of_the_roles() -> Path:
 
     Their scripts have not run: there are no accounts of theirs, and dpkg does not know them.
     """
-    root = FOLDER / "files"
+    packages = download(*OF_THE_ROLES)
+    root = packages / "files"
     if not root.exists():
-        packages = sorted(download(*OF_THE_ROLES).glob("*.deb"))
         half = root.with_suffix(".half")
         shutil.rmtree(half, ignore_errors=True)
-        subprocess.run(["sh", "-c", UNPACK, "unpack", half, *packages], check=True)
+        command = ["sh", "-c", UNPACK, "unpack", half, *sorted(packages.glob("*.deb"))]
+        subprocess.run(command, check=True)
         half.rename(root)
     return root

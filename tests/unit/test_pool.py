@@ -1,4 +1,4 @@
-"""What an administrator's commands make of an agent that never stops sending."""
+"""What an administrator's commands make of agents that say nothing, or never stop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import zmq
 
-from oq_runtime.cluster.pool import ANSWER_SECS, Pool
+from oq_runtime.cluster import pool as pools
+from oq_runtime.cluster.pool import ANSWER_SECS, NAMELESS, SILENT, Pool, Unreachable, silent
 from oq_runtime.config import Cluster
 from oq_runtime.wire import protocol, security, transport
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.attack]
+pytestmark = pytest.mark.timeout(60)
 
 HOST, SECRET = "127.0.0.1", "a secret of this test"
 #: as long as it lasts they would not end; a machine that is busy takes its time
@@ -65,6 +66,7 @@ def flooding(*messages: protocol.Message) -> Iterator[Pool]:
         context.destroy(linger=0)
 
 
+@pytest.mark.attack
 def test_questions_end_in_time() -> None:
     with flooding(protocol.Refused(reason="r"), STATUS) as pool:
         began_s = time.monotonic()
@@ -74,3 +76,13 @@ def test_questions_end_in_time() -> None:
         began_s = time.monotonic()
         assert pool.measure(HOST).bytes_per_s
         assert time.monotonic() - began_s < LATE_S
+
+
+def test_a_host_without_an_address_is_not_called_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = "192.0.2.9", "fd00::2"
+    assert silent(hosts) == {
+        "192.0.2.9": Unreachable(SILENT),
+        "fd00::2": Unreachable(NAMELESS),
+    }
+    monkeypatch.setattr(pools, "ANSWER_SECS", -1)  # a name server has taken them
+    assert silent(hosts) == dict.fromkeys(hosts, Unreachable(SILENT))

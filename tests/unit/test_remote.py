@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oq_runtime.cluster import pool, remote
+from oq_runtime.cluster import remote
 
 TOLD = "ssh openquake@192.0.2.2 start"
 
@@ -55,8 +55,3 @@ def test_one_that_does_not_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     said = ssh(monkeypatch, tmp_path, "sleep 8 & wait")
     assert said == f"{TOLD}: did not end in 0.3 s"
     assert time.monotonic() - began_s < 2
-
-
-def test_a_host_without_an_address_is_not_called_silent() -> None:
-    assert pool.silent("192.0.2.9").reason == pool.SILENT
-    assert pool.silent("fd00::2").reason == pool.NAMELESS

@@ -133,6 +133,18 @@ class Lines:
         self.again_s = time.monotonic() + AGAIN_SECS
 
 
+def silent(hosts: Iterable[str]) -> dict[str, Answer]:
+    """Return why hosts that were called in time say nothing.
+
+    A name server may be silent as well: no look-up begins after ANSWER_SECS.
+    """
+    deadline_s = time.monotonic() + ANSWER_SECS
+    return {
+        host: Unreachable(SILENT if time.monotonic() > deadline_s or has_ipv4(host) else NAMELESS)
+        for host in hosts
+    }
+
+
 class Pool:
     """The hosts of a cluster, all asked or told at once.
 
@@ -146,7 +158,7 @@ class Pool:
         self.keys = security.Keys.derive(security.read_secret(cluster.authkey))
 
     def ask(self, action: Action, hosts: Iterable[str] | None = None) -> dict[str, Answer]:
-        """Return what each host says, by default of all; takes at most ANSWER_SECS."""
+        """Return what each host says, by default of all; takes ANSWER_SECS, name servers aside."""
         answers: dict[str, Answer] = {}
         with self._lines(self.cluster.hosts if hosts is None else hosts, action) as lines:
             deadline_s = time.monotonic() + ANSWER_SECS
@@ -157,7 +169,8 @@ class Pool:
                             answers[host] = heard
                         case protocol.Refused(reason=reason):
                             answers[host] = Unreachable(reason)
-        return {host: answers.get(host) or silent(host) for host in lines.urls}
+        told = silent(host for host in lines.urls if host not in answers)
+        return {host: answers.get(host) or told[host] for host in lines.urls}
 
     def start(self) -> dict[str, Answer]:
         """Let all hosts take tasks, after starting over ssh the agents that do not answer."""
@@ -276,8 +289,3 @@ def _returned(line: Lines, deadline_s: float) -> int:
         if found := sum(isinstance(heard, protocol.Ping) for _, heard in line.hear()):
             return found
     return 0
-
-
-def silent(host: str) -> Unreachable:
-    """Return why a host that was called in time says nothing."""
-    return Unreachable(SILENT if has_ipv4(host) else NAMELESS)

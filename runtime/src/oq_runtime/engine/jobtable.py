@@ -431,11 +431,8 @@ def make(database: Path) -> None:
     from openquake.server.db import actions
 
     path = database.with_name(f".{database.name}.lock")
-    flags = (
-        os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    )  # others may have put a link there
-    try:
-        lock = os.open(path, flags, 0o600)
+    try:  # others may have put a link there
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as exc:
         raise sqlite3.OperationalError(f"{path}: {exc.strerror}") from exc
     with os.fdopen(lock):

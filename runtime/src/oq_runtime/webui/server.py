@@ -107,7 +107,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def of_account(self) -> bool:
         """Whether an account's upload comes over it."""
-        return self.request is not None and getattr(self.request, "of_account", False)
+        return self.request is not None and self.request.of_account
 
     def look(self, now: float) -> None:
         """Reckon how long it is still waited for; close it when that is over."""
