@@ -33,7 +33,6 @@ from tests.leftovers import wait_for
 #: a new virtual environment compiles the engine for minutes
 pytestmark = pytest.mark.timeout(900)
 
-NOW = datetime.now(UTC)
 #: a program that has a title and waits
 TITLED = "import sys, setproctitle, time; setproctitle.setproctitle(sys.argv[1]); time.sleep(99)"
 
@@ -58,7 +57,7 @@ class Database:
         """Make a row and return its number."""
         arguments = [str(self.path.parent), "classical", "a test", getpass.getuser(), None, host]
         number = int(self.call("create_job", *arguments))
-        self.call("update_job", number, {"status": status, "start_time": NOW, **more})
+        self.call("update_job", number, {"status": status, "start_time": datetime.now(UTC), **more})
         return number
 
     def status(self, number: int) -> str:

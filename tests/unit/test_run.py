@@ -75,12 +75,17 @@ def test_survey_in_a_line() -> None:
 def test_only_the_processes_of_a_session_are_ended(tmp_path: Path) -> None:
     """Their numbers may be those of others by the time that they are told to end."""
     (directory := tmp_path / "oq-run-x").mkdir(mode=0o700)
-    waits = "trap '' TERM; read word"
+    waits = "trap '' TERM; echo; read word"
     own, other = (
-        subprocess.Popen(["/bin/sh", "-c", waits, *words], stdin=subprocess.PIPE)
+        subprocess.Popen(
+            ["/bin/sh", "-c", waits, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         for words in ((str(directory),), ())
     )
     try:
+        for process in (own, other):
+            assert process.stdout is not None
+            process.stdout.readline()  # from now on it does not mind
         (directory / "pids").write_text(json.dumps([own.pid, other.pid]))
         launch.stop(directory)
         assert own.wait(timeout=5) == -9 and other.poll() is None
