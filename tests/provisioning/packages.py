@@ -29,6 +29,8 @@ for part in bin lib sbin; do
     [ ! -d "$root/$part" ] || { mkdir -p "$root/usr"; cp -a "$root/$part" "$root/usr"; }
     rm -rf "${root:?}/$part"
 done
+# its script would make that
+[ ! -e "$root/usr/sbin/exportfs" ] || : >"$root/etc/exports"
 """
 
 
@@ -60,7 +62,7 @@ def download(*names: str) -> Path:
 def files_of_the_roles() -> Path:
     """Return a directory with the files of the packages that the roles install.
 
-    Their scripts have not run: there are no accounts of theirs, and dpkg does not know them.
+    Their scripts have not run: accounts of theirs are missing, and dpkg does not know them.
     """
     packages = download(*OF_THE_ROLES)
     root = packages / "files"
