@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from oq_runtime.config import Config
-from oq_runtime.settings import KEYS, Key
-from tests.provisioning.roles import ROOT, ansible, options
+from oq_runtime.settings import KEYS, ORDERED, Key
+from tests.provisioning.roles import ROOT, ansible, options, read
 from tests.provisioning.variables import plain
 
 INVENTORY = """\
@@ -136,3 +136,15 @@ def test_the_variable_has_the_keys_of_the_runtime() -> None:
     found = {name: spec[name] | {"description": plain(spec[name]["description"])} for name in spec}
     expected = {name: specified(key) for name, key in KEYS.items() if name not in ("code", "cores")}
     assert found == expected
+
+
+def test_the_checks_have_the_limits_of_the_runtime() -> None:
+    """Before a host is touched there is no runtime to ask."""
+    found = read("openquake", "vars/main.yml")
+    expected = {}
+    for name, key in KEYS.items():
+        if key.kind in (int, float) and name != "cores":
+            least = f"from {key.meta.ge}" if key.meta.gt is None else f"above {key.meta.gt}"
+            expected[name] = [least, key.meta.le or 1_000_000, key.default]
+    assert found["__openquake_runtime_ranges"] == expected
+    assert found["__openquake_runtime_ordered"] == [list(pair) for pair in ORDERED]
