@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from oq_runtime.commands.explain import explained
+from oq_runtime.report.words import explained
 
 from .test_starmap import run
 

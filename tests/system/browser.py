@@ -62,6 +62,7 @@ class Browser:
         wanted = {
             "browserName": "chrome",
             "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
             "acceptInsecureCerts": True,  # tests make their own
         }
         made = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
@@ -133,6 +134,19 @@ class Browser:
         """Wait for a condition; the page of the end is in a picture if it does not come."""
         if not wait_for(condition, limit_s, 1.0):
             raise BrowserError(f"not after {limit_s:.0f} s: {self.text('body')[-2000:]}")
+
+    def run(self, script: str) -> Any:
+        """Return what a script of the page returns."""
+        return self._ask("POST", "/execute/sync", {"script": script, "args": []})
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the window another size, in pixels."""
+        self._ask("POST", "/window/rect", {"width": width, "height": height})
+
+    def complaints(self) -> list[str]:
+        """What the browser has found wrong since the last time: scripts, addresses, policies."""
+        rows = self._ask("POST", "/se/log", {"type": "browser"})
+        return [row["message"] for row in rows]
 
     def picture(self, name: str) -> None:
         """Keep a screenshot."""

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oq_runtime.commands.explain import MOST_LINES, lines
 from oq_runtime.core.explain import Attempt, Cause, Job, Share, Use, causes, divide
 from oq_runtime.core.ledger import Outcome
+from oq_runtime.report.words import MOST_LINES, lines
 
 SENDS_S = 0.01
 

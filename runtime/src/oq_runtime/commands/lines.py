@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oq_runtime.config import Config
-from oq_runtime.text import MOST_NAMES, clean
+from oq_runtime.text import MOST_NAMES, clean, counted
 
 #: characters of a job's description, and names of exported files, that are shown
 DESCRIPTION_CHARACTERS, MOST_FILES = 100, 4
@@ -77,8 +77,11 @@ def next_steps(row: dict[str, Any]) -> list[str]:
                 f'plot: oq plot "{what}?kind=mean&imt={row["imts"][0]}" {job} -s {picture}'
             )
             break
+    if "report" not in row:
+        steps.append(f"report: oq-report {job}")
     return [*steps, f"log: oq engine --show-log {job}"]
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def reported(row: dict[str, Any]) -> list[str]:
+    """Say where the report of a job is, if there is one."""
+    return [f"report {row['report']}"] if "report" in row else []

@@ -31,7 +31,7 @@ from rich.console import Console
 from oq_runtime import cgroups, config, descriptors, processes
 from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
-from oq_runtime.commands.lines import describe, exports, next_steps, place, surveyed
+from oq_runtime.commands.lines import describe, exports, next_steps, place, reported, surveyed
 from oq_runtime.commands.notice import Notice
 from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
@@ -41,6 +41,7 @@ from oq_runtime.files import compiling, journal
 from oq_runtime.files.journal import Reader
 from oq_runtime.node import memory
 from oq_runtime.priority import Priority
+from oq_runtime.report import output
 from oq_runtime.session import launch
 from oq_runtime.text import clean, grouped
 from oq_runtime.wire.protocol import NodeState, Status
@@ -170,6 +171,13 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
     metavar="ID",
     help="Say where the time of a job went; -1: last one.",
 )
+@click.option(
+    "--report",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Write a page about each job at its end: to FILE, or beside the exports. See oq-report.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--no-progress", is_flag=True, help="No progress display.")
 @click.version_option(package_name="oq-runtime")
@@ -191,6 +199,7 @@ def main(
     tell: int | None,
     watch: int | None,
     explain: int | None,
+    report: str | None,
     as_json: bool,
     no_progress: bool,
 ) -> None:
@@ -202,7 +211,10 @@ def main(
     processes.open_standard()
     descriptors.raise_limit()  # of all that is started
     for name, value in click.get_current_context().params.items():
-        if value == "" and name != "exports":  # of a shell's variable that is not set
+        if value == "" and name not in (
+            "exports",
+            "report",
+        ):  # of a shell's variable that is not set
             raise BadInput(f"--{name.replace('_', '-')} is empty; leave it out or give a value")
     checks.check_user()
     checks.check_file_size()
@@ -232,6 +244,7 @@ def main(
         "log_level": log_level,
         "dry_run": dry_run,
     }
+    target = None if report is None else check_report(report, export_dir, files, dry_run)
     compiling.find_cache(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
     try:
         sections = whole = config.read()
@@ -266,6 +279,9 @@ def main(
     )
     call.announce()
     code = call.execute()
+    if target is not None:
+        unreported = call.report(target)
+        code = code or unreported
     try:
         if as_json:
             print_json(code, call.error, call.surveys if dry_run else call.finished)
@@ -278,6 +294,27 @@ def main(
         code = code or EXIT_FAILED
     call.end_notice(code)
     sys.exit(code)
+
+
+def check_report(name: str, export_dir: str | None, files: Sequence[str], dry_run: bool) -> Path:
+    """Return the file for the report, or the directory for those of all jobs."""
+    if dry_run:
+        raise BadInput("--report tells of a job that was run; leave it out with --dry-run")
+    target = checks.absolute(name or export_dir or ".")
+    if name and not target.is_dir():
+        if target.suffix != output.SUFFIX:
+            raise BadInput(
+                f"--report {name}: the name of a report ends in {output.SUFFIX}; write --report "
+                "behind the job files"
+            )
+        if len(files) > 1:
+            raise BadInput(f"--report {name}: there is one for each job; give a directory")
+    if name or target.is_dir():  # the engine makes the directory of the exports
+        try:
+            output.check_place(target / output.SUFFIX if target.is_dir() else target)
+        except OqRuntimeError as exc:
+            raise BadInput(f"--report: {exc}") from exc
+    return target
 
 
 def watched(number: int | None, as_json: bool) -> NoReturn:
@@ -297,13 +334,12 @@ def watched(number: int | None, as_json: bool) -> NoReturn:
 
 def explained(number: int, as_json: bool) -> NoReturn:
     """Say where the time of a job went."""
-    from oq_runtime.commands.explain import explained, find  # not wanted by the others: h5py
+    from oq_runtime.report.words import explained, find  # not wanted by the others: h5py
 
     try:
-        path = find(checks.data_directory(config.read()), number)
-    except ConfigError as exc:
-        raise BadInput(str(exc)) from exc
-    told = explained(path)
+        told = explained(find(checks.data_directory(config.read()), number))
+    except OqRuntimeError as exc:
+        raise BadInput(f"--explain: {exc}") from exc
     click.echo(json.dumps(told) if as_json else "\n".join(map(clean, told["lines"])))
     sys.exit(0)
 
@@ -757,6 +793,32 @@ class Run:
         except jobtable.DatabaseError as exc:
             self._print(f"{exc}; the next oq-run will set the job to failed")
 
+    def report(self, target: Path) -> int:
+        """Write a page about each job that has left a datastore; return an exit code.
+
+        Another process does it: it imports the engine.
+
+        :param target: a file, or a directory
+        """
+        code = 0
+        for row in self.finished if self.interrupted_s is None or self.aborted else ():
+            path = Path(row.get("datastore") or self.datadir / f"calc_{row['job']}.hdf5")
+            if not path.exists():
+                self._print(f"there is no report of job {row['job']}: it has no results")
+                continue
+            if not self.quiet:
+                self._print(f"writing the report of job {row['job']}")
+            error = "" if "outputs" in row else clean(self.error, LINE_CHARACTERS)
+            words = [str(path), str(target), f"--error={error}"]
+            made = subprocess.run(
+                processes.python("oq_runtime.commands.report", *words), stdout=subprocess.PIPE
+            )
+            if made.returncode:  # it has said why
+                code = EXIT_FAILED
+            else:
+                row["report"] = os.fsdecode(made.stdout).rstrip("\n")
+        return code
+
     def end_notice(self, code: int) -> None:
         """Have the notice sent, if there is to be one; say when it could not be."""
         if self.notice is None:
@@ -778,6 +840,8 @@ class Run:
         for row in self.finished:
             if "outputs" not in row:
                 out.print(f"job {row['job']} {row['state']} after {row['seconds']:.1f} s")
+                for line in reported(row):
+                    out.print(clean(line))
                 continue
             capacity = self.slots * max(row["seconds"], 0.01)
             out.print(
@@ -785,9 +849,9 @@ class Run:
                 f"{row['retries']} retried, slot efficiency {row['busy_seconds'] / capacity:.0%}"
             )
             out.print(f"datastore {clean(row['datastore'])} ({row['bytes'] / 1e6:.1f} MB)")
-            for output in row["outputs"]:
-                out.print(f"  {output['id']:>5}  {clean(output['name'])}")
-            for line in (*exports(row["exported"]), *next_steps(row)):
+            for one in row["outputs"]:
+                out.print(f"  {one['id']:>5}  {clean(one['name'])}")
+            for line in (*exports(row["exported"]), *reported(row), *next_steps(row)):
                 out.print(clean(line))
         if self.error:
             number = self.current or (self.jobs[-1] if self.jobs else None)

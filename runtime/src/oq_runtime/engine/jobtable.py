@@ -16,7 +16,7 @@ import re
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -312,6 +312,8 @@ def check_datastore(path: Path, name: str) -> None:
     """Raise InputError where the datastore of a parent cannot be read."""
     import h5py
 
+    if path.exists() and not path.is_file():  # whose writer may be waited for for ever
+        raise InputError(f"{name}: its datastore {path} is no file")
     try:
         with path.open("rb"):
             pass
@@ -347,6 +349,7 @@ ANSWERS: Names = {("datetime", cls.__name__): cls for cls in (datetime, timedelt
     ("openquake.commonlib.dbapi", "Row"): Record,
 }
 STATUS_OF = "SELECT status FROM job WHERE id=?"
+FIND = "SELECT user_name, status, ds_calc_dir FROM job WHERE id=?"
 IS_UNFINISHED = f"status IN ({', '.join(repr(str(status)) for status in UNFINISHED)})"
 # one that an abort has marked may still say that it is running
 END = (
@@ -376,6 +379,21 @@ class Outside:
             row = connection.execute(STATUS_OF, (number,)).fetchone()
             return clean(str(row[0])) if row else None
 
+    def find(self, number: int) -> tuple[str, str, Path] | None:
+        """Return user, status and datastore of a job, None where there is no such job."""
+        if self.place.startswith("tcp://"):
+            found = self._ask("get_job", number)
+            row = found and (found.user_name, found.status, found.ds_calc_dir)
+        elif not os.path.exists(self.place):
+            return None
+        else:
+            with self._open() as connection:
+                row = connection.execute(FIND, (number,)).fetchone()
+        if not row or row[1] == Status.DELETED:
+            return None
+        user, status, place = map(str, row)
+        return clean(user), clean(status), Path(f"{place}.hdf5")
+
     def finish(self, numbers: Sequence[int], status: Status) -> None:
         """Give those of the jobs that the table takes for unfinished their last status."""
         if self.place.startswith("tcp://"):
@@ -385,6 +403,15 @@ class Outside:
             return
         with self._open() as connection, connection:
             connection.executemany(END, [(status.value, number) for number in numbers])
+
+    @classmethod
+    def configured(cls, sections: Mapping[str, Mapping[str, str]]) -> Outside:
+        """Return the table of a configuration, as the engine would reach it."""
+        dbserver = sections.get("dbserver", {})
+        host = os.environ.get("OQ_DATABASE") or dbserver.get("host")
+        if served(host):
+            return cls(f"tcp://{host}:{dbserver.get('port', '')}")
+        return cls(os.path.expanduser(dbserver.get("file", "")))
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

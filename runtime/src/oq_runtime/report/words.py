@@ -1,4 +1,4 @@
-"""``oq-run --explain``: where the time of a job went, in ten lines at most.
+"""Where the time of a job went, in ten lines at most.
 
 Reads the datastore without the engine. Of a job whose attempts are not kept, because the engine ran
 it alone, it tells what the engine's own tables have, and what is missing.
@@ -16,19 +16,20 @@ from typing import Any
 
 import h5py
 
-from oq_runtime.commands.checks import BadInput
-from oq_runtime.commands.lines import counted
 from oq_runtime.core import explain
 from oq_runtime.core.explain import Cause, Division, Finding, Job, Use
 from oq_runtime.core.ledger import FAULTS
 from oq_runtime.engine import kept
-from oq_runtime.text import clean, duration
+from oq_runtime.errors import InputError
+from oq_runtime.text import clean, counted, duration, nbytes
 
 MOST_LINES = 10
 #: functions, nodes, reasons and causes that are told of
 MOST = 3
 #: characters of a description, and of a reason
 DESCRIPTION_CHARACTERS, REASON_CHARACTERS = 60, 110
+#: of a line
+LINE_CHARACTERS = 500
 #: part of the slot time from which a use is told
 TOLD = 0.005
 
@@ -36,7 +37,7 @@ TOLD = 0.005
 def find(datadir: Path, number: int) -> Path:
     """Return the datastore of a job; -1 stands for the last one, -2 for the one before.
 
-    :raises BadInput: where there is none
+    :raises InputError: where there is none
     """
     if number < 0:
         there = sorted(
@@ -45,11 +46,11 @@ def find(datadir: Path, number: int) -> Path:
             if (found := re.fullmatch(r"calc_(\d+)\.hdf5", path.name))
         )
         if len(there) < -number:
-            raise BadInput(f"--explain {number}: {datadir} has {counted(len(there), 'job')}")
+            raise InputError(f"job {number}: {datadir} has {counted(len(there), 'job')}")
         number = there[number]
     path = datadir / f"calc_{number}.hdf5"
     if not path.exists():
-        raise BadInput(f"--explain {number}: there is no {path}; oq engine --lhc lists the jobs")
+        raise InputError(f"job {number}: there is no {path}; oq engine --lhc lists the jobs")
     return path
 
 
@@ -58,7 +59,7 @@ def explained(path: Path) -> dict[str, Any]:
 
     :returns: ``lines`` for people; ``uses``, parts of the slot time, and ``causes``, the parts that
         they have cost, where the attempts are kept
-    :raises BadInput: where it cannot be read
+    :raises InputError: where it cannot be read
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -66,7 +67,7 @@ def explained(path: Path) -> dict[str, Any]:
             facts = dict(file[kept.GROUP].attrs) if kept.GROUP in file else {}
             engines = None if job else _engines(file)
     except (OSError, KeyError, ValueError) as exc:
-        raise BadInput(f"{path}: {exc}; is it the datastore of a job?") from exc
+        raise InputError(f"{path}: {exc}; is it the datastore of a job?") from exc
     if job is None:
         assert engines is not None
         return {"lines": [about + engines[0], *engines[1:]], "uses": {}, "causes": {}}
@@ -201,15 +202,6 @@ def _retried(job: Job) -> str:
 
 def _short(reason: str) -> str:
     return clean(reason, REASON_CHARACTERS)
-
-
-def nbytes(number: float) -> str:
-    """Return a number of bytes with its unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
 
 
 Words = Callable[[Finding, Job], str]

@@ -1,0 +1,1 @@
+"""The report of a job: a page that needs nothing else, made from its datastore."""
