@@ -28,7 +28,8 @@ help:
 	@echo "make demo         run $(DEMO_JOB) through the runtime"
 	@echo "make test         all test lanes, a table at the end"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
-	@echo "make resume       SAMPLE=n SEED=n, JOBS="path ...", or ALL=1: how far jobs replay"
+	@echo "make resume       SAMPLE=n SEED=n, JOBS="path ...", or ALL=1: how far jobs replay;"
+	@echo "                  RUNS=n SEED=n: kills of the master's processes, then --resume"
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
 	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
@@ -145,8 +146,9 @@ conformance: $(STAMP)
 	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
 
 resume: $(STAMP)
-	$(VENV)/bin/python -m tests.resume $(if $(SAMPLE),--sample $(SAMPLE)) \
-	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
+	$(VENV)/bin/python -m $(if $(RUNS),tests.kills --runs $(RUNS),tests.resume) \
+	  $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
 
 chaos: $(STAMP)
 	$(VENV)/bin/python -m $(if $(CLUSTER),tests.cluster.chaos,tests.chaos) \

@@ -1,0 +1,343 @@
+"""Kill the processes of a master during jobs, let the jobs go on, and compare the results.
+
+    python -m tests.kills --runs N --seed S [--keep DIR]
+
+Both examples and twelve jobs of the corpus, each of another calculation mode, are run once
+undisturbed. Then N runs, the jobs in turn: SIGKILL of one process of the master (``oq-run``, the
+engine, the broker, the agent), or of all at once as when a machine dies, at a random moment from
+the start on or just when a result has reached the journal; in half of the runs the job that goes
+on is killed as well, at a random moment or while it replays. ``oq-run --resume`` then brings it to
+its end; a job that was killed before it had a journal is begun anew, as its user would.
+
+One line per run, then ``runs=N equal=N left_behind=N again=X%``: of the tasks that had been
+committed when something was killed, those that were computed again. Exit code 1 unless all results
+are equal, nothing is left behind, and that part is 5 % at most.
+Not covered: kills of workers, which end no job (``tests.chaos``), and the power cut of a machine,
+which takes what no disk has (``tests/system``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from oq_runtime.commands.progress import StatusReader
+from oq_runtime.errors import JournalError
+from oq_runtime.files import journal
+from oq_runtime.session import launch
+from tests.chaos import JOBS, LIMIT_S, private_engine
+from tests.conformance.compare import compare
+from tests.conformance.corpus import list_jobs, parent_of
+from tests.leftovers import wait_for
+
+#: of the committed tasks, those that may be computed again
+MOST_AGAIN = 0.05
+CORES = 2
+CORPUS_JOBS = 12
+VICTIMS = ("oq-run", "engine", "broker", "agent", "all")
+#: seconds between two looks at the counts of a job: what is committed since the last one is unseen
+LOOK_SECS = 0.05
+#: seconds in which a killed master's other processes end
+END_SECS = 30.0
+TOOK_OVER = re.compile(r"took over the results of (\d+) tasks")
+
+
+@dataclass
+class Ended:
+    """
+    A run of ``oq-run`` that has ended, by itself or not.
+
+    :param killed: what was killed; empty where it was faster
+    :param committed: tasks of this run that had been committed when the broker was last asked
+    """
+
+    code: int
+    report: dict[str, object]
+    log: str
+    seconds: float
+    killed: str = ""
+    committed: int = 0
+
+    @property
+    def datastore(self) -> Path | None:
+        rows = self.report.get("jobs") or []
+        assert isinstance(rows, list)
+        done = [row["datastore"] for row in rows if row.get("state") == "complete"]
+        return Path(done[-1]) if self.code == 0 and done else None
+
+    @property
+    def error(self) -> str:
+        text = str(self.report.get("error") or self.log.strip().rpartition("\n")[2])
+        return f"exit {self.code}: {text}"
+
+
+@dataclass
+class Kill:
+    """
+    :param victim: one of VICTIMS
+    :param after_s: seconds from the start of ``oq-run``, or None: at a result
+    :param results: that have reached the journal in this run
+    """
+
+    victim: str
+    after_s: float | None
+    results: int = 0
+
+    def __str__(self) -> str:
+        moment = f"at result {self.results}" if self.after_s is None else f"at {self.after_s:.1f}s"
+        return f"{self.victim} {moment}"
+
+
+@dataclass
+class Master:
+    """One engine with its own data, and what runs on it."""
+
+    env: dict[str, str]
+
+    @property
+    def datadir(self) -> Path:
+        return Path(self.env["OQ_DATADIR"])
+
+    @property
+    def tmpdir(self) -> Path:
+        return Path(self.env["TMPDIR"])
+
+    def numbers(self) -> set[int]:
+        return set(journal.numbers(self.datadir))
+
+    def results(self, number: int) -> int | None:
+        """How many results a journal has; None where it is not there, or has only begun."""
+        try:
+            return journal.Reader(journal.directory_of(self.datadir, number)).results
+        except (JournalError, FileNotFoundError):
+            return None
+
+    def run(self, *args: object, kill: Kill | None = None) -> Ended:
+        """Run ``oq-run`` with these arguments, and kill what is to be killed."""
+        command = [sys.executable, "-m", "oq_runtime.commands.run", *map(str, args)]
+        before = self.numbers()
+        log_path = self.tmpdir / "oq-run.log"
+        began_s = time.monotonic()
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                [*command, "--json", f"--cores={CORES}"],
+                env=self.env, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        killed, committed = "", 0
+        if kill is not None:
+            killed, committed = self._kill(process, kill, began_s, before)
+        try:
+            out, _ = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, _ = process.communicate()
+        text = log_path.read_text(errors="replace")
+        try:
+            report = json.loads(out)
+        except ValueError:
+            report = {"jobs": []}
+        return Ended(
+            process.returncode, report, text, time.monotonic() - began_s, killed, committed
+        )
+
+    def _kill(
+        self, process: subprocess.Popen[bytes], kill: Kill, began_s: float, before: set[int]
+    ) -> tuple[str, int]:
+        """Wait for the moment and kill; return what was killed, and the tasks committed by then."""
+        reader: StatusReader | None = None
+        committed, first = 0, None
+        try:
+            while process.poll() is None:
+                if reader is None and (found := self.session()):
+                    reader = StatusReader(found)
+                if reader is not None and (status := reader.poll()):
+                    committed = sum(phase.done for phase in status.phases)
+                if kill.after_s is not None:
+                    if time.monotonic() - began_s >= kill.after_s:
+                        return self._end(process, kill.victim), committed
+                elif number := max(self.numbers(), default=0):
+                    results = self.results(number) or 0
+                    first = results if first is None and number in before else first or 0
+                    if results >= first + kill.results:
+                        return self._end(process, kill.victim), committed
+                time.sleep(LOOK_SECS)
+        finally:
+            if reader is not None:
+                reader.close()
+        return "", committed
+
+    def session(self) -> Path | None:
+        """The directory of the session that runs."""
+        found = [path for path in self.tmpdir.glob(f"{launch.PREFIX}*") if launch.pids(path)]
+        return found[0] if found else None
+
+    def _end(self, process: subprocess.Popen[bytes], victim: str) -> str:
+        """SIGKILL; return what it was, for a process that is not there yet ``oq-run``."""
+        found = {"oq-run": [process.pid]}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid)
+            found["engine"] = [child.pid for child in family.children()]
+        if directory := self.session():
+            for pid in launch.pids(directory):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    words = psutil.Process(pid).cmdline()
+                    name = "broker" if "oq_runtime.session.broker" in words else "agent"
+                    found[name] = [pid]
+        found["all"] = [pid for pids in found.values() for pid in pids]
+        if not found.get(victim):
+            victim = "oq-run"
+        for pid in found[victim]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return victim
+
+    def left(self) -> list[str]:
+        """What is there when nothing runs: processes, and directories of sessions."""
+
+        def processes() -> list[str]:
+            mark = f"TMPDIR={self.tmpdir}"
+            found = []
+            for one in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    if one.pid != os.getpid() and mark in (
+                        f"{name}={value}" for name, value in one.environ().items()
+                    ):
+                        found.append(f"process {one.pid} {' '.join(one.cmdline())[:80]}")
+            return found
+
+        wait_for(lambda: not processes(), END_SECS, 0.2)
+        return processes()
+
+
+def chosen(seed: int) -> list[Path]:
+    """The examples, and jobs of the corpus: one for each calculation mode, as far as they reach."""
+    corpus = list_jobs()
+    rng = random.Random(seed)
+    by_mode: dict[str, list[Path]] = {}
+    for job in corpus:
+        text = job.path.read_text(encoding="utf-8-sig", errors="replace")
+        alone = parent_of(job, corpus) is None and "hazard_calculation_id" not in text
+        if alone and job.mode not in ("unknown", "preclassical"):
+            by_mode.setdefault(job.mode, []).append(job.path)
+    modes = sorted(by_mode)
+    rng.shuffle(modes)
+    first = ["disaggregation", "event_based_risk"]
+    modes = first + [mode for mode in modes if mode not in first]
+    return JOBS + [rng.choice(by_mode[mode]) for mode in modes[:CORPUS_JOBS]]
+
+
+def plan(rng: random.Random, seconds: float) -> list[Kill]:
+    """The kills of one run; the second one comes when the job goes on."""
+
+    def kill(longest_s: float) -> Kill:
+        victim = rng.choice(VICTIMS)
+        if rng.random() < 0.3:
+            return Kill(victim, None, rng.randint(1, 12))
+        return Kill(victim, rng.uniform(0.0, longest_s))
+
+    kills = [kill(seconds)]
+    if rng.random() < 0.5:  # half of these while it replays: that is soon after its start
+        kills.append(kill(seconds * rng.choice((0.5, 0.9))))
+    return kills
+
+
+def one_run(master: Master, job: Path, kills: list[Kill]) -> tuple[Ended, list[str], int, int]:
+    """Run a job to its end; returns it, what was killed, tasks committed, and of these lost."""
+    told: list[str] = []
+    committed = lost = had = 0
+    args: list[object] = [job]
+    before = master.numbers()
+    for kill in kills:
+        ended = master.run(*args, kill=kill)
+        if not ended.killed or ended.datastore is not None:
+            told.append("no kill ended it")
+            return ended, told, committed, lost
+        told.append(f"{kill}" if ended.killed == kill.victim else f"{kill}, as {ended.killed}")
+        master.left()
+        new = master.numbers() - before if len(args) == 1 else {int(str(args[1]))}
+        kept = master.results(max(new)) if new else None
+        committed += ended.committed
+        # what was taken over does not come to the broker again
+        lost += max(0, ended.committed - ((kept or 0) - had))
+        if kept is not None:
+            args, had = ["--resume", max(new)], kept
+        else:
+            args, had = [job], 0
+            told[-1] += " (begun anew)"
+    ended = master.run(*args)
+    if len(args) == 2 and ended.datastore is not None and (found := TOOK_OVER.search(ended.log)):
+        told.append(f"took over {found[1]}")
+    return ended, told, committed, lost
+
+
+def drill(runs: int, seed: int, home: Path) -> int:
+    rng = random.Random(seed)
+    master = Master(private_engine(home))
+    undisturbed: dict[Path, Ended] = {}
+    jobs = chosen(seed)
+    for job in list(jobs):
+        name = f"{job.parent.name}/{job.stem}"
+        ended = master.run(job)
+        if ended.datastore is None:
+            print(f"undisturbed {name}: {ended.error}", flush=True)
+            jobs.remove(job)
+            continue
+        undisturbed[job] = ended
+        print(f"undisturbed {name}: {ended.seconds:.1f} s", flush=True)
+    equal = left_behind = committed = lost = 0
+    for number in range(runs):
+        job = jobs[number % len(jobs)]
+        reference = undisturbed[job].datastore
+        assert reference is not None
+        ended, told, done, again = one_run(master, job, plan(rng, undisturbed[job].seconds))
+        committed += done
+        lost += again
+        if ended.datastore is None:
+            verdict = ended.error
+        else:
+            differences = compare(reference, ended.datastore)
+            verdict = f"differs: {differences[:3]}" if differences else "equal"
+            equal += not differences
+        left = master.left() + [path.name for path in master.tmpdir.glob(f"{launch.PREFIX}*")]
+        left += [f"journal of {one}" for one in master.numbers()] if verdict == "equal" else []
+        left_behind += bool(left)
+        name = f"{job.parent.name}/{job.stem}"
+        words = f"{verdict}, {again} of {done} again"
+        print(f"{number + 1}/{runs} {name} {'; '.join(told)}: {words}"
+              + (f"; left behind: {', '.join(left)}" if left else ""), flush=True)  # fmt: skip
+        for one in master.numbers():  # of a job that was begun anew
+            journal.remove(journal.directory_of(master.datadir, one))
+    part = lost / committed if committed else 0.0
+    print(f"runs={runs} equal={equal} left_behind={left_behind} again={part:.1%}", flush=True)
+    return 0 if equal == runs and not left_behind and part <= MOST_AGAIN else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.kills", description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=14)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="keep datastores and logs in this directory")
+    args = parser.parse_args()
+    if args.runs < 1:
+        parser.error("--runs: give a number above 0")
+    if args.keep:
+        return drill(args.runs, args.seed, args.keep.resolve())
+    with tempfile.TemporaryDirectory(prefix="oq-kills-") as name:
+        return drill(args.runs, args.seed, Path(name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
