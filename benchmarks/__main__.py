@@ -7,6 +7,7 @@ else happens on the machine hits all of them alike.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from tests.cluster import netns
 #: failures after which a system is not asked again for the same row
 TRIES = 2
 BUILD = ROOT / "build"
+#: by row the ratio to another system at the last release, see ``report.ratios``
+RELEASED = Path(__file__).with_name("released.json")
 
 
 @dataclass
@@ -113,6 +116,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less work, fewer rounds")
     parser.add_argument("--json", type=Path, default=BUILD / "bench.json")
     parser.add_argument("--plots", type=Path, help="directory for one PNG per row")
+    parser.add_argument(
+        "--release", action="store_true", help=f"keep the ratios of this run in {RELEASED.name}"
+    )
     args = parser.parse_args()
     rows = names(args.row, [experiment.name for experiment in EXPERIMENTS], "row")
     experiments = [e for e in EXPERIMENTS if (e.name in rows if rows else not e.on_request)]
@@ -138,6 +144,12 @@ def main() -> None:
         for one in figures:
             if any(one.values.values()):
                 console.print(f"drawn in {report.plot(args.plots, one)}")
+    released = json.loads(RELEASED.read_text()) if RELEASED.exists() else {}
+    if args.release:
+        text = json.dumps(released | report.ratios(figures), indent=1, sort_keys=True)
+        RELEASED.write_text(text + "\n")
+    elif lines := report.fallen(figures, released):
+        sys.exit("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from rich.table import Table
 
 from benchmarks.rows import ZMQ, Row, Target
 
+#: part of a ratio by which it differs from one run to the next, on a machine with other work
+NOISE = 0.25
+
 
 @dataclass
 class Figures:
@@ -105,6 +108,38 @@ def show(console: Console, all_figures: Sequence[Figures]) -> None:
         console.print(table(figures))
         for text, met in map(figures.verdict, figures.row.targets):
             console.print(f"  {figures.row.ours} {text}: {words[met]}", highlight=False)
+
+
+def ratios(all_figures: Sequence[Figures]) -> dict[str, float]:
+    """By row our median over that of the first system it is to be compared with.
+
+    Most of what differs between machines is in both of them.
+    """
+    found = {}
+    for figures in all_figures:
+        others = [target.of for target in figures.row.targets if target.of]
+        if others and (ratio := figures.ratio(figures.row.ours, others[0])) is not None:
+            found[figures.row.name] = round(ratio, 3)
+    return found
+
+
+def fallen(all_figures: Sequence[Figures], released: dict[str, float]) -> list[str]:
+    """Say which rows are worse than at the last release, by more than ``NOISE``.
+
+    :param released: what ``ratios`` has returned then
+    """
+    lines = []
+    measured = ratios(all_figures)
+    for figures in all_figures:
+        name, better = figures.row.name, figures.row.more_is_better
+        if name not in released or name not in measured:
+            continue
+        now, then = measured[name], released[name]
+        if now < then * (1 - NOISE) if better else now > then * (1 + NOISE):
+            lines.append(
+                f"row {name} fell: {now:.2f} x the other system, {then:.2f} at the release"
+            )
+    return lines
 
 
 def write(path: Path, all_figures: Sequence[Figures]) -> None:
