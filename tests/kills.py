@@ -118,6 +118,11 @@ class Master:
     def numbers(self) -> set[int]:
         return set(journal.numbers(self.datadir))
 
+    def forget(self) -> None:
+        """Remove all journals."""
+        for number in self.numbers():
+            journal.remove(journal.directory_of(self.datadir, number))
+
     def results(self, number: int) -> int | None:
         """How many results a journal has; None where it is not there, or has only begun."""
         try:
@@ -294,6 +299,7 @@ def drill(runs: int, seed: int, home: Path) -> int:
         if ended.datastore is None:
             print(f"undisturbed {name}: {ended.error}", flush=True)
             jobs.remove(job)
+            master.forget()
             continue
         undisturbed[job] = ended
         print(f"undisturbed {name}: {ended.seconds:.1f} s", flush=True)
@@ -312,14 +318,13 @@ def drill(runs: int, seed: int, home: Path) -> int:
             verdict = f"differs: {differences[:3]}" if differences else "equal"
             equal += not differences
         left = master.left() + [path.name for path in master.tmpdir.glob(f"{launch.PREFIX}*")]
-        left += [f"journal of {one}" for one in master.numbers()] if verdict == "equal" else []
+        left += [f"journal of {one}" for one in master.numbers()] if ended.datastore else []
         left_behind += bool(left)
         name = f"{job.parent.name}/{job.stem}"
         words = f"{verdict}, {again} of {done} again"
         print(f"{number + 1}/{runs} {name} {'; '.join(told)}: {words}"
               + (f"; left behind: {', '.join(left)}" if left else ""), flush=True)  # fmt: skip
-        for one in master.numbers():  # of a job that was begun anew
-            journal.remove(journal.directory_of(master.datadir, one))
+        master.forget()  # also what a job has left that was begun anew
     part = lost / committed if committed else 0.0
     print(f"runs={runs} equal={equal} left_behind={left_behind} again={part:.1%}", flush=True)
     return 0 if equal == runs and not left_behind and part <= MOST_AGAIN else 1
