@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -149,16 +150,16 @@ class Lab:
             else:
                 shutil.copytree(self._empty_database(), cluster.home / "oqdata", dirs_exist_ok=True)
             if name.startswith("oq-runtime"):
-                argv = ["-m", "oq_runtime.commands.run", job, "--no-progress"]
+                argv = ["-m", "oq_runtime.commands.run", str(job), "--no-progress"]
             else:
-                argv = ["-m", "openquake.commands", "engine", "--run", job]
+                argv = ["-m", "openquake.commands", "engine", "--run", str(job)]
             yield (
                 self._start(
                     cluster,
                     [sys.executable, *argv, *(["-p", ",".join(params)] if params else [])],
                     f"calculation-{name}",
+                    env,
                     stderr=subprocess.STDOUT,
-                    **env,
                 ),
                 cluster,
             )
@@ -176,11 +177,14 @@ class Lab:
             with contextlib.suppress(TimeoutError):
                 cluster.close()
             for host in self.net.hosts:
-                if not wait_for(lambda host=host: not self.net.processes(host), END_LIMIT_S):
+                if not wait_for(partial(self._is_empty, host), END_LIMIT_S):
                     self.net.kill_all(host)
                 self.net.clear(host)
             remove_unused_shm(shm() - before, "sem.mp-")  # Python's, of pools that were killed
             shutil.rmtree(cluster.home)
+
+    def _is_empty(self, host: str) -> bool:
+        return not self.net.processes(host)
 
     def _empty_database(self) -> Path:
         """The directory of a job database without jobs; made once, for it takes seconds."""
@@ -202,15 +206,15 @@ class Lab:
     ) -> Process:  # fmt: skip
         argv = [python, "-m", f"benchmarks.drivers.{module}", *args]
         log = f"driver-{module}"
-        return self._start(cluster, argv, log, stdin=subprocess.PIPE, **env)
+        return self._start(cluster, argv, log, env, stdin=subprocess.PIPE)
 
     def _peer(self, cluster: Cluster, module: str, args: Sequence[str], total: int) -> Process:
         path = f"{PEERS_PYTHON.parent}:{os.environ['PATH']}"  # Parsl looks for its programs there
         return self._drive(cluster, module, str(total), *args, python=PEERS_PYTHON, PATH=path)
 
     def _start(
-        self, cluster: Cluster, argv: Sequence[str | Path], log: str, stdin: int | None = None,
-        stderr: int | None = None, **env: str,
+        self, cluster: Cluster, argv: Sequence[str | Path], log: str, env: Mapping[str, str],
+        stdin: int | None = None, stderr: int | None = None,
     ) -> Process:  # fmt: skip
         options = {name: v for name, v in (("stdin", stdin), ("stderr", stderr)) if v is not None}
         process = self.net.popen(
@@ -252,7 +256,7 @@ def engine_zmq(lab: Lab, cluster: Cluster) -> dict[str, str]:
         )
         cluster.runs.append(pool)  # killed with the cluster: it ends on command only
     for node in cluster.slots:
-        if not wait_for(lambda node=node: lab.net.listens(node, CTRL_PORT), START_LIMIT_S):
+        if not wait_for(partial(lab.net.listens, node, CTRL_PORT), START_LIMIT_S):
             raise Failed(f"the worker pool of {node} does not listen")
     return {"OQ_DISTRIBUTE": "zmq"}
 

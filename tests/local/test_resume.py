@@ -6,6 +6,7 @@ Not covered: the bytes of a journal (``unit/test_journal``), how far each calcul
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -116,6 +117,37 @@ def test_job_that_runs_is_not_begun_again(env: dict[str, str], undisturbed: Path
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert compare(undisturbed, done(out)[1]) == []
+
+
+def detached_runs(env: dict[str, str]) -> list[psutil.Process]:
+    """The ``oq-run`` without terminal of this TMPDIR."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            here = process.environ().get("TMPDIR") == env["TMPDIR"]
+            if here and any(word.startswith("--tell=") for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_detached_job_goes_on_by_itself(env: dict[str, str], undisturbed: Path) -> None:
+    """After a kill of its ``oq-run``; not after an end of any other kind."""
+    number = last(env) + 1
+    code, _, err = run(env, JOB, "--cores=1", "--detach")
+    assert code == 0, err
+    [process] = detached_runs(env)
+    assert wait_for(lambda: results(env, number) > 8, 200)
+    assert journals(env, "resume") == (0, ""), "it runs"
+    process.kill()
+    assert wait_for(lambda: "can go on" in journals(env, "show")[1], 60)
+    code, text = journals(env, "resume")
+    assert code == 0 and f"job {number} runs detached" in text, text
+    assert wait_for(lambda: not detached_runs(env), 200)
+    output = datadir(env) / f"oq-run_{number}.log"
+    assert "took over the results of" in output.read_text()
+    assert jobs(env)[-1] == (number, "complete", 0)
+    assert compare(undisturbed, datadir(env) / f"calc_{number}.hdf5") == []
+    assert journals(env, "resume") == (0, "")
 
 
 @pytest.mark.slow

@@ -11,11 +11,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oq_runtime.commands import journal as commands_journal
 from oq_runtime.errors import ConfigError, JournalError
-from oq_runtime.files import journal
+from oq_runtime.files import detached, journal
+from oq_runtime.files.detached import Detached
 from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Slots, Submitted, Writer
 
 GB = 1 << 30
@@ -237,3 +240,26 @@ def test_makes_room(tmp_path: Path) -> None:
     assert journal.numbers(tmp_path) == [1, 2, 5]  # 3 has no head, 4 was deleted
     assert journal.make_room(tmp_path, size + 1, 5, lambda _: False) == [1]
     assert journal.numbers(tmp_path) == [2, 5]
+
+
+def test_a_job_goes_on_by_itself_three_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With the options of then; a note of another form, or of somebody else, counts as none."""
+    directory = journal.directory_of(tmp_path, 7)
+    directory.mkdir(mode=0o700)
+    for times in range(detached.MOST_TIMES + 1):
+        detached.note(directory, ("--cores=2",))
+        assert detached.read(directory) == Detached(("--cores=2",), times)
+    monkeypatch.setenv("OQ_DATADIR", str(tmp_path))
+    done = CliRunner().invoke(commands_journal.main, ["resume"])
+    assert done.exit_code == 0 and "job 7 has gone on 3 times" in done.output, done.output
+    detached.forget(directory)
+    assert detached.read(directory) is None
+    for text in ("", "[]", "[1, 2]", '{"a": 1}', "[[], null]", "[[], 1, 2]"):
+        (directory / detached.NOTE).write_text(text)
+        assert detached.read(directory) is None
+    detached.forget(directory)
+    detached.note(directory, ())
+    directory.chmod(0o755)
+    assert detached.read(directory) is None

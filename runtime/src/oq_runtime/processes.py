@@ -10,6 +10,7 @@ import io
 import os
 import resource
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from oq_runtime.descriptors import patiently
 #: of pidfd_open(2): there is no process of that number; a thread may have it, says EINVAL, and
 #: ENOENT from Linux 6.15 on
 GONE = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
+#: seconds in which systemd answers
+SYSTEMD_SECS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,16 @@ class Lossy(io.TextIOWrapper):
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             super().flush()
+
+
+def going_down() -> bool:
+    """Whether this machine is being shut down, as systemd says; False where there is none."""
+    command = ("systemctl", "is-system-running")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SYSTEMD_SECS)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return done.stdout.strip() == "stopping"
 
 
 def has_group(name: str) -> bool:

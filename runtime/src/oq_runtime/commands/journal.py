@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
-from oq_runtime import config
+from oq_runtime import config, processes
 from oq_runtime.commands import checks
 from oq_runtime.errors import ConfigError, JournalError
-from oq_runtime.files import journal
+from oq_runtime.files import detached, journal
 from oq_runtime.files.journal import Consumed, Reader
 from oq_runtime.text import clean
 
 EXIT_DAMAGED, EXIT_INPUT = 1, 2
+#: a job does not go on; its oq-run has said why
+EXIT_STAYS = 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,7 +26,8 @@ EXIT_DAMAGED, EXIT_INPUT = 1, 2
 def main() -> None:
     """Look after the journals of jobs that did not complete; oq-run --resume ID goes on with one.
 
-    Exit codes: 0 all is well, 1 a journal is damaged, 2 there is no such journal.
+    Exit codes: 0 all is well, 1 a journal is damaged or a job does not go on, 2 there is no
+    such journal.
     """
 
 
@@ -50,6 +54,14 @@ def directory_of(number: str) -> Path:
         leave(exc, EXIT_INPUT)
 
 
+def runs(directory: Path) -> bool:
+    """Whether the job of a journal runs; one of which nobody can say it goes on by hand only."""
+    try:
+        return journal.claimed(directory)
+    except JournalError:
+        return True
+
+
 @main.command()
 def show() -> None:
     """List the journals of this user: job, results, size, whether it runs, files."""
@@ -59,7 +71,7 @@ def show() -> None:
             reader = Reader(directory)
             files = " ".join(map(str, reader.head.get("spec", {}).get("files", ())))
             what = f"{reader.results} results, {journal.size(directory) / 1e6:.1f} MB, "
-            what += f"{'runs' if journal.claimed(directory) else 'can go on'}, {clean(files)}"
+            what += f"{'runs' if runs(directory) else 'can go on'}, {clean(files)}"
         except JournalError as exc:
             what = clean(str(exc))
         click.echo(f"job {number}: {what}")
@@ -84,6 +96,30 @@ def verify(number: str) -> None:
     end = f"; damaged from there on: {clean(wrong)}" if wrong else ""
     click.echo(f"job {number}: {good} results are good{end}")
     sys.exit(EXIT_DAMAGED if wrong else 0)
+
+
+@main.command()
+def resume() -> None:
+    """Go on with all detached jobs whose oq-run was killed, or ended with this machine.
+
+    Each is detached again, with the options of then; one that has gone on three times by itself
+    is left to its user.
+    """
+    code = 0
+    for number in journal.numbers(where := datadir()):
+        directory = journal.directory_of(where, number)
+        if (noted := detached.read(directory)) is None or runs(directory):
+            continue
+        if noted.times >= detached.MOST_TIMES:
+            click.echo(
+                f"job {number} has gone on {noted.times} times and was ended each time; "
+                f"oq-run --resume {number} tries again"
+            )
+            continue
+        words = ("--detach", f"--resume={number}", *noted.options)
+        if subprocess.run(processes.python("oq_runtime.commands.run", *words)).returncode:
+            code = EXIT_STAYS
+    sys.exit(code)
 
 
 @main.command()

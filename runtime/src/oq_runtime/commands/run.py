@@ -37,7 +37,7 @@ from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
 from oq_runtime.engine import jobtable
 from oq_runtime.errors import ConfigError, JournalError, OqRuntimeError
-from oq_runtime.files import compiling, journal
+from oq_runtime.files import compiling, detached, journal
 from oq_runtime.files.journal import Reader
 from oq_runtime.node import memory
 from oq_runtime.priority import Priority
@@ -243,6 +243,8 @@ def main(
         "log_file": checks.check_log(log_file) if log_file else None,
         "log_level": log_level,
         "dry_run": dry_run,
+        # how it goes on without its user
+        "detached": None if tell is None else again(cores, priority, log_level, log_file),
     }
     target = None if report is None else check_report(report, export_dir, files, dry_run)
     compiling.find_cache(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
@@ -267,7 +269,7 @@ def main(
     if resume:
         spec |= earlier(datadir, resume)
     if detach:
-        detached(datadir, as_json)
+        run_detached(datadir, as_json)
     call = Run(
         spec,
         settings,
@@ -293,6 +295,7 @@ def main(
         click.echo(f"oq-run: stdout: {exc.strerror}; list the jobs with oq engine --lhc", err=True)
         code = code or EXIT_FAILED
     call.end_notice(code)
+    call.forget_detached(code)
     sys.exit(code)
 
 
@@ -315,6 +318,12 @@ def check_report(name: str, export_dir: str | None, files: Sequence[str], dry_ru
         except OqRuntimeError as exc:
             raise BadInput(f"--report: {exc}") from exc
     return target
+
+
+def again(cores: str | None, priority: str, log_level: str, log_file: str | None) -> list[str]:
+    """Return the options that a job is given when it goes on, beside ``--resume``."""
+    given = {"cores": cores, "priority": priority, "log-level": log_level, "log-file": log_file}
+    return [f"--{name}={value}" for name, value in given.items() if value]
 
 
 def watched(number: int | None, as_json: bool) -> NoReturn:
@@ -344,7 +353,7 @@ def explained(number: int, as_json: bool) -> NoReturn:
     sys.exit(0)
 
 
-def detached(folder: Path, as_json: bool) -> NoReturn:
+def run_detached(folder: Path, as_json: bool) -> NoReturn:
     """Run this command without a terminal, and return when its first job has a number.
 
     It is in a session of its own, so that the end of this one does not reach it.
@@ -831,6 +840,13 @@ class Run:
         facts = {"state": state, "error": self.error, "seconds": seconds}
         if unsent := self.notice.end(self._print, **facts):
             self._print(f"the notice of [oq_runtime] notify could not be sent: {unsent}")
+
+    def forget_detached(self, code: int) -> None:
+        """Let no job go on by itself, unless this machine goes down or there was no node."""
+        if code == EXIT_NO_WORKERS or (code == EXIT_INTERRUPTED and processes.going_down()):
+            return
+        for number in self.jobs:
+            detached.forget(journal.directory_of(self.datadir, number))
 
     def print_summary(self) -> None:
         """Print the outcome for a person."""

@@ -40,7 +40,7 @@ from oq_runtime.errors import (
     NoWorkers,
     UnsupportedEngine,
 )
-from oq_runtime.files import compiling, journal
+from oq_runtime.files import compiling, detached, journal
 from oq_runtime.files.journal import Reader, Writer
 from oq_runtime.session.client import Session
 from oq_runtime.text import clean
@@ -474,6 +474,10 @@ class Jobs:
                 before.cut_tail()
             claimed = self.claimed if before is not None else None
             writer = Writer(directory, head, budget_bytes=budget_bytes, claimed=claimed)
+            if self.spec["detached"] is None:
+                detached.forget(directory)
+            else:
+                detached.note(directory, tuple(self.spec["detached"]))
         except (ConfigError, JournalError, OSError) as exc:
             if before is not None:
                 raise InputError(f"--resume {job.calc_id}: {exc}") from exc

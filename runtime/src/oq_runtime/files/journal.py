@@ -260,7 +260,7 @@ class Writer:
         self.stopped = ""  # why nothing more is written
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[Event, Buffer] | None] = queue.SimpleQueue()
-        _write_atomically(directory / HEAD, _head_text(head))
+        write_atomically(directory / HEAD, _head_text(head))
         self._file = self._open()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -365,7 +365,8 @@ def _pieces(view: memoryview) -> Iterator[memoryview]:
         yield view[at : at + COPY_BYTES]
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file of a directory of ours: whole, or not at all."""
     new = path.with_suffix(".new")
     with contextlib.suppress(FileNotFoundError):
         new.unlink()
