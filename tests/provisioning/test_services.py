@@ -368,3 +368,20 @@ def test_account_of_another_installer_that_is_busy_is_told(machine: Machine) -> 
     done = machine.play(role("openquake_user", "validate"), role("openquake_user", "account"))
     assert done.returncode == 0, done.stdout
     assert machine.sh("getent passwd openquake").split(":")[5] == "/var/lib/openquake"
+
+
+def test_jobs_that_go_on_are_those_of_the_users(machine: Machine) -> None:
+    """Who leaves the list has no unit any more, and with an empty list there is none at all.
+
+    What the unit does is seen in ``system/test_power``.
+    """
+    wants = "cd /etc/systemd/system; ls -d openquake-resume@* *.wants/openquake-resume@* || true"
+    machine.sh("useradd alice; useradd bob")
+    for users in (["alice", "bob"], ["bob"], []):
+        done = machine.play(role("openquake_dbserver", "resume"), openquake_resumed=users)
+        assert done.returncode == 0, done.stdout
+        found = machine.sh(wants).split()
+        there = [f"multi-user.target.wants/openquake-resume@{user}.service" for user in users]
+        assert found == there + ["openquake-resume@.service"] * bool(users)
+        done = machine.play(role("openquake_dbserver", "resume"), openquake_resumed=users)
+        assert "changed=0" in done.stdout, done.stdout
