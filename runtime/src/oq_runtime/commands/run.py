@@ -243,9 +243,9 @@ def main(
         "log_file": checks.check_log(log_file) if log_file else None,
         "log_level": log_level,
         "dry_run": dry_run,
-        # how it goes on without its user
-        "detached": None if tell is None else again(cores, priority, log_level, log_file),
     }
+    log_path = spec["log_file"]  # wherever it goes on
+    spec["detached"] = None if tell is None else again(cores, priority, log_level, log_path)
     target = None if report is None else check_report(report, export_dir, files, dry_run)
     compiling.find_cache(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
     try:
