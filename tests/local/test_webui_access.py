@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import sqlite3
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,15 +66,15 @@ class Sites(Site):
         owner: str,
         status: str = "complete",
         *,
-        running: bool = False,
+        pid: int = 0,
         description: str = "d",
         line: str = "a secret line",
     ) -> int:
-        job = self.insert_job(os.getpid() if running else 0)
+        job = self.insert_job(pid)
         with sqlite3.connect(self.database) as db:
             db.execute(
                 "UPDATE job SET user_name=?, status=?, is_running=?, description=? WHERE id=?",
-                (owner, status, running, description, job),
+                (owner, status, bool(pid), description, job),
             )
             db.executemany(
                 "INSERT INTO log (job_id, timestamp, level, process, message)"
@@ -153,6 +155,33 @@ def test_a_shared_calculation_is_read_by_all_and_changed_by_none(site: Sites) ->
     assert bob.get(f"{site.url}/v1/calc/{job}/log/0:10").ok
     for change in ("abort", "remove", "unshare"):
         assert bob.post(f"{site.url}/v1/calc/{job}/{change}").status_code == 403
+
+
+@pytest.mark.attack
+def test_a_pid_that_is_another_process_by_now_gets_no_signal(site: Sites, attacks: Attacks) -> None:
+    alice = site.login_as("alice")
+    other = subprocess.Popen(["sleep", "99"])
+    try:
+        job = site.job_of("alice", "executing", pid=other.pid)
+        answer = alice.post(f"{site.url}/v1/calc/{job}/remove")
+        said = f"calculation {job} is executing; abort it first"
+        assert (answer.status_code, answer.json()) == (403, {"error": said})
+        assert alice.get(f"{site.url}/v1/calc/{job}/abort").status_code == 405
+        answer = alice.post(f"{site.url}/v1/calc/{job}/abort")
+        said = f"Unable to find a process for job {job}, setting it as failed"
+        assert (answer.status_code, answer.json()) == (200, {"error": said})
+        attacks.tried(successes=int(other.poll() is not None))
+        assert site.status(job) == "failed"
+    finally:
+        other.kill()
+        other.wait()
+    program = [sys.executable, "-c", "import time; time.sleep(99)"]
+    with subprocess.Popen(program) as own:
+        job = site.job_of("alice", "executing", pid=own.pid)
+        answer = alice.post(f"{site.url}/v1/calc/{job}/abort")
+        assert answer.json() == {"success": f"Job {job} aborted"}
+        assert own.wait(5) and site.status(job) == "aborted"
+    assert alice.post(f"{site.url}/v1/calc/{job}/remove").ok
 
 
 @pytest.mark.attack
@@ -347,7 +376,9 @@ def test_a_large_upload_is_kept_of_an_account_alone(site: Sites) -> None:
 
 def test_activity_is_shown_to_whom_the_calculations_are(site: Sites) -> None:
     line = "classical  34% [9 submitted, 0 queued]"
-    job = site.job_of("alice", "executing", running=True, description="<b>of alice</b>", line=line)
+    job = site.job_of(
+        "alice", "executing", pid=os.getpid(), description="<b>of alice</b>", line=line
+    )
     try:
         pages = {
             name: site.login_as(name).get(f"{site.url}/engine/activity").text

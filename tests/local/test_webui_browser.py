@@ -150,7 +150,9 @@ def test_what_a_job_says_of_itself_is_no_markup(site: Sites, browser: Browser) -
 
 
 def test_activity_renews_itself(site: Sites, browser: Browser) -> None:
-    job = site.job_of("alice", "executing", running=True, line="classical  34% [9 submitted, 0 q]")
+    job = site.job_of(
+        "alice", "executing", pid=os.getpid(), line="classical  34% [9 submitted, 0 q]"
+    )
     try:
         browser.open(f"{site.env['OQ_WEBUI_URL']}/engine/")
         browser.click(".activity a")

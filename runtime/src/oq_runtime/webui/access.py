@@ -11,9 +11,11 @@ import inspect
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
 from django.conf import settings
@@ -24,7 +26,8 @@ from django.http.multipartparser import MultiPartParserError
 from openquake.commonlib import logs
 from openquake.server import utils, views
 
-from oq_runtime.engine.jobtable import MOST_ROWS
+from oq_runtime.engine import abort
+from oq_runtime.engine.jobtable import MOST_ROWS, UNFINISHED, JobTable, Status
 from oq_runtime.errors import InputError
 from oq_runtime.text import clean
 from oq_runtime.webui import uploads
@@ -193,10 +196,14 @@ class Access:
         self, request: Any, view: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         rule = rule_of(request.resolver_match)
+        name, arguments = name_of(view), [*args, *kwargs.values()]
         try:
-            self._check(rule, request, [*args, *kwargs.values()])
+            self._check(rule, request, arguments)
+            if request.method == "POST" and name == "calc_remove":
+                check_removal(int(arguments[0]))
+            if request.method == "POST" and name == "calc_abort":
+                return JsonResponse(aborted(int(arguments[0])))
         except Refused as exc:
-            name = name_of(view)
             log.warning("refused %s to %s: %s", name, clean(str(request.user), 150), exc)
             return JsonResponse({"error": str(exc)}, status=exc.status)
         except (InputError, *MALFORMED) as exc:
@@ -264,6 +271,32 @@ def check_owner(request: Any, number: int, *, change: bool) -> None:
     own = job.user_name in utils.get_valid_users(request) or utils.is_superuser(request)
     if not own and (change or not utils.user_has_permission(request, job.user_name, job.status)):
         raise Refused(403, f"calculation {number} belongs to somebody else")
+
+
+def check_removal(number: int) -> None:
+    """Raise Refused where the engine would delete the row of a calculation, and nothing else."""
+    job = JobTable(logs.dbcmd).job(number)
+    if job is None:
+        return
+    if job.status in UNFINISHED:
+        raise Refused(403, f"calculation {number} is {job.status}; abort it first")
+    path = Path(job.path)
+    if path.exists() and not os.access(path.parent, os.W_OK):
+        delete = f"oq engine --dc {number}"
+        raise Refused(403, f"its results are {path.owner()}'s, who can delete them with {delete}")
+
+
+def aborted(number: int) -> dict[str, str]:
+    """Abort a calculation: the engine's view signals whoever has the pid of its row by now.
+
+    :returns: what the engine's view would answer
+    """
+    table = JobTable(logs.dbcmd)
+    said = abort.end(table, number)
+    job = table.job(number)
+    done = job is not None and job.status == Status.ABORTED
+    log.info("abort of calculation %d: %s", number, said)
+    return {"success" if done else "error": said}
 
 
 def check_conditions(request: Any) -> None:
