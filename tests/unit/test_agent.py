@@ -31,6 +31,7 @@ from oq_runtime.node.agent import (
     DATA_HWM,
     EACH_SLOT,
     MORE,
+    MOST_ANSWERS,
     MOST_COMING,
     MOST_JOBS,
     PING_BYTES,
@@ -304,6 +305,31 @@ def test_pings_of_a_peer_that_does_not_read(away: Stage) -> None:
         deaf.send_multipart(ping)
     away.ping()
     assert not wait_for(lambda: memory.own_nbytes > before + 4 * PING_BYTES, limit_s=3)
+
+
+def test_answers_to_a_peer_that_does_not_read(away: Stage) -> None:
+    """Of many questions it gets a few answers, once it reads, and others get theirs meanwhile."""
+    assert away.keys is not None
+    deaf = away.context.socket(zmq.DEALER)
+    deaf.setsockopt(zmq.RCVHWM, 1)
+    deaf.setsockopt(zmq.RCVBUF, 4096)
+    security.secure_client(deaf, away.keys)
+    deaf.connect(away.url)
+    away.user = "u" * 500  # these words are in the answers
+    away.lease()
+    away.send(protocol.Beat(title="t" * 500))
+    away.ping()
+    for _ in range(asked := 5000):
+        deaf.send(protocol.encode(protocol.Command(action="status")))
+    deaf.send(protocol.encode(protocol.Command(action="stop")))
+    assert wait_for(lambda: away.agent.slots.draining), "the agent has read them all"
+    away.ping()
+    read = nbytes = 0
+    while deaf.poll(500):
+        nbytes += len(deaf.recv())
+        read += 1
+    assert 0 < read < asked - MOST_ANSWERS, f"{nbytes} B is more than the kernel keeps"
+    assert wait_for(lambda: not away.agent.answers), "it is forgotten"
 
 
 BIG = bytes(range(256)) * 8192

@@ -65,8 +65,9 @@ COMING = 16
 #: jobs that are known at a time; what each may have waiting for a worker: attempts, so many for
 #: each slot and some more (a broker sends 8), bytes of their calls, and big arguments yet to come
 MOST_JOBS, EACH_SLOT, MORE, CALLS_BYTES, MOST_COMING = 200, 32, 1000, 256 << 20, 10_000
-#: bytes of pings that are on their way back at a time, for all peers together
-PING_BYTES = 32 << 20
+#: bytes of pings that are on their way back at a time, for all peers together; and other answers to
+#: one peer: whoever does not read them gets no more
+PING_BYTES, MOST_ANSWERS = 32 << 20, 1000
 #: last bytes of a dead worker's stderr in which the reason is looked for
 STDERR_TAIL_BYTES = 64 << 10
 NOT_URGENT = "it asks to be urgent without the key of [oq_runtime] urgent_key"
@@ -251,6 +252,7 @@ class Agent:
         self.jobs: dict[str, JobIO] = {}
         self._handle: Events[Event, Effect] = Events(self._decide, self._apply, time.monotonic)
         self.pings: list[tuple[zmq.MessageTracker, int]] = []  # on their way back, and their bytes
+        self.answers: dict[bytes, deque[zmq.MessageTracker]] = {}  # peer -> on their way to it
         self.stopped_s: dict[int, float] = {}  # pids of processes that are, and since when
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
@@ -388,6 +390,9 @@ class Agent:
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.limits.beat_s
         logs.recount()
+        self.answers = {
+            peer: unread for peer, unread in self.answers.items() if unread and not unread[-1].done
+        }
         if not self.jobs:
             spares.clear(self.store.memory)
         if self.ending and not self.attempts.attempts:
@@ -423,12 +428,12 @@ class Agent:
         except ProtocolError as exc:
             log.warning(f"refused a message on the control socket: {exc}", extra=about("message"))
             if isinstance(exc, VersionError):  # the peer reads both versions from any answer
-                transport.send_to(self.control, peer, protocol.Refused(reason=str(exc)))
+                self._answer(peer, protocol.Refused(reason=str(exc)))
             return
         name = message.job
         if isinstance(message, protocol.Command):
             self._command(message.action)
-            transport.send_to(self.control, peer, self._status())
+            self._answer(peer, self._status())
             return
         if isinstance(message, protocol.Ping):
             self._return(peer, message, b"".join(frames[2:]))
@@ -439,8 +444,7 @@ class Agent:
         job = self.jobs.get(name)
         # each call of a broker has a connection of its own
         if job is None or job.control.epoch != message.epoch or job.control.peer != peer:
-            unknown = protocol.NoLease(job=name, epoch=message.epoch)
-            transport.send_to(self.control, peer, unknown)
+            self._answer(peer, protocol.NoLease(job=name, epoch=message.epoch))
             return
         if not job.control.accepts(message):
             self._forget(name, "messages were lost on the way")
@@ -496,11 +500,22 @@ class Agent:
         held_bytes = sum(nbytes for _, nbytes in self.pings)
         nbytes = len(payload) if ping.want is None else ping.want
         if not nbytes:
-            transport.send_to(self.control, peer, ping)
+            self._answer(peer, ping)
         elif held_bytes + nbytes <= PING_BYTES:
             returned = payload if ping.want is None else bytes(nbytes)
             if tracker := transport.send_tracked(self.control, peer, ping, returned):
                 self.pings.append((tracker, nbytes))
+
+    def _answer(self, peer: bytes, message: protocol.Message) -> bool:
+        """Send to a peer without a lease; False when it is gone, or does not read its answers."""
+        unread = self.answers.setdefault(peer, deque())
+        while unread and unread[0].done:
+            unread.popleft()
+        if len(unread) >= MOST_ANSWERS:
+            return False
+        if tracker := transport.send_tracked(self.control, peer, message):
+            unread.append(tracker)
+        return tracker is not None
 
     def _admits_urgent(self, frame: zmq.Frame) -> bool:
         """Whether who has sent this may be urgent; it is known by the key of its connection."""
@@ -563,20 +578,20 @@ class Agent:
         if different := facts.difference(hello.facts, self.own_facts):
             who = f"{hello.job} of {hello.user}"
             log.warning(f"refused {who}: {different}", extra=about(f"{who}: {different}"))
-            link.send(protocol.Refused(reason=different))
+            self._answer(peer, link.numbered(protocol.Refused(reason=different)))
             return
         if len(self.jobs) >= MOST_JOBS:
             reason = f"it has {MOST_JOBS} other jobs, which is the most"
             log.warning(f"refused {hello.job} of {hello.user}: {reason}", extra=about("jobs"))
-            link.send(protocol.Refused(reason=reason))
+            self._answer(peer, link.numbered(protocol.Refused(reason=reason)))
             return
-        self.jobs[hello.job] = JobIO(link, hello.user)
         slots = 0 if self.slots.draining else self.slots.slots
-        link.send(
-            protocol.Welcome(
-                pid=os.getpid(), host=socket.gethostname(), slots=slots, facts=self.own_facts
-            )
+        welcome = protocol.Welcome(
+            pid=os.getpid(), host=socket.gethostname(), slots=slots, facts=self.own_facts
         )
+        if self._answer(peer, link.numbered(welcome)):
+            link.sent += 1
+            self.jobs[hello.job] = JobIO(link, hello.user)
 
     def _forget(self, name: str, reason: str) -> None:
         """End the lease of a job and all that is held for it."""

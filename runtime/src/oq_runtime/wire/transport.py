@@ -132,12 +132,15 @@ class Link:
 
     def send(self, message: protocol.Message, *frames: Any) -> bool:
         """Send the next message; False, and nothing is sent, when the peer is gone or full."""
-        header = msgspec.structs.replace(message, job=self.job, epoch=self.epoch, seq=self.sent)
-        data = [protocol.encode(header), *frames]
+        data = [protocol.encode(self.numbered(message)), *frames]
         if not send_frames(self.socket, data if self.peer is None else [self.peer, *data]):
             return False
         self.sent += 1
         return True
+
+    def numbered(self, message: protocol.Message) -> protocol.Message:
+        """Return a message as the next one of this link."""
+        return msgspec.structs.replace(message, job=self.job, epoch=self.epoch, seq=self.sent)
 
     def accepts(self, message: protocol.Message) -> bool:
         """Whether this is the next message of the peer; False when one was lost before it."""
@@ -175,14 +178,15 @@ def send_frames(socket: zmq.Socket[Any], frames: Sequence[Any], flags: int = DON
 
 
 def send_tracked(
-    socket: zmq.Socket[Any], peer: bytes, message: protocol.Message, payload: bytes
+    socket: zmq.Socket[Any], peer: bytes, message: protocol.Message, *payload: bytes
 ) -> zmq.MessageTracker | None:
-    """Send a message with a payload; return what tells when that needs no memory any more.
+    """Send a message; return what tells when its last frame needs no memory any more.
 
     None, and nothing is sent, when nobody can take it now.
     """
-    frame = zmq.Frame(payload, copy=False, track=True, copy_threshold=0)
-    if not send_frames(socket, [peer, protocol.encode(message)], SNDMORE | DONTWAIT):
+    *frames, last = peer, protocol.encode(message), *payload
+    frame = zmq.Frame(last, copy=False, track=True, copy_threshold=0)
+    if not send_frames(socket, frames, SNDMORE | DONTWAIT):
         return None
     socket.send(frame, DONTWAIT, copy=False)
     tracker: zmq.MessageTracker = frame.tracker
