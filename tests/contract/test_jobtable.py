@@ -28,6 +28,7 @@ from oq_runtime import processes
 from oq_runtime.engine import abort, jobtable, queue
 from oq_runtime.engine.jobtable import DatabaseError, JobTable, Outside, Status
 from oq_runtime.errors import InputError
+from oq_runtime.files import private
 from tests.leftovers import wait_for
 
 #: a new virtual environment compiles the engine for minutes
@@ -379,6 +380,36 @@ def test_abort_of_what_is_not_there_to_abort(database: Database, table: JobTable
     elsewhere = database.job(host="elsewhere", pid=no_process())
     assert "elsewhere" in abort.end(table, elsewhere)
     assert database.status(elsewhere) == "executing"
+
+
+def test_delete_of_a_running_job(
+    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openquake.commands import abort as engine_abort
+    from openquake.commands import engine
+    from openquake.commonlib import logs
+
+    monkeypatch.setattr(logs, "dbcmd", database.call)
+    for module, name in [(engine_abort, "main"), (engine, "abort"), (engine, "del_calculation")]:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    abort.install_abort(engine_abort)
+    engine.abort = engine_abort.main
+    abort.install_delete(engine)
+    with titled("oq-job-1") as pid:
+        number = database.job(pid=pid)
+        kept = private.own(database.path.parent / f"calc_{number}.journal")
+        database.call("update_job", number, {"user_name": "anna"})
+        engine.del_calculation(number, confirmed=True)
+        said = f"Job {number} belongs to anna; only they can delete it\n"
+        assert capsys.readouterr().out == said
+        assert database.status(number) == "executing" and kept.exists()
+        assert processes.look(pid).command  # type: ignore[union-attr]
+        database.call("update_job", number, {"user_name": getpass.getuser()})
+        engine.del_calculation(number, confirmed=True)
+        assert processes.look(pid).command == ""  # type: ignore[union-attr]
+    assert not kept.exists()
+    assert capsys.readouterr().out == f"Job {number} aborted\nRemoved {number}\n"
+    assert database.call("get_job", number) is None
 
 
 # ---- parents

@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from oq_runtime.core.limits import DEFAULTS
-from oq_runtime.files import private
+from oq_runtime.files import journal, private
 from oq_runtime.session import launch
 from tests.leftovers import LIMIT_S, wait_for
 from tests.squatter import AS_ANYBODY
@@ -302,18 +302,24 @@ def test_abort(env: dict[str, str], calculating: Calculating) -> None:
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_row_that_says_aborted(
+def test_row_that_says_aborted_or_is_deleted(
     env: dict[str, str], calculating: Calculating, stopped: bool
 ) -> None:
     # as after an abort that told another process, or one that does not listen
     if stopped:
         calculating.engine.suspend()
+    change = "UPDATE job SET status='aborted'" if stopped else "DELETE FROM job"
     with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
-        db.execute("UPDATE job SET status='aborted' WHERE id=?", (calculating.number,))
-    code, err = calculating.end("row set to aborted")
+        db.execute(f"{change} WHERE id=?", (calculating.number,))
+    code, err = calculating.end(change)
     assert code == 130, err
-    assert "aborted from elsewhere" in one_line(err)
-    assert state(env, calculating.number) == ("aborted", 0)
+    if stopped:
+        assert "aborted from elsewhere" in one_line(err)
+        assert state(env, calculating.number) == ("aborted", 0)
+        return
+    assert one_line(err) == "oq-run: the job was deleted from elsewhere"
+    assert calculating.number not in journal.numbers(Path(env["OQ_DATADIR"]))
+    assert calculating.number not in [number for number, *_ in jobs(env)]
 
 
 def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) -> None:
@@ -640,18 +646,25 @@ def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
     export = ["--exports", "csv", "--export-dir", tmp_path / "out"]
     started_s = time.monotonic()
     fault = {"OQ_RUNTIME_FAULT": "before_end:0:1"}  # the first task of the hazard
-    # and a third one that is aborted before its turn
-    process = start(env | fault, *map(corpus, [HAZARD, RISK, RISK]), "--json", *export)
+    # and two more, of which one is deleted and one is aborted before its turn
+    process = start(env | fault, *map(corpus, [HAZARD, RISK, RISK, RISK]), "--json", *export)
     assert process.stderr is not None
     assert any(" running " in line for line in process.stderr), "there is no job"
     with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
-        db.execute("UPDATE job SET status='aborted' WHERE id=?", (jobs(env)[-1][0],))
+        last = jobs(env)[-1][0]
+        db.execute("DELETE FROM job WHERE id=?", (last - 1,))
+        db.execute("UPDATE job SET status='aborted' WHERE id=?", (last,))
     out, err = process.communicate(timeout=200)
     took_s = time.monotonic() - started_s
     assert process.returncode == 130, (out, err)
-    hazard, risk, third = json.loads(out)["jobs"]
+    result = json.loads(out)
+    hazard, risk, third, fourth = result["jobs"]
     assert [job["state"] for job in (hazard, risk)] == ["complete", "complete"]
-    assert third["state"] == state(env, third["job"])[0] == "aborted"
+    assert third["state"] == "deleted" and third["job"] not in [row for row, *_ in jobs(env)]
+    assert fourth["state"] == state(env, fourth["job"])[0] == "aborted"
+    assert result["error"] == (
+        f"job {last - 1} was deleted before its turn; job {last} was aborted before its turn"
+    )
     assert parent(env, risk["job"]) == hazard["job"]
     assert (hazard["retries"], risk["retries"]) == (1, 0), "each job has its own"
     assert hazard["seconds"] + risk["seconds"] < took_s - IMPORT_S

@@ -81,6 +81,8 @@ NO_SHARE = (
 )
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
+#: what the table says of a job that was deleted
+GONE = (None, jobtable.Status.DELETED)
 #: the file beside the results that has what a detached oq-run says
 OUTPUT = "oq-run_{}.log"
 STOPPED = "oq-run is stopped, the tasks go on; fg shows them again"
@@ -481,6 +483,7 @@ class Run:
         self.waiting: int | None = None  # the job that waits for its turn
         self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
         self.aborted = False  # from elsewhere
+        self.skipped: list[str] = []  # how jobs were ended before their turn
         self.loaded = False  # the engine, or it was said that this takes long
         self.status: Status | None = None  # of the broker, the last one
         self.unanswered = ""  # why the job table cannot be read just now
@@ -726,6 +729,9 @@ class Run:
             case "finished":
                 self.current = None
                 self.finished.append(row)
+            case "skipped":
+                self.skipped.append(f"job {row['job']} was {row['ended']} before its turn")
+                self.finished.append({"job": row["job"], "state": row["ended"], "seconds": 0.0})
             case "failed":
                 self.error = row["error"]
                 if row["job"] is not None:
@@ -751,8 +757,11 @@ class Run:
         if self.interrupted_s is not None and not self.aborted:
             self.error = "interrupted"
             code = EXIT_INTERRUPTED
+        elif self.skipped and code == EXIT_INTERRUPTED:
+            self.error = "; ".join(self.skipped)
         elif self.aborted or code == EXIT_INTERRUPTED or (code < 0 and self._is_aborted()):
-            self.error = "the job was aborted from elsewhere"
+            how = "deleted" if self._status() in GONE else "aborted"
+            self.error = f"the job was {how} from elsewhere"
             code = EXIT_INTERRUPTED
         elif code < 0:
             self.error = f"the engine process {processes.ending(code)}"
@@ -787,10 +796,14 @@ class Run:
         return {"job": job, "state": state, "seconds": round(seconds, 2)}
 
     def _is_aborted(self) -> bool:
+        return self._status() in (jobtable.Status.ABORTED, *GONE)
+
+    def _status(self) -> str | None:
+        """Return what the table says of the job that is or was under way, "" if that is unknown."""
         with contextlib.suppress(jobtable.DatabaseError):
             if self.table is not None and self.jobs:
-                return self.table.status(self.jobs[-1]) == jobtable.Status.ABORTED
-        return False
+                return self.table.status(self.current or self.jobs[-1])
+        return ""
 
     def _end_rows(self, code: int) -> None:
         """End the jobs for which the engine process could not do it any more."""
@@ -870,7 +883,9 @@ class Run:
             for line in (*exports(row["exported"]), *reported(row), *next_steps(row)):
                 out.print(clean(line))
         if self.error:
-            number = self.current or (self.jobs[-1] if self.jobs else None)
+            number = self.current or (self.jobs[-1] if self.jobs and not self.skipped else None)
+            if self._status() in GONE:  # with its log, and what there was to go on from
+                number = None
             where = f"oq engine --show-log {number}" if number else ""
             if number in journal.numbers(self.datadir):
                 where += f"; to go on: oq-run --resume {number}"

@@ -1,4 +1,4 @@
-"""``oq abort``: end the engine process that the job table names, and no other.
+"""``oq abort`` and ``oq engine --dc``: end the process that the job table names, and no other.
 
 The engine's own takes the first process of the host that calls itself ``oq-job-N``, which may run
 job N of another database, and calls the job aborted while its process still runs.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import os
 import select
+import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 from oq_runtime import processes
-from oq_runtime.engine.jobtable import UNFINISHED, Job, JobTable, Status, lives
+from oq_runtime.engine.jobtable import UNFINISHED, Job, JobTable, Status, lives, user_name
+from oq_runtime.files import journal, private
 from oq_runtime.text import clean
 
 #: seconds that an engine process has to end after an interrupt
@@ -32,6 +35,38 @@ def install_abort(abort: Any) -> None:
             print(end(JobTable.of_engine(), number))
 
     abort.main = main
+
+
+def install_delete(command: Any) -> None:
+    """Have ``oq engine --dc`` end no job that it may not delete, and leave nothing to go on from.
+
+    :param command: the module ``openquake.commands.engine``
+    """
+    engine_abort, engine_delete = command.abort, command.del_calculation
+
+    def abort(numbers: list[int]) -> None:  # called when the user has confirmed
+        table = JobTable.of_engine()
+        for number in numbers:
+            # at first: its oq-run would say at its end that it can go on
+            forget(table.job(number))
+        engine_abort(numbers)
+
+    def del_calculation(job_id: int, confirmed: bool = False) -> None:
+        job = JobTable.of_engine().job(job_id)
+        if job is not None and job.user != user_name():  # the engine would find out after the abort
+            print(f"Job {job.id} belongs to {clean(job.user)}; only they can delete it")
+            return
+        engine_delete(job_id, confirmed)
+
+    command.abort, command.del_calculation = abort, del_calculation
+
+
+def forget(job: Job | None) -> None:
+    """Remove the journal of a job, also of one that runs: no other job will have its number."""
+    if job is not None:
+        directory = journal.directory_of(Path(job.path).parent, job.id)
+        if private.is_own(directory):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def end(table: JobTable, number: int) -> str:

@@ -48,7 +48,10 @@ INSTALLERS = {
         ("poll_queue", "run_jobs", "create_jobs", "run_calc"),
     ),
     "openquake.baselib.sap": ("oq_runtime.engine.oq:install_sap", ("run",)),
-    "openquake.commands.engine": ("oq_runtime.engine.oq:install_main", ("main", "datastore")),
+    "openquake.commands.engine": (
+        "oq_runtime.engine.oq:install_main oq_runtime.engine.abort:install_delete",
+        ("main", "datastore", "abort", "del_calculation"),
+    ),
     "openquake.commands.abort": ("oq_runtime.engine.abort:install_abort", ("main",)),
 }
 #: what is installed in worker processes, whose tasks are run by ``worker``

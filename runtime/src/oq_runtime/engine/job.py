@@ -2,8 +2,9 @@
 
 Reads a JSON specification on stdin (the options of ``commands.run``) and writes one JSON object per
 line to a descriptor: ``loaded`` (the engine), ``note`` (a line for the user), ``created``,
-``waiting`` (for which jobs) and ``running`` (a job), ``finished`` (its summary), ``failed`` (one
-line on what is wrong), ``survey`` (of a job that is not run) and at last ``end`` (the exit code).
+``waiting`` (for which jobs) and ``running`` (a job), ``finished`` (its summary), ``skipped`` (one
+that was ended before its turn), ``failed`` (one line on what is wrong), ``survey`` (of a job that
+is not run) and at last ``end`` (the exit code).
 Tracebacks go to the engine's log, which is in the job database.
 """
 
@@ -132,9 +133,10 @@ class Jobs:
             hazard = self.rest[0]
             code = COMPLETE
             for job in list(self.rest):
-                if job is not hazard and self.is_aborted(job.calc_id):
+                if job is not hazard and (ended := self.ended(job.calc_id)):
                     code = INTERRUPTED
                     self.rest.remove(job)
+                    self.report({"kind": "skipped", "job": job.calc_id, "ended": ended})
                     continue
                 if job is not hazard and self.parent is None:
                     job.params["hazard_calculation_id"] = hazard.calc_id
@@ -172,10 +174,12 @@ class Jobs:
             if found is not None and found.status not in jobtable.COMPLETE:
                 self.table.finish(job.calc_id, status)
 
-    def is_aborted(self, number: int) -> bool:
-        """Whether somebody has aborted a job while it waited for its turn."""
+    def ended(self, number: int) -> Status | None:
+        """Return how somebody has ended a job while it waited for its turn; None: nobody has."""
         found = self.table.job(number)
-        return found is not None and found.status == Status.ABORTED
+        if found is None:
+            return Status.DELETED
+        return Status.ABORTED if found.status == Status.ABORTED else None
 
     def failed(self, exc: BaseException) -> int:
         """Report an error in the words of the user; return the exit code."""
@@ -445,7 +449,7 @@ class Jobs:
             History.begin(None)
             if history is not None:
                 history.close()
-                if complete or not history.results:
+                if complete or not history.results or self.table.job(job.calc_id) is None:
                     shutil.rmtree(history.writer.directory, ignore_errors=True)
 
     def begin_history(self, job: Any) -> History | None:
