@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import threading
@@ -15,7 +16,9 @@ import xxhash
 import zmq
 
 from oq_runtime.core.limits import Limits
+from oq_runtime.session import peer
 from oq_runtime.session.broker import Broker
+from oq_runtime.session.peers import Line
 from oq_runtime.wire import protocol, transport
 from tests.leftovers import wait_for
 
@@ -247,6 +250,20 @@ def test_counts_are_told_per_job(here: Stage) -> None:
         ("calculation 1", "f", 2, 2, 0),
         ("calculation 2", "f", 3, 3, 1),
     ]
+
+
+def test_many_words_of_many_nodes_are_cut(here: Stage) -> None:
+    """The answer would be longer than a message may be, and the engine's connection would end."""
+    lines, words = here.broker.peers.lines, "\U0001f30d" * 500
+    for number in range(1100):
+        calls = peer.Peer(LIMITS, math.inf)
+        calls.reason = words
+        line = Line(str(number), "", calls, lines["node"].link, host=words)
+        here.broker.peers.lines = lines = lines | {line.name: line}
+    here.engine.send(protocol.StatusQuery())
+    nodes = here.engine.expect(protocol.Status).nodes
+    assert len(nodes) == 1101
+    assert all(300 < len(node.reason) < 500 for node in nodes[1:])
 
 
 def test_an_attempt_that_ends_after_its_map_was_cancelled_leaves_nothing(here: Stage) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -13,7 +15,7 @@ from oq_runtime.cluster import remote
 from oq_runtime.config import Cluster, has_ipv4
 from oq_runtime.errors import NoWorkers, ProtocolError
 from oq_runtime.text import grouped
-from oq_runtime.wire import protocol, security, transport
+from oq_runtime.wire import protocol, security, tcp, transport
 from oq_runtime.wire.calls import Calls
 from oq_runtime.wire.monitor import Change
 from oq_runtime.wire.protocol import PROBE_BYTES
@@ -28,8 +30,11 @@ PINGS = 5
 LOAD_SECS, PIECE_BYTES, PIECES = 1.0, 256 * 1024, 16
 #: messages that are read before the time is looked at: a host may send without an end
 AT_ONCE = 500
+#: bytes that may come over a call besides pings that were asked for
+MOST_BYTES = 16 << 20
 Action = Literal["status", "start", "stop", "kill"]
 SILENT = f"no answer in {ANSWER_SECS:g} s; is its openquake-worker service running?"
+TOO_MUCH = f"it sends more than {MOST_BYTES >> 20} MiB for an answer; no agent does"
 NAMELESS = "its name has no IPv4 address here; see /etc/hosts, or give its address in host_cores"
 
 
@@ -81,6 +86,8 @@ class Lines:
             self.poller.register(source, zmq.POLLIN)
         self.hosts = {url: host for host, url in urls.items()}
         self.names: dict[str, bytes] = {}  # of the calls
+        self.descriptors: dict[str, int] = {}  # of the connections
+        self.pinged: Counter[str] = Counter()  # bytes of pings that have come over them
         self.closed: set[str] = set()
         self.refused: set[str] = set()
         self.again_s = 0.0
@@ -102,12 +109,15 @@ class Lines:
     def hear(self) -> list[tuple[str, Any]]:
         """Wait for AGAIN_SECS; return per host a message, or Unreachable if none will come."""
         self.poller.poll(round(AGAIN_SECS * 1000))
-        if time.monotonic() >= self.again_s:
-            self._call(self.closed - self.refused)
         found: list[tuple[str, Any]] = []
+        if time.monotonic() >= self.again_s:
+            found += [(host, Unreachable(TOO_MUCH)) for host in self._end_bombs()]
+            self._call(self.closed - self.refused)
         for event in self.calls.events():
             host = self.hosts[event.url]
-            if event.change is Change.REFUSED:
+            if event.change is Change.OPENED:
+                self.descriptors[host], self.pinged[host] = event.descriptor, 0
+            elif event.change is Change.REFUSED:
                 self.refused.add(host)
                 found.append((host, Unreachable(event.reason)))
             elif event.change is Change.CLOSED:
@@ -122,6 +132,25 @@ class Lines:
                 message = Unreachable(str(exc))
             if sender := hosts.get(frames[0]):
                 found.append((sender, message))
+                if isinstance(message, protocol.Ping):
+                    self.pinged[sender] += sum(map(len, frames[1:]))
+        return found
+
+    def _end_bombs(self) -> list[str]:
+        """End the calls to hosts that send more than they have to say; return those hosts.
+
+        libzmq hands over a message when its last frame is there, and may wait for it for ever.
+        """
+        found = []
+        for host, descriptor in self.descriptors.items():
+            with contextlib.suppress(OSError), tcp.borrowed(descriptor) as connection:
+                _, received = tcp.counters(connection)
+                if received - self.pinged[host] > MOST_BYTES:
+                    found.append(host)
+        for host in found:
+            del self.descriptors[host]
+            self.calls.hang_up(self.urls[host])
+            self.refused.add(host)
         return found
 
     def _call(self, hosts: Iterable[str]) -> None:

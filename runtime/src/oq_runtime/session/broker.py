@@ -41,6 +41,7 @@ from oq_runtime.priority import Priority
 from oq_runtime.session.peer import Event
 from oq_runtime.session.peers import Line, Peers
 from oq_runtime.session.staging import Staging
+from oq_runtime.text import MOST_CHARACTERS, clean
 from oq_runtime.wire import bombs, payload, protocol, security, transport
 from oq_runtime.wire.bombs import Bombs
 
@@ -52,6 +53,8 @@ AT_ONCE = 500
 MOST_ROWS = 5000
 #: characters of the name of a node in it
 NODE_CHARACTERS = 100
+#: characters of the names of all nodes in a status, and of their reasons: up to 4 B each
+STATUS_CHARACTERS = 400_000
 #: for the last messages to the agents
 LINGER_MS = 500
 MEMORY_REMEDY = (
@@ -512,17 +515,18 @@ class Broker:
             phase.running, phase.retries = known.busy, known.retries
             phase.preempted = known.preempted
         nodes = []
+        most = min(MOST_CHARACTERS, STATUS_CHARACTERS // len(self.peers.lines))
         for line in self.peers.lines.values():
             found = self.core.nodes.get(line.name)
             slots, busy = (found.slots, found.busy) if found else (0, 0)
             if found and not self.core.tasks:
                 slots = line.slots  # its share is small because it wants nothing now
             node = protocol.Node(
-                host=line.host or line.name,
+                host=clean(line.host or line.name, most),
                 slots=slots,
                 busy=busy,
                 state=line.peer.told,
-                reason=line.peer.reason,
+                reason=clean(line.peer.reason, most),
             )
             nodes.append(node)
         note = ""
