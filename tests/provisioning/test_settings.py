@@ -29,12 +29,18 @@ PLAY = """\
   vars_files:
     - {root}/roles/openquake_config/defaults/main.yml
     - {root}/roles/openquake_config/vars/main.yml
+    - {root}/roles/openquake_firewall/defaults/main.yml
+    - {root}/roles/openquake_firewall/vars/main.yml
   vars:
     ansible_python_interpreter: "{{{{ ansible_playbook_python }}}}"
   tasks:
     - ansible.builtin.template:
         src: {root}/roles/openquake_config/templates/openquake.cfg.j2
         dest: {folder}/openquake.cfg
+        mode: "0644"
+    - ansible.builtin.template:
+        src: {root}/roles/openquake_firewall/templates/firewall.nft.j2
+        dest: {folder}/firewall.nft
         mode: "0644"
 """
 
@@ -59,6 +65,7 @@ def sections(folder: Path, **settings: object) -> dict[str, dict[str, str]]:
 
 def test_every_parameter_of_the_engines_page(tmp_path: Path) -> None:
     found = sections(tmp_path)
+    assert "sessions" not in (tmp_path / "firewall.nft").read_text()  # no metrics are asked for
     assert found["distribution"]["oq_distribute"] == "zmq"
     assert found["directory"]["shared_dir"] == "/home"
     assert found["zworkers"] == {"host_cores": "192.0.2.2 -1, 192.0.2.3 16", "ctrl_port": "1909"}
@@ -86,12 +93,18 @@ def test_the_runtime_reads_it(tmp_path: Path) -> None:
         openquake_receiver_ports="11912-11913",
         openquake_ctrl_port=11909,
         openquake_shared_dir="/oq_shared",
-        openquake_runtime={"window_mb": 64, "lost_s": 45.5, "speculation": True},
-    )
+        openquake_runtime={
+            "window_mb": 64, "lost_s": 45.5, "speculation": True, "metrics_port": 9680,
+        },
+        openquake_firewall_metrics_sources=["192.0.2.9"],
+    )  # fmt: skip
     assert found["oq_runtime"]["code"] == "import oq_runtime.activate"
     config = Config.from_sections(found)
     assert config.window_bytes == 64 << 20
     assert (config.limits.lost_s, config.limits.speculation) == (45.5, True)
+    assert config.metrics_port == 9680
+    filter = (tmp_path / "firewall.nft").read_text()
+    assert "tcp dport 9681-9689 ip saddr { 192.0.2.9 } accept" in filter
     cluster = config.cluster
     assert cluster is not None
     assert cluster.hosts == {"192.0.2.2": -1, "192.0.2.3": 16}

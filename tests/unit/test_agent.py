@@ -21,7 +21,7 @@ import pytest
 import xxhash
 import zmq
 
-from oq_runtime import processes
+from oq_runtime import metrics, processes
 from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ConfigError
 from oq_runtime.files import private
@@ -361,6 +361,25 @@ def test_big_results_are_sent_when_there_is_room(
         assert result[f"out{task}"] == bytes([task]) * 3_000_000
     assert wait_for(lambda: not stage.agent.attempts.attempts)
     assert not stage.agent.store.files
+
+
+class Told:
+    """In place of an exporter: the figures that it was told last."""
+
+    def __init__(self) -> None:
+        self.figures: dict[tuple[str, ...], float] = {}
+
+    def take(self, found: list[metrics.Value]) -> None:
+        self.figures = {(one.name, *one.labels.values()): one.value for one in found}
+
+
+def test_metrics_count_what_was_done(here: Stage) -> None:
+    here.agent.exporter = told = Told()  # type: ignore[assignment]
+    here.give(1, "grow", 1, b"x", 1000)
+    here.ended(1)
+    assert wait_for(lambda: told.figures.get(("oq_agent_attempts", "ended")) == 1)
+    assert told.figures["oq_agent_results_bytes",] > 1000
+    assert told.figures["oq_agent_slots",] == here.agent.slots.slots
 
 
 def test_big_arguments_are_fetched_once(away: Stage) -> None:

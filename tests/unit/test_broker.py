@@ -15,6 +15,7 @@ import pytest
 import xxhash
 import zmq
 
+from oq_runtime import metrics
 from oq_runtime.core.limits import Limits
 from oq_runtime.session import peer
 from oq_runtime.session.broker import Broker
@@ -188,6 +189,21 @@ def test_a_task_goes_to_a_node_and_its_body_comes_back(here: Stage) -> None:
     here.end(given, b"body")
     delivered = here.engine.expect(protocol.Delivered)
     assert (delivered.task, delivered.map, delivered.body) == (7, 1, b"body")
+
+
+def test_metrics_count_what_was_done(here: Stage) -> None:
+    class Told:
+        figures: dict[str, float] = {}
+
+        def take(self, found: list[metrics.Value]) -> None:
+            self.figures = {one.name: one.value for one in found}
+
+    here.broker.exporter = told = Told()  # type: ignore[assignment]
+    here.submit(7)
+    here.end(here.node.expect(protocol.Task), b"body")
+    here.engine.expect(protocol.Delivered)
+    assert wait_for(lambda: told.figures.get("oq_session_received_bytes", 0) > 0)
+    assert told.figures["oq_session_tasks_submitted"] == 1
 
 
 def test_a_broker_that_is_stopped_releases_at_once_whatever_the_beat(tmp_path: Path) -> None:

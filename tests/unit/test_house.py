@@ -16,7 +16,7 @@ FLOORS = (
     {"logs", "descriptors"},
     {"core", "wire", "processes", "cgroups"},
     {"files", "settings"},
-    {"config", "facts"},
+    {"config", "facts", "metrics"},
     {"session", "node"},
     {"cluster"},
     {"engine"},

@@ -90,6 +90,7 @@ class Config:
     :param limits: for broker and agents
     :param log_level: for broker and agents
     :param notify: to whom, or to what, the end of a job is told
+    :param metrics_port: of agents; sessions have those above it; 0: no metrics
     :param urgent_group: whose members may run urgent jobs
     :param urgent_key: that such jobs have to show, and the file with its secret half
     :param cluster: None: this machine alone
@@ -101,6 +102,7 @@ class Config:
     limits: Limits = DEFAULTS
     log_level: logs.Level = "info"
     notify: str = ""
+    metrics_port: int = 0
     urgent_group: str = ""
     urgent_key: str = ""
     urgent_key_file: str = ""
@@ -121,6 +123,7 @@ class Config:
             limits=own.limits,
             log_level=own.log_level,
             notify=own.notify,
+            metrics_port=own.metrics_port,
             urgent_group=own.urgent_group,
             urgent_key=own.urgent_key,
             urgent_key_file=own.urgent_key_file,

@@ -91,6 +91,16 @@ class Settings(Limits):
         ),
     ] = ""
 
+    metrics_port: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65526,
+            description="the port of each agent for its metrics, on its own address; the sessions "
+            "on the master take one of the nine ports above it; 0: none",
+        ),
+    ] = 0
+
     @property
     def limits(self) -> Limits:
         """The limits alone."""

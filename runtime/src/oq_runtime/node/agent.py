@@ -19,7 +19,7 @@ import os
 import signal
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ import msgspec
 import xxhash
 import zmq
 
-from oq_runtime import facts, logs, processes
+from oq_runtime import facts, logs, metrics, processes
 from oq_runtime.config import NODE_VARIABLE, WORKER_VARIABLE
 from oq_runtime.core import attempts, slots
 from oq_runtime.core.attempts import Attempts
@@ -257,6 +257,9 @@ class Agent:
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
         self.oom_kills = self.oom_kills_before = oom_kills()
+        self.exporter: metrics.Exporter | None = None
+        self.told: Counter[type[protocol.Message]] = Counter()  # messages to brokers, by kind
+        self.sent_bytes = 0  # of the results of those that ended
         self.poller = zmq.Poller()
         for source in (self.control, self.owner):
             if source is not None:
@@ -393,6 +396,8 @@ class Agent:
         self.answers = {
             peer: unread for peer, unread in self.answers.items() if unread and not unread[-1].done
         }
+        if self.exporter is not None:
+            self.exporter.take(metrics.of_agent(self._status(), self.told, self.sent_bytes))
         if not self.jobs:
             spares.clear(self.store.memory)
         if self.ending and not self.attempts.attempts:
@@ -705,6 +710,7 @@ class Agent:
                     process.spool = "none"  # not to be removed with the worker
                     if not job.local:
                         told = msgspec.structs.replace(message, path="")
+                self.sent_bytes += message.nbytes
                 self._handle(attempts.Done(message.job, *key, bool(path)))
                 self._to_broker(message.job, told)
             case protocol.NoRoom(reason=reason):
@@ -873,6 +879,7 @@ class Agent:
 
     def _to_broker(self, name: str, message: protocol.Message) -> None:
         """Send to a broker; one that cannot be reached has lost the lease."""
+        self.told[type(message)] += 1
         if (job := self.jobs.get(name)) and not job.control.send(message):
             self._forget(name, "its broker cannot be reached")
 

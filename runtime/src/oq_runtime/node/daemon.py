@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import zmq
 
-from oq_runtime import cgroups, config, descriptors, facts, logs
+from oq_runtime import cgroups, config, descriptors, facts, logs, metrics
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
@@ -107,6 +107,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         private.add_memory(disk, memory)
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
+        agent.exporter = metrics.start(address, metrics.agent_ports(settings.metrics_port))
         systemd.notify("READY=1")
         log.info(f"ready on {agent.control_url} with {wanted} slots: {why}")
         agent.run()

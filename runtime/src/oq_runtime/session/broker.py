@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from oq_runtime import config, descriptors, facts, logs, processes
+from oq_runtime import config, descriptors, facts, logs, metrics, processes
 from oq_runtime.core import scheduler as core
 from oq_runtime.core.events import Events
 from oq_runtime.core.ledger import ROW, Ledger, Task
@@ -132,6 +132,7 @@ class Broker:
         self.phases: list[protocol.Phase] = []
         self.began_s: list[float] = []  # of each phase (monotonic)
         self.progress = protocol.Beat()  # its counts of the job, as of the last beat
+        self.exporter: metrics.Exporter | None = None
         self.next_beat_s = 0.0
         self.peers = Peers(
             self.context,
@@ -234,6 +235,8 @@ class Broker:
             self.peers.bind()
             self.poller = None
         logs.recount()
+        if self.exporter is not None:
+            self.exporter.take(metrics.of_session(self._status()))
         self._handle(core.Tick())
 
     def _poll_all(self) -> zmq.Poller:
@@ -569,6 +572,7 @@ def _made(args: argparse.Namespace, memory: Path) -> Broker | None:
     data_urls = [f"ipc://{args.directory}/data"]
     own = facts.own(limits=args.limits)
     keys = caller = None
+    exported: tuple[str, list[int]] = "", []  # metrics: of a cluster alone
     try:
         if args.agent_pid is None:
             settings = config.Config.from_sections(config.read())
@@ -579,13 +583,14 @@ def _made(args: argparse.Namespace, memory: Path) -> Broker | None:
             own = facts.own(
                 cluster.dbserver, cluster.shared_dir, args.limits, settings.urgent_group
             )
+            exported = cluster.receiver_host, metrics.session_ports(settings.metrics_port)
             keys = caller = security.Keys.derive(security.read_secret(cluster.authkey))
             if args.priority is Priority.URGENT:
                 settings.check_urgent()
                 if settings.urgent_key:
                     file = Path(settings.urgent_key_file)
                     caller = security.calling_with(keys, file, settings.urgent_key)
-        return Broker(
+        broker = Broker(
             directory=args.directory,
             memory=memory,
             agents=agents,
@@ -599,6 +604,8 @@ def _made(args: argparse.Namespace, memory: Path) -> Broker | None:
             keys=keys,
             caller=caller,
         )
+        broker.exporter = metrics.start(*exported)
+        return broker
     except OqRuntimeError as exc:
         print(exc, file=sys.stderr)
         return None
