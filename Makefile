@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs lint types unit local cluster attack coverage conformance resume chaos bench bench-peers simulate \
+.PHONY: help demo test docs lint types unit local cluster attack coverage conformance resume reports chaos bench bench-peers simulate \
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make resume       SAMPLE=n SEED=n, JOBS="path ...", or ALL=1: how far jobs replay;"
 	@echo "                  RUNS=n SEED=n: kills of the master's processes, then --resume"
+	@echo "make reports      pages about twelve jobs of the corpus, held against the engine's exports"
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
 	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
@@ -149,6 +150,9 @@ resume: $(STAMP)
 	$(VENV)/bin/python -m $(if $(RUNS),tests.kills --runs $(RUNS),tests.resume) \
 	  $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
+
+reports: $(STAMP)
+	$(VENV)/bin/python -m tests.reports
 
 chaos: $(STAMP)
 	$(VENV)/bin/python -m $(if $(CLUSTER),tests.cluster.chaos,tests.chaos) \

@@ -31,14 +31,14 @@ JOBS = {
     "classical/case_18/job": "hcurves hmaps uhs",
     "disagg/case_1/job": "disagg",
     "event_based/case_16/job": "ruptures avg_gmf",
-    "scenario/case_21/job": "ruptures avg_gmf",
+    "scenario/case_21/job": "avg_gmf",
     "classical_risk/case_1/job": "avg_losses loss_curves",
     "classical_bcr/case_2/job": "hcurves bcr",
     "classical_damage/case_1/job_continuous": "damages",
     "event_based_risk/reinsurance_1/job": "aggcurves avg_losses",
     "event_based_damage/case_14/job": "aggcurves damages",
     "scenario_risk/case_8/job": "avg_gmf avg_losses",
-    "scenario_damage/case_12/job": "ruptures avg_gmf damages",
+    "scenario_damage/case_12/job": "avg_gmf damages",
     "multi_risk/case_1/job_2": "agg_risk",
 }
 #: the exports have six digits
@@ -81,10 +81,12 @@ class Page(HTMLParser):
         self.rows: list[list[str]] = []
         self.figures: list[Figure] = []
         self.inside: Figure | None = None
+        self.within = ""  # the tag whose text comes
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        self.within = tag
         if tag == "figure":
             self.inside = Figure(str(dict(attrs)["data-output"]))
             self.figures.append(self.inside)
@@ -96,16 +98,16 @@ class Page(HTMLParser):
             self.rows[-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
+        self.within = ""
         if tag == "figure":
             self.inside = None
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
-        last = self.tags[-1][0] if self.tags else ""
-        if last == "figcaption" and self.inside:
-            self.inside.title += data.rstrip("\n")
-        elif last in ("td", "th"):
-            self.rows[-1][-1] += data.rstrip("\n")
+        if self.within == "figcaption" and self.inside:
+            self.inside.title += data
+        elif self.within in ("td", "th"):
+            self.rows[-1][-1] += data
 
     def pictures(self) -> list[str]:
         return [str(found["src"]) for tag, found in self.tags if tag == "img"]
@@ -206,7 +208,10 @@ def avg_gmf(figure: Figure, folder: Path) -> Pairs:
     imt = figure.title.rpartition(", ")[2]
     rows = exported(folder, "avg_gmf_*.csv")
     for _, lon, lat, value in figure.rows[1:]:
-        yield value, at(rows, lon, lat)[f"gmv_{imt}"]
+        row = at(rows, lon, lat)
+        # places without any are not exported
+        there = abs(float(row["lon"]) - float(lon)) + abs(float(row["lat"]) - float(lat)) < 1e-4
+        yield value, (row.get(imt) or row[f"gmv_{imt}"]) if there else "0"
 
 
 def avg_losses(figure: Figure, folder: Path) -> Pairs:
@@ -241,7 +246,7 @@ def loss_curves(figure: Figure, folder: Path) -> Pairs:
     rows = [
         row
         for row in exported(folder, f"loss_curves-{found[3]}_*.csv")
-        if row["asset"] == found[1] and row["loss_type"] == found[2]
+        if row["asset_id"] == found[1] and row["loss_type"] == found[2]
     ]
     for (loss, poe), row in zip(figure.rows[1:], rows, strict=True):
         yield loss, row["loss_value"]

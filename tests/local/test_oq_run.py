@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.leftovers import wait_for
+from tests.reports import Page
 
 from .conftest import session_processes
 
@@ -437,6 +438,53 @@ def test_small_job(env: dict[str, str]) -> None:
     code, out, _ = run(env, "--explain", job["job"], "--json")
     uses = json.loads(out)["uses"]
     assert sum(uses.values()) == pytest.approx(1, abs=0.01) and uses["computed"] > 0
+
+
+def test_a_job_that_failed_is_explained_and_reported(env: dict[str, str], tmp_path: Path) -> None:
+    """It fails in its last step: its tasks are known, and the curves that it has."""
+    fails = "postproc_func=disagg_by_rel_sources.main"  # which is given too few arguments
+    code, out, err = run(env, corpus(TINY), "-p", fails, "--json", "--report", tmp_path)
+    assert code == 1, err
+    [job] = json.loads(out)["jobs"]
+    assert job["state"] == "failed" and job["report"] == str(tmp_path / f"report_{job['job']}.html")
+    page = Page(Path(job["report"]).read_text())
+    assert {"hcurves", "timeline"} <= {figure.output for figure in page.figures}
+    words = "".join(page.words)
+    assert "The job is failed: this is what there is of it." in words and "TypeError" in words
+    code, out, err = run(env, "--explain", job["job"])
+    assert (code, err) == (0, "")
+    first, *others = out.splitlines()
+    assert re.fullmatch(r"job \d+, classical \(.*\): failed, [\d.]+ s, \d+ slots?", first), first
+    assert any(re.match(r"tasks: \d+ \w+ \(median ", line) for line in others), out
+
+
+def test_a_job_of_the_engine_alone_is_explained_and_reported(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    alone = env | {"OQ_DISTRIBUTE": "processpool", "OQ_NUM_CORES": "2"}
+    oq = Path(sys.executable).with_name("oq")
+    done = subprocess.run(
+        [oq, "engine", "--run", corpus(TINY)], env=alone, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    number, state, _ = jobs(env)[-1]
+    assert state == "complete"
+    code, out, err = run(env, "--explain", number)
+    assert (code, err) == (0, "")
+    first, *functions, last = out.splitlines()
+    assert re.fullmatch(rf"job {number}, classical \(.*\): [\d.]+ s", first), first
+    assert any(re.match(r"classical\w*: 1 task, ", line) for line in functions), out
+    assert last.startswith("not known: when, where and on how many slots the tasks ran")
+    done = subprocess.run(
+        [sys.executable, "-m", "oq_runtime.commands.report", str(number), tmp_path],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{tmp_path}/report_{number}.html\n", done.stderr
+    page = Page(Path(done.stdout.rstrip()).read_text())
+    assert [figure.output for figure in page.figures] == ["hcurves"]
+    assert "none: the engine ran it alone" in page.words
 
 
 OTHER_IMPORT = """

@@ -174,6 +174,22 @@ def test_an_output_that_cannot_be_drawn_is_told(tmp_path: Path) -> None:
     assert "hmaps" in [figure.output for figure in found.figures]
 
 
+@pytest.mark.parametrize("wrong", ["began", "seconds", "attempts", "nodes", "oqparam"])
+def test_a_datastore_that_is_damaged(tmp_path: Path, wrong: str) -> None:
+    path = datastore(tmp_path / "calc_8.hdf5", "x", results=False)
+    with h5py.File(path, "r+") as file:
+        group = file[kept.GROUP]
+        if wrong in group.attrs:
+            group.attrs[wrong] = HOSTILE
+        else:
+            name = wrong if wrong in file else f"{kept.GROUP}/{wrong}"
+            del file[name]
+            file[name] = numpy.zeros(3)
+    done = CliRunner().invoke(report.main, [str(path), str(tmp_path / "x.html")])
+    assert done.exit_code == 2 and done.stderr.startswith(f"oq-report: {path}")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "x.html").exists()
+
+
 # ---- where it is written
 
 

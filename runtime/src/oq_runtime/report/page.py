@@ -14,6 +14,7 @@ from typing import Any
 from django.template import Context, Engine
 
 from oq_runtime.engine import jobtable, kept
+from oq_runtime.errors import InputError
 from oq_runtime.report import results, store, words, work
 from oq_runtime.report.store import Store, Table
 from oq_runtime.text import clean, duration
@@ -30,6 +31,9 @@ def made(path: Path, state: str = "", error: str = "") -> str:
     opened = Store(path)
     try:
         return render(_content(opened, lines, state, error))
+    except Exception as exc:  # what is damaged, or made by others, may be so in any way
+        what = f"{type(exc).__name__}: {clean(str(exc))}"
+        raise InputError(f"{path} is not as a job leaves it: {what}") from exc
     finally:
         opened.close()
 

@@ -40,13 +40,14 @@ Pictures = Iterator[Picture]
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where sites are."""
+    """Where sites are, and their numbers."""
 
     lons: Any
     lats: Any
+    numbers: Any
 
     def name(self, site: int) -> str:
-        return f"site {site} ({self.lons[site]:.3f}°, {self.lats[site]:.3f}°)"
+        return f"site {self.numbers[site]} ({self.lons[site]:.3f}°, {self.lats[site]:.3f}°)"
 
 
 def unit(imt: str) -> str:
@@ -65,7 +66,7 @@ def _sites(store: Store, number: int) -> Places:
     sites = store.file["sitecol"]
     if len(sites) != number:
         sites = store.file.get("complete", sites.complete)
-    return Places(sites.lons, sites.lats)
+    return Places(sites.lons, sites.lats, sites.sids)
 
 
 def _statistics(store: Store, name: str) -> tuple[Any, list[str]]:
@@ -118,7 +119,9 @@ def hazard_curves(store: Store) -> Pictures:
             for number, site in enumerate(order)
         ]
         drawn += [
-            Curve(f"{name}, site {order[0]}", levels, found[order[0], s, m], 0, True)
+            Curve(
+                f"{name}, site {places.numbers[order[0]]}", levels, found[order[0], s, m], 0, True
+            )
             for s, name in enumerate(names[1:], 1)
         ]
         years = float(store.oq.investigation_time or 0)
@@ -157,9 +160,12 @@ def hazard_maps(store: Store) -> Pictures:
 def _map(output: str, title: str, places: Places, values: Any, name: str) -> Picture:
     order = numpy.argsort(-values, kind="stable")[:MOST_PLACES].tolist()
     rows = [
-        (str(site), f"{places.lons[site]:.5f}", f"{places.lats[site]:.5f}", figure(values[site]))
+        (
+            str(places.numbers[site]), f"{places.lons[site]:.5f}", f"{places.lats[site]:.5f}",
+            figure(values[site]),
+        )
         for site in order
-    ]
+    ]  # fmt: skip
     return Picture(
         output,
         title,
@@ -258,10 +264,10 @@ def _middles(edges: Any) -> list[str]:
 
 
 def ruptures(store: Store) -> Pictures:
-    if "ruptures" not in store.own or not len(found := store.own.getitem("ruptures")[:]):
+    if "ruptures" not in store.own or not len(table := store.own.getitem("ruptures")):
         return
+    found = table.fields(["id", "mag", "n_occ", "hypo"])[:]  # there may be millions
     lons, lats, _ = found["hypo"].T
-    places = Places(lons, lats)
     order = numpy.argsort(-found["mag"], kind="stable")[:MOST_PLACES]
     rows = [
         (str(row["id"]), f"{row['hypo'][0]:.5f}", f"{row['hypo'][1]:.5f}", f"{row['mag']:.3f}",
@@ -273,7 +279,7 @@ def ruptures(store: Store) -> Pictures:
     yield Picture(
         "ruptures",
         f"Ruptures: {len(found)}{events}; their hypocentres",
-        draw.points(places.lons, places.lats, found["mag"], "magnitude"),
+        draw.points(lons, lats, found["mag"], "magnitude"),
         Table(head, rows, len(found)),
     )
 
@@ -290,6 +296,10 @@ def ground_motion(store: Store) -> Pictures:
     if len(found) < 2:
         return
     places = _sites(store, len(found))
+    if "station_data" in store.file:  # they have what was recorded
+        rest = ~numpy.isin(places.numbers, store.file["station_data/site_id"][:])
+        found = found[rest]
+        places = Places(places.lons[rest], places.lats[rest], places.numbers[rest])
     for m, imt in list(enumerate(store.oq.imtls))[:MOST_IMTS]:
         title = f"Average ground motion of the events, {clean(imt)}"
         yield _map("avg_gmf", title, places, found[:, m], unit(imt))

@@ -66,7 +66,7 @@ def explained(path: Path) -> dict[str, Any]:
             about, job = _about(path, file), kept.read(file)
             facts = dict(file[kept.GROUP].attrs) if kept.GROUP in file else {}
             engines = None if job else _engines(file)
-    except (OSError, KeyError, ValueError) as exc:
+    except (OSError, KeyError, IndexError, TypeError, ValueError) as exc:
         raise InputError(f"{path}: {exc}; is it the datastore of a job?") from exc
     if job is None:
         assert engines is not None
