@@ -33,7 +33,7 @@ JOBS = {
     "event_based/case_16/job": "ruptures avg_gmf",
     "scenario/case_21/job": "avg_gmf",
     "classical_risk/case_1/job": "avg_losses loss_curves",
-    "classical_bcr/case_2/job": "hcurves bcr",
+    "classical_bcr/case_2/job": "bcr",
     "classical_damage/case_1/job_continuous": "damages",
     "event_based_risk/reinsurance_1/job": "aggcurves avg_losses",
     "event_based_damage/case_14/job": "aggcurves damages",

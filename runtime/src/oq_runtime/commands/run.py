@@ -224,13 +224,14 @@ def main(
     if temporary := os.environ.get("TMPDIR"):  # what is started works in other directories
         os.environ["TMPDIR"] = os.path.abspath(temporary)
     if watch is not None:
-        if files or resume or detach or dry_run or params or hc:
+        if files or resume or detach or dry_run or params or hc or report is not None:
             raise BadInput("--watch shows a job that runs: give no job file, and no other option")
         watched(watch or None, as_json)
     if explain is not None:
-        if files or resume or detach or dry_run or params or hc:
+        if files or resume or detach or dry_run or params or hc or report is not None:
             raise BadInput("--explain tells of a job that was run: give no job file")
         explained(explain, as_json)
+    target = None if report is None else check_report(report, export_dir, files, dry_run)
     if bool(files) == bool(resume):
         raise BadInput("give a job file, or --resume ID alone")
     if resume and (hc or params or exports or export_dir or dry_run):
@@ -248,7 +249,6 @@ def main(
     }
     log_path = spec["log_file"]  # wherever it goes on
     spec["detached"] = None if tell is None else again(cores, priority, log_level, log_path)
-    target = None if report is None else check_report(report, export_dir, files, dry_run)
     compiling.find_cache(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
     try:
         sections = whole = config.read()
