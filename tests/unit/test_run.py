@@ -14,7 +14,7 @@ import pytest
 import oq_runtime
 from oq_runtime.commands.checks import BadInput, check_places, check_priority
 from oq_runtime.commands.lines import exports, surveyed
-from oq_runtime.commands.run import NO_NODE, NO_SHARE, parse_params, waits_for
+from oq_runtime.commands.run import NO_NODE, NO_SHARE, again, parse_params, waits_for
 from oq_runtime.config import Cluster, Config
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.priority import Priority
@@ -196,3 +196,8 @@ def test_what_a_job_waits_for() -> None:
     assert waits((0, calling)) == ("nodes", NO_NODE)
     assert waits((0, calling), note="all in use") == ("a port", "all in use")
     assert waits_for(status((0, calling)), cluster=False) == ("", "")
+
+
+def test_a_job_goes_on_with_the_options_that_it_had() -> None:
+    assert again(None, "low", "info", None, None) == ["--priority=low", "--log-level=info"]
+    assert again("2", "low", "info", "/l", Path("/r"))[-2:] == ["--log-file=/l", "--report=/r"]

@@ -248,7 +248,8 @@ def main(
         "dry_run": dry_run,
     }
     log_path = spec["log_file"]  # wherever it goes on
-    spec["detached"] = None if tell is None else again(cores, priority, log_level, log_path)
+    options = again(cores, priority, log_level, log_path, target)
+    spec["detached"] = None if tell is None else options
     compiling.find_cache(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
     try:
         sections = whole = config.read()
@@ -322,9 +323,12 @@ def check_report(name: str, export_dir: str | None, files: Sequence[str], dry_ru
     return target
 
 
-def again(cores: str | None, priority: str, log_level: str, log_file: str | None) -> list[str]:
+def again(
+    cores: str | None, priority: str, log_level: str, log_file: str | None, report: Path | None
+) -> list[str]:
     """Return the options that a job is given when it goes on, beside ``--resume``."""
-    given = {"cores": cores, "priority": priority, "log-level": log_level, "log-file": log_file}
+    given: dict[str, object] = {"cores": cores, "priority": priority, "log-level": log_level}
+    given |= {"log-file": log_file, "report": report}
     return [f"--{name}={value}" for name, value in given.items() if value]
 
 
