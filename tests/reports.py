@@ -37,7 +37,7 @@ JOBS = {
     "classical_damage/case_1/job_continuous": "damages",
     "event_based_risk/reinsurance_1/job": "aggcurves avg_losses",
     "event_based_damage/case_14/job": "aggcurves damages",
-    "scenario_risk/case_8/job": "avg_gmf avg_losses",
+    "scenario_risk/case_8/job": "avg_losses",
     "scenario_damage/case_12/job": "avg_gmf damages",
     "multi_risk/case_1/job_2": "agg_risk",
 }
@@ -255,8 +255,9 @@ def loss_curves(figure: Figure, folder: Path) -> Pairs:
 
 def damages(figure: Figure, folder: Path) -> Pairs:
     """Their sums; the engine exports those of many events as a table of its own."""
-    if many := list(folder.glob("aggrisk-_*.csv")):
-        [total] = [row for row in exported(folder, many[0].name) if row["loss_type"] == figure.kind]
+    if figure.title.endswith((" year", " years")):
+        rows = exported(folder, "aggrisk-_*.csv")
+        [total] = [row for row in rows if row["loss_type"] == figure.kind]
         for state, value in figure.rows[1:]:
             yield value, total[state]
         return

@@ -421,31 +421,55 @@ def loss_curves(store: Store) -> Pictures:
 
 def damages(store: Store) -> Pictures:
     """How many assets are in each state of damage, in the mean."""
-    if not _has(store, "damages"):
-        return
+    if _mode(store) == "event_based_damage":
+        found = _damages_in_time(store)
+        years = store.oq.risk_investigation_time or store.oq.investigation_time
+        of = f", in {years:g} {'year' if years == 1 else 'years'}"
+    else:
+        found = _damages_of_assets(store) if _has(store, "damages") else {}
+        of = " of the events" if "events" in store.own else ""
+    for kind, sums in list(found.items())[:MOST_LOSSES]:
+        rows = [(clean(state), figure(total)) for state, total in sums.items()]
+        yield Picture(
+            f"damages {clean(kind)}",
+            f"Damage, {clean(kind)}: all assets, mean{of}",
+            draw.bars(list(sums), list(sums.values()), "buildings"),
+            Table(("state", "buildings"), rows, len(rows)),
+        )
+
+
+def _damages_of_assets(store: Store) -> dict[str, dict[str, float]]:
+    """Return the sums over all assets, by type of loss and state."""
     stats = "damages-stats" in store.own
     found = store.own.getitem("damages-stats" if stats else "damages-rlzs")[:]
     states = ["no_damage", *map(str, store.oq.limit_states)]
-    of = " of the events" if "events" in store.own else ""
-    kinds: dict[str, list[str]] = {}
+    sums: dict[str, dict[str, float]] = {}
     for field in found.dtype.names:
         kind, _, state = field.rpartition("-")
         if state in states:
-            kinds.setdefault(kind, []).append(field)
-    for kind, fields in list(kinds.items())[:MOST_LOSSES]:
-        sums = []
-        for field in fields:
             values = found[field]
             mean = values[:, 0] if stats or values.shape[1] == 1 else _weighted(store, values)
-            sums.append(float(mean.sum(dtype=float)))
-        names = [field.rpartition("-")[2] for field in fields]
-        rows = [(clean(name), figure(total)) for name, total in zip(names, sums, strict=True)]
-        yield Picture(
-            f"damages {kind}",
-            f"Damage, {clean(kind)}: all assets, mean{of}",
-            draw.bars(names, sums, "buildings"),
-            Table(("state", "buildings"), rows, len(rows)),
-        )
+            sums.setdefault(kind, {})[state] = float(mean.sum(dtype=float))
+    return sums
+
+
+def _damages_in_time(store: Store) -> dict[str, dict[str, float]]:
+    """Return the engine's own sums, which count events by the time in which they are expected."""
+    if "aggrisk" not in store.own:
+        return {}
+    from openquake.risklib.scientific import LOSSTYPE
+
+    table = store.own.read_df("aggrisk")
+    table = table[table.agg_id == table.agg_id.max()]  # the last one is of all assets
+    states = ["no_damage", *map(str, store.oq.limit_states)]
+    sums = {}
+    for number, rows in table.groupby("loss_id"):
+        weights = store.file["weights"][:][rows.rlz_id] if len(rows) > 1 else None
+        sums[str(LOSSTYPE[number])] = {
+            state: float(numpy.average(rows[f"dmg_{n}"], weights=weights))
+            for n, state in enumerate(states)
+        }
+    return sums
 
 
 def benefits(store: Store) -> Pictures:
