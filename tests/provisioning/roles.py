@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ def options(role: str) -> dict[str, dict[str, Any]]:
     """Return the variables that a role's argument specification names."""
     spec = read(role, "meta/argument_specs.yml")["argument_specs"]["main"]
     return spec.get("options", {})
+
+
+def tasks_of(node: Any) -> Iterator[dict[str, Any]]:
+    """All that has a name in a file of tasks or a playbook: plays, blocks and tasks."""
+    if isinstance(node, dict):
+        if "name" in node:
+            yield node
+        for value in node.values():
+            yield from tasks_of(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from tasks_of(value)
 
 
 def ansible(

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.conftest import Attacks
 from tests.provisioning.machine import PATH, Machine, role
-from tests.provisioning.roles import ROOT, failures
+from tests.provisioning.roles import ROOT, failures, tasks_of
 
 pytestmark = [pytest.mark.attack, pytest.mark.timeout(300)]
 
@@ -273,17 +272,6 @@ THEIRS = re.compile(r"\{\{ *openquake_(home|shared_dir|custom_tmp) *(~[^}]*)?\}\
 #: where the homes are in openquake_shared_dir: there the directory itself is root's
 HOMES = {"{{ openquake_shared_dir }}/openquake", "{{ openquake_shared_dir }}/{{ item }}"}
 PATHS = ("path", "dest", "src", "paths", "creates", "removes", "chdir")
-
-
-def tasks_of(node: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(node, dict):
-        if "name" in node:
-            yield node
-        for value in node.values():
-            yield from tasks_of(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from tasks_of(value)
 
 
 def test_no_task_of_root_has_a_path_inside_what_is_theirs() -> None:

@@ -106,6 +106,14 @@ def test_hosts_that_are_not_of_the_cluster_do_not_matter(site: Site) -> None:
     assert "openquake_uid=0" in refused(site, f"{bastion}{GOOD}openquake_uid=0\n")
 
 
+def test_root_is_for_the_hosts(site: Site) -> None:
+    """And not for this machine, where the tasks are done as whoever plays them."""
+    message = refused(site, GOOD, "-e", "ansible_become=true")
+    assert message.startswith("-e ansible_become makes root of what is done on this machine too;")
+    _, output = site.run(f"{GOOD}ansible_become=true\n")
+    assert "UNREACHABLE" in output, output
+
+
 def test_no_inventory(site: Site) -> None:
     assert refused(site, "").startswith("There is no inventory; copy inventory.example.ini")
 

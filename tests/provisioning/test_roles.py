@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.provisioning import variables
-from tests.provisioning.roles import ROLES, ROOT, options, read
+from tests.provisioning.roles import ROLES, ROOT, options, read, tasks_of
 
 
 def test_list_is_complete() -> None:
@@ -70,6 +70,16 @@ def test_packages_are_installed_in_one_way() -> None:
     found = [path for path in files if pattern.search(path.read_text())]
     assert found == [ROOT / "roles/openquake/tasks/package.yml"]
     assert "lock_timeout: 600" in found[0].read_text()
+
+
+def test_tasks_on_the_controller_are_never_those_of_root() -> None:
+    """Whatever the inventory says for all hosts."""
+    files = [*(ROOT / "roles").glob("*/tasks/*.yml"), *(ROOT / "playbooks").rglob("*.yml")]
+    tasks = [task for path in files for task in tasks_of(yaml.safe_load(path.read_text()))]
+    here = [task for task in tasks if task.get("delegate_to") == "localhost"]
+    assert len(here) >= 6
+    for task in here:
+        assert (task["become"], task["vars"]["ansible_become"]) == (False, False), task["name"]
 
 
 def test_no_proxy_is_asked_for_the_hosts_own_services() -> None:
