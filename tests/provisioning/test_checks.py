@@ -124,3 +124,28 @@ def test_look_up_of_the_names_must_work(machine: Machine) -> None:
     machine.sh("echo 192.0.2.1 m1 >/etc/hosts; echo 192.0.2.2 w1 >>/etc/hosts; hostname m1")
     names["openquake_python"] = "/usr/bin/python3"
     assert machine.play(role("openquake_user", "names"), **names).returncode == 0
+
+
+def test_who_is_not_named_any_more_has_no_access(machine: Machine) -> None:
+    """Nor who was added by hand; results stay where they are, and their owner's."""
+    for name in "alice", "bob", "carla":
+        machine.sh(f"useradd {name}")
+    settings = {"openquake_shared_dir": "/oq_shared", "openquake_users": ["alice", "bob"]}
+    roles = role("openquake_user", "account"), role("openquake_shared_dir")
+    done = machine.play(*roles, **settings)
+    assert done.returncode == 0, done.stdout
+    secret, results = "/etc/openquake/authkey", "/oq_shared/bob/oqdata/calc_1.hdf5"
+    machine.sh(f"gpasswd --add carla openquake; install -g openquake -m 0640 /dev/null {secret}")
+    machine.sh(f"echo 1 >{results}", "bob")
+    assert machine.can(f"cat {secret}", "bob") and machine.can(f"cat {secret}", "carla")
+    settings["openquake_users"] = ["alice"]
+    done = machine.play(*roles, **settings, args=("--check",))
+    assert "bob, carla" in done.stdout, done.stdout
+    assert machine.can(f"cat {secret}", "bob")
+    done = machine.play(*roles, **settings)
+    assert "playbooks/rotate_authkey.yml" in done.stdout, done.stdout
+    assert machine.can(f"cat {secret}", "alice")
+    for name in "bob", "carla":
+        assert not machine.can(f"cat {secret} || touch /oq_shared/new", name)
+    assert machine.sh(f"stat -c %U {results}; cat {results}", "openquake") == "bob\n1"
+    assert "changed=0" in machine.play(*roles, **settings).stdout
