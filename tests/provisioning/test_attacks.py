@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -91,6 +92,46 @@ def test_shared_directory_is_only_where_root_alone_writes(
         done = machine.play(role("openquake_shared_dir", "validate"), openquake_shared_dir=path)
         attacks.tried(successes=done.returncode == 0)
         assert "is on the way to openquake_shared_dir" in str(failures(done.stdout)), done.stdout
+
+
+def test_directories_are_only_where_root_alone_writes(machine: Machine, attacks: Attacks) -> None:
+    """A link of root's, to where alice may write, is no better; one to elsewhere is."""
+    machine.sh(
+        "install -d -o alice /srv/hers /srv/hers/deep; install -d -m 0775 -g alice /srv/both"
+    )
+    machine.sh("ln -s /srv/hers/deep /srv/link; ln -s /opt /srv/good")
+    ways = role("openquake", "ways")
+    wrong = {
+        "openquake_home": "/srv/hers/home",
+        "openquake_prefix": "/srv/link/prefix",
+        "openquake_config_dir": "/srv/hers",
+        "openquake_custom_tmp": "/srv/both/tmp",
+    }
+    done = machine.play(ways, **wrong)
+    attacks.tried(successes=done.returncode == 0)
+    [message] = failures(done.stdout)
+    for path in wrong.values():
+        assert path in message, message
+    done = machine.play(ways, host="w1", openquake_shared_dir="/srv/hers/results")
+    attacks.tried(successes=done.returncode == 0)
+    assert "/srv/hers/results: /srv/hers (alice, mode 755)" in str(failures(done.stdout))
+    good = {"openquake_prefix": "/srv/good/oq", "openquake_custom_tmp": "/var/tmp"}
+    done = machine.play(ways, **good)
+    assert done.returncode == 0, done.stdout
+
+
+def test_accounts_link_for_what_verify_looks_at(machine: Machine, attacks: Attacks) -> None:
+    """It is seen as the link that it is."""
+    machine.sh("install -d -o openquake /var/lib/openquake/oqdata")
+    machine.sh("ln -s /etc/shadow ~openquake/oqdata/db.sqlite3", "openquake")
+    program = ROOT / "roles/openquake_verify/files/verify.py"
+    settings = json.dumps({"prefix": "/opt/openquake", "home": "/var/lib/openquake", "uid": 880})
+    settings = settings.replace("}", ', "config_dir": "/etc/openquake", "shared_dir": "/home"}')
+    load = f"import runpy; print(runpy.run_path({str(program)!r})['check']"
+    asked = f"{load}(runpy.run_path({str(program)!r})['database']))"
+    done = machine.run("python3", "-c", asked, "master", settings)
+    attacks.tried(successes="owner 0" in done.stdout or "bytes" in done.stdout)
+    assert "mode 777" in done.stdout, done.stdout + done.stderr
 
 
 def test_results_are_read_by_the_group_and_by_nobody_else(machine: Machine) -> None:
@@ -255,6 +296,7 @@ def test_secrets_are_not_told(machine: Machine, attacks: Attacks, given: bool) -
             args=("-vvv", "--diff"),
         )
     told = done.stdout + done.stderr + machine.sh("cat /run/log; tr '\\0' ' ' </run/processes")
+    told += machine.sh("cat /tmp/facts/*")
     assert "Invoked with" in told and "openquake.cfg" in told  # both watchers have seen something
     wanted = {*secrets.values()} if given else set()
     for name in "authkey", "webui-admin-password", "webui-secret-key", "ssh/id_ed25519":

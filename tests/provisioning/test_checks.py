@@ -149,3 +149,97 @@ def test_who_is_not_named_any_more_has_no_access(machine: Machine) -> None:
         assert not machine.can(f"cat {secret} || touch /oq_shared/new", name)
     assert machine.sh(f"stat -c %U {results}; cat {results}", "openquake") == "bob\n1"
     assert "changed=0" in machine.play(*roles, **settings).stdout
+
+
+def test_new_secret_must_be_another(machine: Machine) -> None:
+    """And neither is told, where it is refused."""
+    secrets = "the-secret-of-yesterday", "the-secret-of-tomorrow"
+    machine.sh(f"echo {secrets[0]} >/etc/openquake/authkey")
+    for given, refused in (secrets[0], True), (secrets[1], False), ("", False):
+        another = role("openquake_config", "another")
+        done = machine.play(another, args=("-vvv",), openquake_authkey=given)
+        assert (done.returncode != 0) is refused, done.stdout
+        said = "The secret in use is the openquake_authkey of the inventory already"
+        assert (said in done.stdout) is refused
+        assert not any(secret in done.stdout for secret in secrets)
+
+
+def test_master_and_worker_that_have_changed_places(machine: Machine) -> None:
+    """A master that computes has both units, and one of another installer is of no cluster."""
+    standing = role("openquake", "standing")
+    settings = "mkdir -p /etc/systemd/system; echo X-Settings=1 >/etc/systemd/system/openquake-{}"
+    machine.sh("echo [Unit] >/etc/systemd/system/openquake-dbserver.service")
+    assert machine.play(standing, host="w1").returncode == 0
+    machine.sh(settings.format("worker.service"))
+    done = machine.play(standing, host="m1")
+    assert failures(done.stdout) == [
+        "m1 is the worker of a cluster that stands, and the inventory says master; correct the "
+        "inventory, or take that cluster down with its own inventory and playbooks/reset.yml first"
+    ]
+    assert machine.play(standing, host="w1").returncode == 0
+    machine.sh(settings.format("dbserver.service"))
+    assert machine.play(standing, host="m1").returncode == 0
+    done = machine.play(standing, host="w1")
+    assert "w1 is the master of a cluster that stands" in failures(done.stdout)[0]
+
+
+#: what two machines of one image say of themselves
+IMAGE = {"nodename": "image", "machine_id": "4711"}
+
+
+def test_hosts_of_one_image_and_one_in_fips_mode(machine: Machine) -> None:
+    own = {"fips": False, "service_mgr": "systemd", "all_ipv4_addresses": ["192.0.2.1"]}
+    for fips in False, True:
+        says = [
+            {
+                "name": f"Hear {host}",
+                "ansible.builtin.set_fact": {**own, **IMAGE, "fips": fips, "cacheable": True},
+                "delegate_to": host,
+                "delegate_facts": True,
+            }
+            for host in ("m1", "w1")
+        ]
+        done = machine.play(*says, role("openquake", "facts"))
+        if fips:
+            assert failures(done.stdout)[-1].startswith("This host is in FIPS mode"), done.stdout
+        else:
+            assert "m1, w1 call themselves image, and NFS takes them for one" in done.stdout
+            assert "m1, w1 have the number 4711 in /etc/machine-id" in done.stdout, done.stdout
+
+
+#: what sshd says of a host whose administrators have shut it
+SSHD = "echo port 22; echo usepam no; [ $# = 1 ] || echo allowgroups sudo"
+
+
+def test_what_keeps_the_master_out_of_a_worker_is_named(machine: Machine) -> None:
+    machine.sh("groupadd --gid 880 openquake; useradd --uid 880 --gid 880 --expiredate 1 openquake")
+    machine.sh("passwd --quiet --lock openquake; touch /run/nologin")
+    program(machine, "/usr/sbin/sshd", SSHD)
+    done = machine.play(role("openquake_ssh", "try"), host="w1")
+    expected = "sshd here has: allowgroups sudo; the account is locked; the account has expired; "
+    expected += "/run/nologin is there; let openquake in"
+    assert expected in failures(done.stdout)[0], done.stdout
+
+
+#: does what the files say, and refuses a directory that is not there, or all
+EXPORTFS = """
+[ "$1" = -s ] && { cat /run/exported 2>/dev/null; exit 0; }
+[ ! -e /run/broken ] || { echo 'exportfs: bad option list' >&2; exit 1; }
+sed -n 's/^\\(\\/[^ ]*\\) /\\1  /p' /etc/exports.d/openquake.exports >/run/exported
+[ ! -s /etc/exports ] || { echo 'exportfs: Failed to stat /srv/gone' >&2; exit 1; }
+"""
+
+
+def test_broken_export_of_others_does_not_stop_ours(machine: Machine) -> None:
+    program(machine, "/usr/sbin/exportfs", EXPORTFS)
+    machine.sh("echo '/srv/gone *(ro)' >/etc/exports")
+    roles, settings = role("openquake_nfs_server"), {"openquake_nfs_server_provider": "external"}
+    done = machine.play(roles, **settings)
+    assert done.returncode == 0, done.stdout
+    assert "complains of others: exportfs: Failed to stat /srv/gone" in done.stdout
+    assert "192.0.2.2(ro," in machine.sh("cat /run/exported")
+    assert machine.sh("cat /etc/exports") == "/srv/gone *(ro)"
+    machine.sh("rm /run/exported; touch /run/broken")
+    done = machine.play(roles, **settings)
+    expected = "exportfs refuses the exports of the cluster (exportfs: bad option list); correct"
+    assert failures(done.stdout)[0].startswith(expected), done.stdout

@@ -310,3 +310,23 @@ def test_new_secret_with_a_dead_worker(cluster: Machines) -> None:
     secrets = cluster.sh("cat /etc/openquake/authkey")
     assert secrets["m1"] == secrets["w1"] != secrets["w2"] == "the-secret-of-yesterday"
     assert running(cluster, "m1", "w1") == ["m1", "w1"]
+
+
+ROTATE, VERIFY = "playbooks/rotate_authkey.yml", "playbooks/verify.yml"
+CHECKED = [*(pytest.param(name, marks=pytest.mark.slow) for name in (UPGRADE, ROTATE)), VERIFY]
+#: which processes serve, and what is where
+STATE = f"""
+systemctl show --value --property=MainPID {AGENT} {DBSERVER}
+ls -l --time-style=full-iso /opt/openquake /etc/openquake $(dirname {DATABASE}) 2>&1 || true
+sha256sum {DATABASE} /etc/openquake/* 2>&1 || true
+"""
+
+
+@pytest.mark.parametrize("playbook", CHECKED)
+def test_check_mode_changes_nothing(cluster: Machines, playbook: str) -> None:
+    cluster.sh("mkdir -p /etc/openquake; echo the-secret-of-yesterday >/etc/openquake/authkey")
+    cluster["m1"].sh("rm -r /opt/openquake/venv-new")
+    before = cluster.sh(STATE)
+    done = cluster.play(playbook, "--check")
+    assert done.returncode == 0, done.stdout
+    assert cluster.sh(STATE) == before

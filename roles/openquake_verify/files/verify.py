@@ -190,10 +190,10 @@ def dbserver() -> str:
 
 def database() -> str:
     path = HOME / "oqdata" / "db.sqlite3"
-    status = path.stat()
-    if status.st_uid != SETTINGS["uid"] or status.st_mode & stat.S_IRWXO:
-        raise Wrong(f"{path}: owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}")
-    return f"{path}, {status.st_size} bytes"
+    owner, mode, size = as_openquake("stat", "--format=%u %a %s", str(path)).split()
+    if int(owner) != SETTINGS["uid"] or int(mode, 8) & stat.S_IRWXO:
+        raise Wrong(f"{path}: owner {owner}, mode {mode}")
+    return f"{path}, {size} bytes"
 
 
 def settings() -> str:
