@@ -334,21 +334,31 @@ def test_too_few_processes(env: dict[str, str]) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_user_without_a_name(env: dict[str, str]) -> None:
     few = {"PATH": env["PATH"], "HOME": "/tmp"}
-    code = (
-        "from oq_runtime.commands import checks; checks.check_user(); "
-        "import getpass; print(getpass.getuser())"
-    )
-    result = as_number(few, sys.executable, "-c", code)
-    assert (result.returncode, result.stdout.strip()) == (0, "54321"), result.stderr
+    for named in ("from oq_runtime.commands.checks import check_user; check_user()",
+                  "import oq_runtime.activate"):  # fmt: skip
+        code = f"{named}; import getpass; print(getpass.getuser())"
+        result = as_number(few, sys.executable, "-c", code)
+        assert (result.returncode, result.stdout.strip()) == (0, "54321"), result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_user_without_a_home(env: dict[str, str]) -> None:
-    job = EXAMPLES / "hazard_classical/job.ini"
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["commands.run", str(EXAMPLES / "hazard_classical/job.ini")],
+        ["commands.journal", "show"],
+        ["commands.report", "1"],
+        ["webui"],
+    ],
+    ids=str,
+)
+def test_user_without_a_home(env: dict[str, str], command: list[str]) -> None:
     few = {"PATH": env["PATH"]}
-    result = as_number(few, sys.executable, "-m", "oq_runtime.commands.run", str(job))
+    module, *args = command
+    result = as_number(few, sys.executable, "-m", f"oq_runtime.{module}", *args)
     assert result.returncode == 2
-    assert "HOME is not set, and user 54321 has no entry in passwd" in one_line(result.stderr)
+    [line] = result.stderr.splitlines()
+    assert "HOME is not set, and user 54321 has no entry in passwd" in line
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -7,8 +7,10 @@ exists::
     code = import oq_runtime.activate
 """
 
+from oq_runtime import processes
 from oq_runtime.engine.hook import activate
 from oq_runtime.files import compiling
 
+processes.name_user()  # before the engine asks for it
 compiling.take()  # before the engine's first compiled function
 activate()

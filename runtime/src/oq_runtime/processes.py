@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import getpass
 import grp
 import io
 import os
+import pwd
 import resource
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from oq_runtime.descriptors import patiently
+from oq_runtime.errors import ConfigError
 
 #: of pidfd_open(2): there is no process of that number; a thread may have it, says EINVAL, and
 #: ENOENT from Linux 6.15 on
@@ -71,6 +74,30 @@ def has_group(name: str) -> bool:
     except KeyError:
         return False
     return number in (os.getegid(), *os.getgroups())
+
+
+def name_user() -> None:
+    """Give a user without an entry in passwd a name, the number: many places ask for it."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the latter since Python 3.13
+        os.environ["USER"] = str(os.getuid())
+
+
+def check_user() -> None:
+    """Give a user a name and a home.
+
+    :raises ConfigError: where nothing says where that is
+    """
+    name_user()
+    try:
+        os.environ.setdefault("HOME", pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        if not os.environ.get("HOME"):
+            raise ConfigError(
+                f"HOME is not set, and user {os.getuid()} has no entry in passwd; set HOME to a "
+                "directory where you may write"
+            ) from None
 
 
 def open_standard() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import getpass
 import os
-import pwd
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 import click
 
+from oq_runtime import processes
 from oq_runtime.config import Config
 from oq_runtime.engine import jobtable, messages
 from oq_runtime.errors import ConfigError
@@ -117,17 +117,9 @@ def check_file(name: str) -> str:
 def check_user() -> None:
     """Refuse a user without a home, and give one without an entry in passwd a name: the number."""
     try:
-        entry = pwd.getpwuid(os.getuid())
-    except KeyError:
-        if not any(map(os.environ.get, ("LOGNAME", "USER", "LNAME", "USERNAME"))):
-            os.environ["USER"] = str(os.getuid())  # the engine asks for it in many places
-        if not os.environ.get("HOME"):
-            raise BadInput(
-                f"HOME is not set, and user {os.getuid()} has no entry in passwd; set HOME to a "
-                "directory where you may write"
-            ) from None
-        return
-    os.environ.setdefault("HOME", entry.pw_dir)
+        processes.check_user()
+    except ConfigError as exc:
+        raise BadInput(str(exc)) from None
 
 
 def check_file_size() -> None:

@@ -40,6 +40,7 @@ def leave(text: object, code: int) -> NoReturn:
 def datadir() -> Path:
     """Return where the results of this user are."""
     try:
+        processes.check_user()
         return checks.data_directory(config.read())
     except ConfigError as exc:
         leave(exc, EXIT_INPUT)

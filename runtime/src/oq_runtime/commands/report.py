@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from oq_runtime import config
+from oq_runtime import config, processes
 from oq_runtime.commands import checks
 from oq_runtime.engine import jobtable
 from oq_runtime.errors import InputError, OqRuntimeError
@@ -39,6 +39,7 @@ def main(job: str, file: Path | None, error: str) -> None:
     codes: 0 it is written, 2 it could not be.
     """
     try:
+        processes.check_user()
         path, state = find(job)
         target = output.place(path, file)
         output.check_place(target)

@@ -16,6 +16,7 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from oq_runtime import processes
 from oq_runtime.descriptors import raise_limit
 from oq_runtime.errors import ConfigError
 from oq_runtime.webui.site import Site
@@ -120,6 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["DJANGO_SETTINGS_MODULE"] = "oq_runtime.webui.settings"
     try:
+        processes.check_user()
         if args.init:
             from oq_runtime.webui import prepare
 
