@@ -398,3 +398,31 @@ def test_jobs_that_go_on_are_those_of_the_users(machine: Machine) -> None:
         assert found == there + ["openquake-resume@.service"] * bool(users)
         done = machine.play(role("openquake_dbserver", "resume"), openquake_resumed=users)
         assert "changed=0" in done.stdout, done.stdout
+
+
+#: a unit of an administrator, which cannot be masked, and one of a package; they only run
+SWAP = r"""
+for program in swapon swapoff; do printf '#!/bin/sh\n' >/usr/sbin/$program; done
+printf '[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=true\n' \
+    >/usr/lib/systemd/system/zramswap.service
+cp /usr/lib/systemd/system/zramswap.service /etc/systemd/system/dphys-swapfile.service
+mkdir -p /etc/openquake
+systemctl daemon-reload
+systemctl start zramswap dphys-swapfile
+"""
+
+
+def test_units_that_make_swap_stay_off_and_come_back(machine: Machine) -> None:
+    machine.sh(SWAP)
+    states = "systemctl is-active zramswap dphys-swapfile || true"
+    here = ("-e", '{"openquake_in_container": false, "openquake_swap_off": true}')
+    done = machine.play(role("openquake_swap", "off"), host="w1", args=here)
+    assert done.returncode == 0, done.stdout
+    assert machine.sh(states) == "inactive\ninactive"
+    machine.run("systemctl", "start", "zramswap", "dphys-swapfile")
+    assert machine.sh(states) == "inactive\ninactive"
+    again = machine.play(role("openquake_swap", "off"), host="w1", args=here)
+    assert "changed=0" in again.stdout, again.stdout
+    machine.play(role("openquake_swap", "restore"), host="w1", args=here)
+    assert machine.sh(states) == "active\nactive"
+    assert not machine.can("ls /etc/systemd/system/*.d/openquake-swap.conf", "root")
