@@ -69,3 +69,32 @@ def test_ufw(machine: Machine) -> None:
     install(machine, "ufw")
     machine.sh("ufw --force enable")
     check(machine, "LC_ALL=C ufw show added", 10)
+
+
+#: as docker and a list of bans have them
+OTHERS = """
+table ip nat_like_docker {
+    chain post { type nat hook postrouting priority srcnat; oifname != "d0" masquerade; }
+}
+table inet bans {
+    set banned { type ipv4_addr; elements = { 203.0.113.7 } }
+    chain input { type filter hook input priority filter; ip saddr @banned drop; }
+}
+"""
+
+
+def test_tables_of_others_stay_and_ours_comes_back(machine: Machine) -> None:
+    machine.sh("nft -f -", stdin=OTHERS)
+    others = "nft list table ip nat_like_docker; nft list table inet bans"
+    ours = "nft list table inet openquake"
+    before = machine.sh(others)
+    for _ in range(2):
+        play(machine, 2)
+        assert machine.sh(others) == before
+    loaded = machine.sh(ours)
+    machine.sh("nft flush ruleset; systemctl start openquake-firewall-check.service")
+    assert machine.sh(ours) == loaded
+    machine.sh("nft -f -", stdin=OTHERS)
+    play(machine, 2, "remove")
+    assert machine.sh(others) == before
+    assert not machine.can(ours, "root")
