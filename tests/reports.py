@@ -286,7 +286,6 @@ def differing(figure: Figure, folder: Path) -> tuple[int, list[str]]:
         f"{figure.title}: {shown} and not {there}"
         for shown, there in pairs
         if not math.isclose(float(shown), float(there), rel_tol=CLOSE, abs_tol=1e-30)
-        and not (math.isnan(float(shown)) and math.isnan(float(there)))
     ]
     return len(pairs), wrong
 

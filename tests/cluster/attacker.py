@@ -4,6 +4,7 @@
 
     strangers   COUNT frames over plain TCP, a hundred to a connection, after all kinds of greetings
     members     COUNT frames by the keys of the cluster: noise, and messages with bytes changed
+    tickets     COUNT frames over connections for which a ticket is made up
     deaf        COUNT questions by the keys of the cluster, of which no answer is read
     idle        COUNT connections that say nothing; ends with its stdin
     silent      COUNT connections that say nothing; those that are closed are opened again
@@ -38,7 +39,9 @@ from tests.cluster.liar import WORDS
 
 #: RFC 23/ZMTP: signature, version 3.1, mechanism CURVE, as a client
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
-FRAMES_PER_CONNECTION = 100
+#: the same with mechanism PLAIN, and what its client says
+PLAIN = GREETING.replace(b"CURVE", b"PLAIN")
+FRAMES_PER_CONNECTION, FRAMES_AT_ONCE = 100, 10_000
 HUGE = 1 << 30
 TIMEOUT_S = 10.0
 #: of an attack by silence
@@ -57,7 +60,7 @@ SAMPLES = [
     protocol.BlobChunk(digest=b"d" * 32, offset=0),
     protocol.Chunk(task=1, attempt=1, offset=0),
     protocol.Started(task=1, attempt=1),
-    protocol.Ended(task=1, attempt=1, parts=1, nbytes=1, digest=b"d" * 16),
+    protocol.Ended(task=1, attempt=1, parts=1, nbytes=1),
     protocol.Grant(job="x", task=1, attempt=1),
     protocol.Abort(job="x", task=1, attempt=1),
     protocol.Died(task=1, attempt=1, reason="r"),
@@ -104,6 +107,26 @@ def strangers(host: str, port: int, count: int) -> int:
             for _ in range(FRAMES_PER_CONNECTION):
                 sent += 1
                 sock.sendall(zmtp(mutated(rng), rng.choice([0, 1, 4, rng.randrange(256)])))
+    return sent
+
+
+def tickets(host: str, port: int, count: int) -> int:
+    rng = random.Random(3)
+    sent = 0
+    while sent < count:
+        ticket = rng.randbytes(16).hex().encode()
+        shown = bytes([len(ticket)]) + ticket
+        initiate = b"\x08INITIATE\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
+        said = zmtp(b"\x05HELLO" + shown * 2, 4) + zmtp(initiate, 4)
+        frames = b"".join(
+            zmtp(rng.randbytes(rng.randrange(300)), rng.randrange(2)) for _ in range(FRAMES_AT_ONCE)
+        )
+        with contextlib.suppress(OSError), connect(host, port) as sock:
+            sock.sendall(PLAIN + said + frames)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+        sent += FRAMES_AT_ONCE
     return sent
 
 
@@ -252,8 +275,8 @@ def boast(host: str, port: int, count: int) -> int:
 def main() -> None:
     how, host, port, count = sys.argv[1:5]
     ways: dict[str, Callable[[str, int, int], int]] = {
-        "strangers": strangers, "members": members, "deaf": deaf, "idle": idle, "silent": silent,
-        "huge": huge, "bomb": bomb, "half": half, "boast": boast,
+        "strangers": strangers, "members": members, "tickets": tickets, "deaf": deaf,
+        "idle": idle, "silent": silent, "huge": huge, "bomb": bomb, "half": half, "boast": boast,
     }  # fmt: skip
     print(json.dumps({"sent": ways[how](host, int(port), int(count))}))
 

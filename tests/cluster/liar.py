@@ -11,6 +11,7 @@ What it says of itself, and its reasons, are ``WORDS``.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Any
@@ -21,6 +22,7 @@ import zmq
 from oq_runtime import config
 from oq_runtime.priority import Priority
 from oq_runtime.wire import protocol, security, transport
+from oq_runtime.wire.seal import Seal
 
 #: a row of a table and a line of a log that nobody wrote
 FORGED = "192.0.2.9"
@@ -39,9 +41,6 @@ def main() -> None:
 
     def server(socket: zmq.Socket[Any]) -> None:
         security.secure_server(socket, keys)
-
-    def client(socket: zmq.Socket[Any]) -> None:
-        security.secure_client(socket, keys)
 
     control = transport.router(context, cluster.control_url(address), secure=server)
     links: dict[bytes, transport.Link] = {}
@@ -66,9 +65,11 @@ def main() -> None:
             continue
         link = links[peer]
         match message:
-            case protocol.Lease(ticket=ticket, data_url=url):
-                sock = transport.dealer(context, url, secure=client)
-                data.append(transport.Link(sock, link.job, link.epoch))
+            case protocol.Lease(ticket=ticket, data_url=url, terms=terms) if terms:
+                show = functools.partial(security.show_ticket, ticket=ticket)
+                sock = transport.dealer(context, url, again=False, secure=show)
+                seal = Seal(terms, link.job, link.epoch, broker=False)
+                data.append(transport.Link(sock, link.job, link.epoch, seal=seal))
                 opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
                 data[-1].send(opening, bytes(protocol.PROBE_BYTES))
                 link.send(protocol.Leased(slots=1))

@@ -18,14 +18,18 @@ import pytest
 
 from oq_runtime.wire.strangers import MOST as STRANGERS
 from tests.cluster.cluster import CTRL_PORT, Cluster
-from tests.cluster.jobs import broker, drive, result, status, under_way
+from tests.cluster.jobs import SHORT_BEATS, broker, drive, result, status, under_way
 from tests.cluster.netns import MASTER, Process
+from tests.cluster.tapped import HOWS
 from tests.conftest import Attacks
 from tests.leftovers import wait_for
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.attack]
 
 ATTACKER = str(Path(__file__).parent / "attacker.py")
+TAPPED = str(Path(__file__).parent / "tapped.py")
+#: of a million floats each way, see ``driver``
+TAPPED_TASKS, SHARED = 80, 1_000_000
 RECEIVER_PORT = 1912
 #: bytes by which an agent or a broker may grow
 GROWTH_BYTES = 200 << 20
@@ -122,9 +126,34 @@ def check_undisturbed(cluster: Cluster, run: Process, attacked: list[Target], ov
 def test_random_and_mutated_frames(cluster: Cluster, over: Path, how: str) -> None:
     run = serve(cluster, over)
     attacked = targets(cluster, run)
+    if how == "members":  # at the broker they have a key for their own connection alone
+        del attacked[1]
     attackers = [attack(cluster, how, target, 25_000) for target in attacked]
     assert all(sent(attacker) >= 25_000 for attacker in attackers)
     check_undisturbed(cluster, run, attacked, over)
+
+
+def test_a_million_frames_without_a_ticket(cluster: Cluster, over: Path, attacks: Attacks) -> None:
+    run = serve(cluster, over)
+    _, target = targets(cluster, run)
+    attacks.tried(sent(attack(cluster, "tickets", target, 1_000_000)))
+    check_undisturbed(cluster, run, [target], over)
+
+
+@pytest.mark.settings(**SHORT_BEATS)
+@pytest.mark.parametrize("way", ["to node", "to broker"])
+def test_somebody_on_the_way(cluster: Cluster, tmp_path: Path, attacks: Attacks, way: str) -> None:
+    """Whatever he does ends the connection, and all results are right."""
+    notes = tmp_path / "notes"
+    cluster.stop_agents()
+    cluster.start_agent("node3", program=[TAPPED, way, str(notes)])
+    found = result(drive(cluster, "square", [["own"]] * TAPPED_TASKS))
+    assert found.get("value", {}).get("sum") == sum(x * x for x in range(TAPPED_TASKS)) * SHARED
+    assert found["retries"] >= len(HOWS), found
+    tampered = notes.read_text().split()
+    # one thing per connection, so one that did not end would be the last
+    assert tampered == list(HOWS)[: len(tampered)]
+    attacks.tried(len(HOWS), len(HOWS) - len(tampered))
 
 
 def test_idle_connections(cluster: Cluster, over: Path) -> None:

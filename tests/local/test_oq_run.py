@@ -464,7 +464,7 @@ def test_a_job_that_failed_is_explained_and_reported(env: dict[str, str], tmp_pa
     code, out, err = run(env, "--explain", job["job"])
     assert (code, err) == (0, "")
     first, *others = out.splitlines()
-    assert re.fullmatch(r"job \d+, classical \(.*\): failed, [^,]+ s, \d+ slots?", first), first
+    assert re.fullmatch(r"job \d+, classical \(.*\): failed, [\d.]+ s, \d+ slots?", first), first
     assert any(re.match(r"tasks: \d+ \w+ \(median ", line) for line in others), out
 
 
@@ -482,8 +482,8 @@ def test_a_job_of_the_engine_alone_is_explained_and_reported(
     code, out, err = run(env, "--explain", number)
     assert (code, err) == (0, "")
     first, *functions, last = out.splitlines()
-    assert re.fullmatch(rf"job {number}, classical \(.*\): [^,]+ s", first), first
-    assert any(re.match(r"\w+: 1 task, ", line) for line in functions), out
+    assert re.fullmatch(rf"job {number}, classical \(.*\): [\d.]+ s", first), first
+    assert any(re.match(r"classical\w*: 1 task, ", line) for line in functions), out
     assert last.startswith("not known: when, where and on how many slots the tasks ran")
     done = subprocess.run(
         [sys.executable, "-m", "oq_runtime.commands.report", str(number), tmp_path],

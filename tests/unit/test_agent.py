@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import xxhash
 import zmq
 
 from oq_runtime import metrics, processes
@@ -40,6 +39,7 @@ from oq_runtime.node.agent import (
 from oq_runtime.node.memory import Resident
 from oq_runtime.priority import Priority
 from oq_runtime.wire import payload, protocol, security, transport
+from oq_runtime.wire.seal import Seal
 from tests.leftovers import wait_for
 
 pytestmark = pytest.mark.timeout(90)
@@ -60,13 +60,17 @@ class Peer:
     def __init__(self, socket: zmq.Socket[Any], job: str = JOB) -> None:
         self.socket = socket
         self.link = transport.Link(socket, job, 0)
+        self.ticket = b"t"  # with which its agent comes, if it is sealed
         self.come: deque[tuple[Any, list[bytes]]] = deque()
 
     def read(self) -> deque[tuple[Any, list[bytes]]]:
-        while frames := transport.receive(self.socket):
+        while frames := transport.receive_frames(self.socket):
+            if self.link.seal and security.ticket_of(frames[0]) != self.ticket:
+                continue  # of an earlier lease
             if self.socket.type == zmq.ROUTER:
-                self.link.peer, *frames = frames
-            self.come.append((protocol.decode(frames[0]), frames[1:]))
+                self.link.peer = frames.pop(0).bytes
+            header, *rest = self.link.open([frame.buffer for frame in frames])
+            self.come.append((protocol.decode(header), [bytes(frame) for frame in rest]))
         return self.come
 
 
@@ -78,6 +82,8 @@ class Stage:
     :param directory: of the agent
     :param remote: whether the broker is on another host, so that results travel
     """
+
+    terms: protocol.Terms | None = None
 
     def __init__(
         self,
@@ -110,20 +116,15 @@ class Stage:
         self.thread = threading.Thread(target=self.agent.run)
         self.thread.start()
         url = "tcp://127.0.0.1:*" if remote else f"ipc://{directory}/data"
-        self.data = Peer(transport.router(self.context, url, secure=self._secure(server=True)))
-        self.control = Peer(
-            transport.dealer(self.context, self.url, secure=self._secure(server=False))
-        )
+        keys = self.keys
+        secure = functools.partial(security.secure_client, keys=keys) if keys else None
+        tickets = security.ask_for_tickets if keys else None
+        self.data = Peer(transport.router(self.context, url, secure=tickets))
+        self.control = Peer(transport.dealer(self.context, self.url, secure=secure))
         self.mute = False  # on the data connection
         self.job, self.user, self.priority = JOB, "anna", Priority.NORMAL
         self.others: list[Beside] = []
         self.lease()
-
-    def _secure(self, *, server: bool) -> transport.Secure | None:
-        if self.keys is None:
-            return None
-        secure = security.secure_server if server else security.secure_client
-        return functools.partial(secure, keys=self.keys)
 
     def lease(self) -> None:
         epoch = self.control.link.epoch + 1
@@ -131,10 +132,19 @@ class Stage:
         self.send(protocol.Hello(pid=1, role="broker", facts=FACTS, user=self.user))
         self.expect(protocol.Welcome, beat=False)
         url = self.data.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.send(protocol.Lease(ticket=b"t", data_url=url, priority=self.priority))
+        ticket, seal = b"%d" % epoch, None
+        if self.keys and self.gate:
+            self.gate.tickets.add(ticket)
+            self.terms = protocol.Terms(protocol.Suite.AES_256_GCM, os.urandom(32), "this node")
+            seal = Seal(self.terms, self.job, epoch, broker=True)
+        data = transport.Link(self.data.socket, self.job, epoch, seal=seal)
+        self.data.link, self.data.ticket = data, ticket
+        lease = protocol.Lease(
+            ticket=ticket, data_url=url, priority=self.priority, terms=self.terms
+        )
+        self.send(lease)
         self.expect(protocol.Leased, beat=False)
         self.expect(protocol.Hello)
-        self.data.link = transport.Link(self.data.socket, self.job, epoch, self.data.link.peer)
 
     def send(self, message: protocol.Message) -> None:
         assert wait_for(lambda: self.control.link.send(message))  # when the agent is slower
@@ -169,7 +179,7 @@ class Stage:
 
     def beat(self) -> None:
         self.send(protocol.Beat(wanted=1, title="calculation 7", done=3, total=9, left_s=60.0))
-        if self.data.link.epoch == self.control.link.epoch and not self.mute:
+        if self.data.link.peer and not self.mute:
             self.data.link.send(protocol.Beat())
 
     def give(self, task: int, name: str, *arguments: Any, firm: bool = False) -> protocol.Task:
@@ -203,7 +213,6 @@ class Stage:
         if not body:
             self.send(protocol.Grant(task=task, attempt=ended.attempt))
             body = self._uploaded(ended) if self.keys else self._placed(ended)
-        assert xxhash.xxh3_128(body).digest() == ended.digest
         results = [payload.load(frames) for frames in payload.parts(bytearray(body))]
         assert results.pop().msg == "TASK_ENDED"
         return [result.get() for result in results]
@@ -339,7 +348,7 @@ def blob(data: bytes = BIG) -> tuple[protocol.Blob, bytes]:
     """An argument as a blob, and the bytes of it that travel."""
     body = b"".join(map(bytes, payload.lay_out(payload.dump(data))))
     digest = hashlib.blake2b(body, digest_size=32).digest()
-    return protocol.Blob(digest, len(body), xxhash.xxh3_128(body).digest()), body
+    return protocol.Blob(digest, len(body)), body
 
 
 # ---- the way of a task
@@ -440,12 +449,27 @@ def test_late_and_foreign_chunks_are_ignored(away: Stage) -> None:
     assert away.ended(1)[0]["in"] == sum(BIG[::4099])
 
 
-def test_a_blob_that_was_damaged_ends_the_lease(away: Stage) -> None:
+@pytest.mark.parametrize("how", ["changed", "left out", "not sealed"])
+def test_what_was_tampered_with_on_the_way_ends_the_lease(away: Stage, how: str) -> None:
     found, body = blob()
     away.give(1, "grow", 1, found, 10)
     away.expect(protocol.Fetch)
-    away.answer(found.digest, bytes(len(body)))
-    assert "damaged" in away.expect(protocol.NoLease).reason
+    away.answer(found.digest, body[: protocol.CHUNK_BYTES])
+    link = away.data.link
+    assert link.seal and link.peer
+    plain = [protocol.encode(protocol.BlobChunk(digest=found.digest, offset=1 << 20)), b"x" * 1000]
+    sealed = link.seal.seal(plain)
+    match how:
+        case "changed":
+            sealed[1] = sealed[1][:500] + bytes([sealed[1][500] ^ 1]) + sealed[1][501:]
+        case "left out":
+            sealed = link.seal.seal(plain)
+        case "not sealed":
+            sealed = [bytes(piece) for piece in plain]
+    assert transport.send_frames(link.socket, [link.peer, *sealed])
+    away.mute = True
+    assert "does not open" in away.expect(protocol.NoLease).reason
+    away.mute = False
     away.lease()
     away.give(1, "square", 2)
     assert away.ended(1) == [{"sum": 4}]
@@ -461,7 +485,7 @@ def test_a_blob_for_which_there_is_no_room(away: Stage) -> None:
 
 
 def test_a_size_is_only_a_word_until_bytes_come(away: Stage) -> None:
-    huge = protocol.Blob(b"h" * 32, 1 << 49, b"c" * 16)
+    huge = protocol.Blob(b"h" * 32, 1 << 49)
     before = os.statvfs(away.disk).f_bavail
     away.give(1, "grow", 1, huge, 10)
     away.expect(protocol.Fetch)
@@ -492,7 +516,7 @@ def test_big_arguments_come_a_few_at_a_time(away: Stage) -> None:
 
 def test_a_task_with_thousands_of_big_arguments_takes_few_files(away: Stage) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    blobs = [protocol.Blob(b"%032d" % n, 1 << 20, b"c" * 16) for n in range(MOST_COMING - 1)]
+    blobs = [protocol.Blob(b"%032d" % n, 1 << 20) for n in range(MOST_COMING - 1)]
     away.send(protocol.Task(task=1, attempt=1, func="f", call=b"c", blobs=blobs))
     away.expect(protocol.Fetch)
     away.ping()
@@ -776,7 +800,10 @@ def test_an_urgent_lease_needs_the_key_of_administrators(tmp_path: Path, light: 
             boris = Peer(socket, f"oq-run-{answer.__name__}")
             boris.link.send(protocol.Hello(pid=1, role="broker", facts=FACTS, user="root"))
             url = found.data.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-            boris.link.send(protocol.Lease(ticket=b"u", data_url=url, priority=Priority.URGENT))
+            lease = protocol.Lease(
+                ticket=b"u", data_url=url, priority=Priority.URGENT, terms=found.terms
+            )
+            boris.link.send(lease)
             assert wait_for(functools.partial(has_answers, boris, 2), ANSWER_S)
             assert isinstance(boris.come[1][0], answer), boris.come
     with pytest.raises(ConfigError, match="it is not the half of urgent_key"):

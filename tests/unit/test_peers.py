@@ -24,9 +24,12 @@ from oq_runtime.core import scheduler as core
 from oq_runtime.core.limits import Limits
 from oq_runtime.priority import Priority
 from oq_runtime.session.peer import Event, State
-from oq_runtime.session.peers import Peers
+from oq_runtime.session.peers import FED, Peers
 from oq_runtime.wire import protocol, security, transport
+from oq_runtime.wire.monitor import Change, Monitor
 from oq_runtime.wire.protocol import NodeState
+from oq_runtime.wire.seal import Seal
+from tests.conftest import Attacks
 from tests.leftovers import wait_for
 
 KEYS = security.Keys.derive(b"of the cluster and nobody else")
@@ -69,8 +72,8 @@ class Agent:
             assert self.link and self.link.accepts(message), message
             self.heard.append(message)
             self.payloads += frames[2:]
-        while self.data and transport.receive(self.data.socket):
-            pass
+        while self.data and (views := transport.receive(self.data.socket, copy=False)):
+            self.data.open(views)
 
     def last(self, kind: type[Any]) -> Any:
         """The last message, if it is of this kind."""
@@ -84,15 +87,15 @@ class Agent:
 
     def open_data(self, ticket: bytes | None = None) -> transport.Link:
         lease = self.last(protocol.Lease)
-        keys = self.keys
-
-        secure = functools.partial(security.secure_client, keys=keys) if keys else None
-        opened = transport.dealer(self.context, lease.data_url, secure=secure)
-        self.data = transport.Link(opened, lease.job, lease.epoch)
-        hello = protocol.Hello(
-            pid=1, role="agent", ticket=lease.ticket if ticket is None else ticket
+        ticket = lease.ticket if ticket is None else ticket
+        show = functools.partial(security.show_ticket, ticket=ticket) if self.keys else None
+        opened = transport.dealer(
+            self.context, lease.data_url, receive_hwm=8, again=False, secure=show
         )
-        self.data.send(hello, bytes(protocol.PROBE_BYTES))
+        seal = Seal(lease.terms, lease.job, lease.epoch, broker=False) if lease.terms else None
+        self.data = transport.Link(opened, lease.job, lease.epoch, seal=seal)
+        hello = protocol.Hello(pid=1, role="agent", ticket=ticket)
+        assert wait_for(lambda: self.data and self.data.send(hello, bytes(protocol.PROBE_BYTES)))
         return self.data
 
     def grant(self) -> None:
@@ -128,6 +131,7 @@ class Bench:
             user="me",
             priority=Priority.NORMAL,
             keys=keys,
+            tickets=self.gate.tickets if self.gate else None,
             watched=directory is not None,
             tell=self.told.append,
             read_control=lambda line, message: self.read.append((line.name, message)),
@@ -232,7 +236,7 @@ def test_a_data_connection_without_the_ticket_takes_nobodys_place() -> None:
         thief.welcome()
         b.until(lambda: thief.last(protocol.Lease))
         known = b.agents["a"].heard[1].ticket
-        for ticket in (b"", b"a", bytes(16), known):
+        for ticket in (b"a", bytes(16), known):
             thief.open_data(ticket)
         for _ in range(20):
             b.turn()
@@ -410,7 +414,149 @@ def test_noise_changes_nothing() -> None:
         assert agent.link and agent.link.peer and agent.data
         agent.control.send_multipart([agent.link.peer, os.urandom(100)])
         agent.control.send_multipart([agent.link.peer, b""])
-        agent.data.socket.send(b"\xc1noise")
+        assert agent.data.seal
+        agent.data.socket.send_multipart(agent.data.seal.seal([b"\xc1noise"]))
         agent.say(protocol.Started(task=1, attempt=1))
         b.until(lambda: b.read)
         assert b.state() is State.LEASED and len(b.told) == 1
+
+
+# ---- the data connection, sealed
+
+
+def opening(lease: protocol.Lease, terms: protocol.Terms | None) -> list[bytes]:
+    """What an agent says first, sealed on these terms."""
+    hello = protocol.Hello(
+        job=lease.job, epoch=lease.epoch, pid=1, role="agent", ticket=lease.ticket
+    )
+    frames = [protocol.encode(hello), bytes(protocol.PROBE_BYTES)]
+    return Seal(terms, lease.job, lease.epoch, broker=False).seal(frames) if terms else frames
+
+
+def come(b: Bench, ticket: bytes, url: str, frames: list[bytes]) -> list[Change]:
+    """What becomes of a connection with a ticket over which such a message comes, in the end."""
+    sock = b.context.socket(zmq.DEALER)
+    sock.linger = 0
+    sock.setsockopt(zmq.RECONNECT_IVL, -1)
+    security.show_ticket(sock, ticket)
+    monitor = Monitor(sock)
+    sock.connect(url)
+    sock.send_multipart(frames)
+    seen: list[Change] = []
+    b.until(lambda: (seen.extend(e.change for e in monitor.events()), Change.CLOSED in seen)[1])
+    monitor.close()
+    sock.close()
+    return seen
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("how", ["not sealed", "noise", "other key", "other node", "repeated"])
+def test_a_seen_ticket_opens_nothing_and_is_used_up(how: str, attacks: Attacks) -> None:
+    """An attacker is there with the ticket of a node before the node is, and after it."""
+    with bench("ab") as b:
+        b.lease("a")
+        agent = b.agents["b"]
+        b.until(lambda: agent.last(protocol.Hello))
+        agent.welcome()
+        b.until(lambda: agent.last(protocol.Lease))
+        known, lease = b.agents["a"].heard[1], agent.last(protocol.Lease)
+        assert known.terms.secret != lease.terms.secret
+        replace = msgspec.structs.replace
+        forged = {
+            "not sealed": opening(lease, None),
+            "noise": [os.urandom(100), os.urandom(16400)],
+            "other key": opening(lease, replace(lease.terms, secret=os.urandom(32))),
+            "other node": opening(lease, known.terms),
+            "repeated": opening(known, known.terms),
+        }[how]
+        seen = come(b, lease.ticket, lease.data_url, forged)
+        assert Change.ADMITTED in seen, "the ticket was good, what came was not"
+        attacks.tried(1, b.peers.lines["b"].data is not None)
+        for ticket in (lease.ticket, known.ticket):
+            seen = come(b, ticket, lease.data_url, opening(lease, lease.terms))
+            attacks.tried(1, Change.ADMITTED in seen)
+        assert b.is_leased("a") and b.told == [core.NodeJoined("a", 3)]
+        b.lease("b")  # it is called again, since its connection did not come
+        assert agent.heard[-1].terms.secret != lease.terms.secret
+
+
+@pytest.mark.attack
+def test_a_node_that_sees_the_ticket_of_another_is_still_itself(attacks: Attacks) -> None:
+    with bench("ab") as b:
+        b.lease("a")
+        agent, thief = b.agents["b"], b.agents["a"].data
+        b.until(lambda: agent.last(protocol.Hello))
+        agent.welcome()
+        b.until(lambda: agent.last(protocol.Lease))
+        ticket = agent.last(protocol.Lease).ticket
+        assert thief and thief.send(protocol.Hello(pid=1, role="agent", ticket=ticket))
+        thief.sent -= 1  # it was no message of its own connection
+        assert thief.send(protocol.Fetch(digest=b"d"))
+        b.until(lambda: b.read)
+        attacks.tried(1, b.peers.lines["b"].data is not None)
+        assert [name for name, _ in b.read] == ["a"]
+        agent.grant()
+        b.until(lambda: b.is_leased("b"))
+        assert b.is_leased("a")
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("how", ["not sealed", "changed", "repeated", "left out"])
+def test_a_record_that_does_not_open_ends_the_lease_and_the_next_has_new_keys(
+    how: str, attacks: Attacks
+) -> None:
+    with bench() as b:
+        b.lease("a")
+        agent = b.agents["a"]
+        first, data = agent.heard[1], agent.data
+        assert data and data.seal
+        plain = [protocol.encode(protocol.Beat(job="job", epoch=1, seq=data.sent)), b"payload"]
+        sealed = data.seal.seal(plain)
+        match how:
+            case "not sealed":
+                sealed = [bytes(frame) for frame in plain]
+            case "changed":
+                sealed[0] = bytes([sealed[0][0] ^ 1]) + sealed[0][1:]
+            case "repeated":
+                data.socket.send_multipart(sealed)
+            case "left out":
+                sealed = data.seal.seal(plain)
+        data.socket.send_multipart(sealed)
+        b.until(lambda: b.told[1:])
+        [gone] = b.told[1:]
+        assert isinstance(gone, core.NodeGone) and "does not open" in gone.reason
+        b.until(lambda: not data.socket.poll(0, zmq.POLLOUT))  # its connection is closed as well
+        agent.data = None
+        b.lease("a")
+        again = agent.heard[-1]
+        assert (again.ticket, again.terms.secret) != (first.ticket, first.terms.secret)
+        attacks.tried(1, len(b.read) > (how == "repeated"))
+
+
+def test_a_blob_waits_until_its_node_reads() -> None:
+    """What is sealed takes memory, which the blob itself, in its file, does not."""
+    with bench() as b:
+        b.lease("a")
+        agent, line = b.agents["a"], b.peers.lines["a"]
+        data, agent.data = agent.data, None  # it reads nothing
+        assert data
+        body = os.urandom(1 << 20) * 48
+        b.peers.feed(line, b"d", memoryview(body))
+        b.until(lambda: line.data and line.data.sent > 12)
+        assert not wait_for(lambda: (b.turn(), not line.feed)[1], 0.3)
+        assert 0 < len(line.fed) <= FED
+        assert b.peers.due_s < time.monotonic() + 0.1
+        got = 0
+
+        def read() -> bool:
+            nonlocal got
+            while frames := transport.receive(data.socket, copy=False):
+                header, *payload = data.open(frames)
+                message = protocol.decode(header)
+                if isinstance(message, protocol.BlobChunk):
+                    assert message.offset == got and payload[0] == body[: 1 << 20]
+                    got += len(payload[0])
+            return got == len(body)
+
+        b.until(read)
+        assert not b.peers.feeding

@@ -40,6 +40,8 @@ def values(hint: Any, words: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
         base, meta = hint.__origin__, hint.__metadata__[0]
         if base is str:
             return st.from_regex(meta.pattern).filter(lambda text: len(text) <= meta.max_length)
+        if base is bytes:
+            return st.binary(min_size=meta.min_length, max_size=meta.max_length)
         if base is float:
             return st.floats(meta.ge, meta.le)
         if typing.get_origin(base) is list:

@@ -27,19 +27,34 @@ Context = zmq.Context[zmq.Socket[bytes]]
 @pytest.fixture
 def context() -> Iterator[Context]:
     with zmq.Context() as context:
-        gate = security.Gate(context, KEYS)
         yield context
-        gate.stop()
         context.destroy(linger=0)
+
+
+@pytest.fixture(autouse=True)
+def gate(context: Context) -> Iterator[security.Gate]:
+    gate = security.Gate(context, KEYS)
+    yield gate
+    gate.stop()
 
 
 @pytest.fixture
 def server(context: Context) -> Iterator[zmq.Socket[bytes]]:
     """A socket that is watched."""
+    yield from watched_socket(context, functools.partial(security.secure_server, keys=KEYS))
+
+
+@pytest.fixture
+def data(context: Context) -> Iterator[zmq.Socket[bytes]]:
+    """One that asks for tickets."""
+    yield from watched_socket(context, security.ask_for_tickets)
+
+
+def watched_socket(context: Context, secured: transport.Secure) -> Iterator[zmq.Socket[bytes]]:
     watched: list[Strangers] = []
 
     def secure(sock: zmq.Socket[bytes]) -> None:
-        security.secure_server(sock, KEYS)
+        secured(sock)
         watched.append(Strangers(sock))
 
     sock = transport.router(context, "tcp://127.0.0.1:*", secure=secure)
@@ -93,6 +108,35 @@ def test_the_oldest_strangers_are_closed_and_no_member(
         assert sum(map(ended, come)) <= 110
         assert hears(server, early), "it was there before them"
         assert hears(server, member(context, server)), "there is room for another one"
+
+
+def test_a_ticket_alone_makes_no_member(
+    context: Context, gate: security.Gate, data: zmq.Socket[bytes]
+) -> None:
+    """Who was answered over its connection has shown more: a record that opens."""
+    ends = []
+    for ticket in (b"of a member", b"seen on the way"):
+        gate.tickets.add(ticket)
+        sock = transport.dealer(
+            context,
+            url(data),
+            again=False,
+            secure=functools.partial(security.show_ticket, ticket=ticket),
+        )
+        sock.send(ticket)
+        ends.append(sock)
+        assert data.poll(int(LIMIT_S * 1000))
+        sender, said = data.recv_multipart()
+        if said == b"of a member":
+            data.send_multipart([sender, bytes(60)])  # a beat
+    assert ends[0].poll(int(LIMIT_S * 1000)), "as broker and agent do with their first records"
+    ends[0].send(b"and so it has come")
+    assert data.poll(int(LIMIT_S * 1000))
+    with ExitStack() as stack:
+        come = [stack.enter_context(stranger(data, b"")) for _ in range(MOST + 100)]
+        assert wait_for(lambda: sum(map(ended, come)) >= 90, LIMIT_S)
+        assert wait_for(lambda: not ends[1].poll(0, zmq.POLLOUT), LIMIT_S), "closed with them"
+        assert ends[0].poll(0, zmq.POLLOUT)
 
 
 def test_a_port_in_use_leaves_nobody_watching(context: Context, server: zmq.Socket[bytes]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from oq_runtime.files import spares
 from oq_runtime.wire.payload import Buffer
@@ -39,19 +38,17 @@ def mount_of(path: Path) -> Path:
 
 
 class Reception:
-    """A body that arrives in chunks, in order, and is written and hashed on its way.
+    """A body that arrives in chunks, in order, and is written as they come.
 
     Room is reserved as it comes, a little ahead: what its sender says of its size is only words.
 
     :param descriptor: of its file; closed here
     :param nbytes: how much is to come
-    :param hash: an object of ``hashlib`` or ``xxhash``, as yet of nothing
     """
 
-    def __init__(self, descriptor: int, nbytes: int, hash: Any) -> None:
+    def __init__(self, descriptor: int, nbytes: int) -> None:
         self.descriptor = descriptor
         self.nbytes = nbytes
-        self.hash = hash
         self.received = 0
         self.reserved = os.fstat(descriptor).st_size
 
@@ -66,7 +63,6 @@ class Reception:
         if end > self.reserved:
             self.reserved = min(self.nbytes, end + AHEAD_BYTES)
             os.posix_fallocate(self.descriptor, 0, self.reserved)  # full now, not in the middle
-        self.hash.update(chunk)
         write(self.descriptor, [chunk])
         self.received += len(chunk)
         return True

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-import xxhash
 import zmq
 
 from oq_runtime import facts, logs, metrics, processes
@@ -48,6 +47,7 @@ from oq_runtime.node.memory import Resident, oom_kills, usage
 from oq_runtime.priority import Priority
 from oq_runtime.wire import bombs, protocol, security, transport
 from oq_runtime.wire.bombs import Bombs
+from oq_runtime.wire.seal import Seal
 from oq_runtime.wire.strangers import Strangers
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ LOOK_SECS = 0.5
 #: bytes of blobs and results in shared memory, and of one attempt's results; the rest is on disk
 SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
 #: chunks queued on a data socket each way; the rest waits in the spool, or at the broker
-DATA_HWM = 16
+DATA_HWM = 8
 #: messages that are read from the brokers, and chunks from one, before others have their turn
 AT_ONCE, DATA_AT_ONCE = 500, 64
 #: big arguments of a job that come at a time: each has a file open, and room for it on the disk
@@ -152,7 +152,6 @@ class JobIO:
         self.local = False  # the broker is on this host and takes files as they are
         self.given: dict[Key, protocol.Task] = {}  # of the attempts that are not forgotten
         self.given_bytes = 0  # of the calls of those that wait for a worker
-        self.checks: dict[bytes, bytes] = {}  # of blobs that are here or to come, by their digests
         self.incoming: dict[bytes, Reception] = {}
         self.moved = False  # bytes have come for one of these since the last look
         self.unasked: dict[bytes, int] = {}  # blobs that are still to be asked for, and their bytes
@@ -185,7 +184,6 @@ class JobIO:
 
     def forget_blob(self, digest: bytes) -> None:
         """Let go of what is known of a blob that nobody wants any more."""
-        self.checks.pop(digest, None)
         self.unasked.pop(digest, None)
         if reception := self.incoming.pop(digest, None):
             reception.close()
@@ -457,29 +455,18 @@ class Agent:
         wanted = message.wanted if isinstance(message, protocol.Beat) else None
         self._handle(slots.Heard(name, wanted))
         match message:
-            case protocol.Lease(ticket=ticket, data_url=url, priority=asked) if job.data is None:
-                keys = self.keys
+            case protocol.Lease(priority=asked) if job.data is None:
                 if asked is Priority.URGENT and not self._admits_urgent(first):
                     log.warning(f"refused {name}{job.whose}: {NOT_URGENT}", extra=about("urgent"))
                     self._to_broker(name, protocol.Refused(reason=NOT_URGENT))
                     self._forget(name, NOT_URGENT)
                     return
-                secure = functools.partial(security.secure_client, keys=keys) if keys else None
-                job.local = keys is None
                 try:
-                    if not url.startswith("ipc:" if job.local else "tcp:"):
-                        raise ProtocolError("not encrypted")
-                    data = transport.dealer(
-                        self.context, url, send_hwm=DATA_HWM, receive_hwm=DATA_HWM, secure=secure
-                    )
+                    self._open_data(name, job, message)
                 except (zmq.ZMQError, ProtocolError) as exc:
-                    self._give_back(name, f"cannot connect to {url} for the results: {exc}")
+                    reason = f"cannot connect to {message.data_url} for the results: {exc}"
+                    self._give_back(name, reason)
                     return
-                job.data = transport.Link(data, name, message.epoch)
-                job.heard_s = time.monotonic()
-                self.poller.register(data, zmq.POLLIN)
-                opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
-                job.data.send(opening, bytes(protocol.PROBE_BYTES))
                 self._handle(slots.LeaseAsked(name, asked))
                 if lease := self.slots.leases.get(name):
                     slots_ = "1 slot" if lease.slots == 1 else f"{lease.slots} slots"
@@ -498,6 +485,28 @@ class Agent:
             case _:
                 what = f"refused {type(message).__name__} on the control socket"
                 log.warning(what, extra=about("message"))
+
+    def _open_data(self, name: str, job: JobIO, lease: protocol.Lease) -> None:
+        """Open the data connection of a lease; raises zmq.ZMQError and ProtocolError."""
+        job.local, terms = self.keys is None, lease.terms
+        scheme = "ipc:" if job.local else "tcp:"
+        if not lease.data_url.startswith(scheme) or (terms is None) is not job.local:
+            raise ProtocolError("not encrypted")
+        show = functools.partial(security.show_ticket, ticket=lease.ticket)
+        data = transport.dealer(
+            self.context,
+            lease.data_url,
+            send_hwm=DATA_HWM,
+            receive_hwm=DATA_HWM,
+            again=False,  # it would have to begin anew, with other keys
+            secure=None if job.local else show,
+        )
+        seal = Seal(terms, name, lease.epoch, broker=False) if terms else None
+        job.data = transport.Link(data, name, lease.epoch, seal=seal)
+        job.heard_s = time.monotonic()
+        self.poller.register(data, zmq.POLLIN)
+        opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=lease.ticket)
+        job.data.send(opening, bytes(protocol.PROBE_BYTES))
 
     def _return(self, peer: bytes, ping: protocol.Ping, payload: bytes) -> None:
         """Send a ping back, unless those of peers that do not read hold too much memory."""
@@ -623,8 +632,6 @@ class Agent:
             return
         key = given.task, given.attempt
         job.take(key, given)
-        for blob in blobs:
-            job.checks.setdefault(blob.digest, blob.check)
         sizes = tuple((blob.digest, blob.nbytes) for blob in blobs)
         free_bytes = self.store.free_bytes
         self._handle(attempts.Given(name, *key, sizes, given.alone, free_bytes, given.firm))
@@ -634,6 +641,7 @@ class Agent:
     def _from_data(self, name: str, job: JobIO, frames: list[memoryview]) -> None:
         assert job.data is not None
         try:
+            frames = job.data.open(frames)
             message = protocol.decode(frames[0])
         except ProtocolError as exc:
             self._give_back(name, f"its data cannot be read: {exc}")
@@ -655,14 +663,8 @@ class Agent:
             self._refuse_blob(name, message.digest, exc)
             return
         if reception.whole:
-            self._complete(name, job, message.digest, reception)
-
-    def _complete(self, name: str, job: JobIO, digest: bytes, reception: Reception) -> None:
-        if reception.hash.digest() != job.checks[digest]:
-            self._give_back(name, "a big argument was damaged on the way")
-            return
-        job.incoming.pop(digest).close()
-        self._handle(attempts.BlobCame(name, digest))
+            job.incoming.pop(message.digest).close()
+            self._handle(attempts.BlobCame(name, message.digest))
 
     def _refuse_blob(self, name: str, digest: bytes, exc: OSError) -> None:
         reason = f"{exc.strerror} in {self.store.disk}"
@@ -874,7 +876,7 @@ class Agent:
         except OSError as exc:
             self._refuse_blob(name, digest, exc)
             return False
-        job.incoming[digest] = Reception(descriptor, nbytes, xxhash.xxh3_128())
+        job.incoming[digest] = Reception(descriptor, nbytes)
         return True
 
     def _to_broker(self, name: str, message: protocol.Message) -> None:

@@ -164,7 +164,6 @@ def work(channel: int, *directories: str) -> None:
             attempt=run.attempt,
             parts=spool.parts,
             nbytes=spool.nbytes,
-            digest=spool.digest,
             path=path,
             body=body,
             usage=meter.read(run.slot),

@@ -304,5 +304,5 @@ def steps(found: Sequence[Curve], x: str, y: str) -> str:
         axes.set(xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         if len(found) > 1:
-            axes.legend(loc="upper left")  # the best place is slow to find
+            axes.legend()
         return _picture(figure)

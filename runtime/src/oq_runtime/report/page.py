@@ -41,7 +41,7 @@ def made(path: Path, state: str = "", error: str = "") -> str:
 def _content(opened: Store, lines: list[str], state: str, error: str) -> dict[str, Any]:
     oq, own = opened.oq, opened.own
     ours = own.getitem(kept.GROUP).attrs if kept.GROUP in own else {}
-    number = clean(opened.path.stem.removeprefix("calc_"))
+    number = opened.path.stem.removeprefix("calc_")
     mode = clean(str(getattr(oq, "calculation_mode", "unknown")))
     state = clean(str(ours.get("state", "")) or state)
     began_s = store.began_s(opened)

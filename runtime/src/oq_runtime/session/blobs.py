@@ -36,10 +36,14 @@ memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 @dataclass(slots=True)
 class Known:
-    """A blob that exists: its bytes, to compare with, and how many tasks need it."""
+    """A blob that exists: its bytes, to compare with, and how many tasks need it.
+
+    :param check: its XXH3-128 digest
+    """
 
     name: str
     blob: Blob
+    check: bytes
     body: memoryview
     needed: int = 0
     objects: set[int] = field(default_factory=set)  # ids that had these bytes
@@ -126,7 +130,7 @@ class Blobs:
             return digest
         path = self.store.path(name)
         body = payload.map_file(path, private=True)
-        self.known[digest] = Known(name, Blob(digest, nbytes, check, str(path)), body)
+        self.known[digest] = Known(name, Blob(digest, nbytes, str(path)), check, body)
         return digest
 
     def _remember(self, digest: bytes, identity: int) -> None:
@@ -139,8 +143,8 @@ class Blobs:
         known = self.known.pop(digest)
         for identity in known.objects:
             del self.by_object[identity]
-        if self.by_check.get(known.blob.check) == digest:
-            del self.by_check[known.blob.check]
+        if self.by_check.get(known.check) == digest:
+            del self.by_check[known.check]
         known.body.release()
         self.store.remove(known.name)
 

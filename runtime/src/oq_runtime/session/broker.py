@@ -144,6 +144,7 @@ class Broker:
             user=getpass.getuser(),
             priority=priority,
             keys=caller or keys,
+            tickets=self.gate.tickets if self.gate else None,
             watched=agent_pid is not None,
             tell=self._handle,
             read_control=self._from_node,
@@ -384,11 +385,7 @@ class Broker:
         except OSError as exc:
             self._lose_blob(digest, exc)
             return
-        for offset, chunk in protocol.chunks(blob):
-            given = protocol.BlobChunk(digest=digest, offset=offset)
-            if line.data is None or not line.data.send(given, chunk):
-                self.peers.broken(line, "its data connection broke")
-                return
+        self.peers.feed(line, digest, blob)
 
     def _open_blob(self, digest: bytes) -> memoryview:
         """Map one of the files of a blob; raises OSError when all are gone."""

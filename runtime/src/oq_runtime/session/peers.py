@@ -5,7 +5,9 @@
 
 Whether and when to call is ``peer``'s decision. A node is there when it has granted a lease, and
 has opened its data connection with the ticket of that lease; both ways a message longer than any
-packet has come through by then. Not covered: what the messages of a lease mean (``broker``).
+packet has come through by then. On TCP that connection is sealed with keys of the lease, and
+accepted at its first record that opens; with one that does not it ends, and so does the lease. Not
+covered: what the messages of a lease mean (``broker``).
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
@@ -31,7 +33,7 @@ from oq_runtime.errors import ConfigError, ProtocolError, TransitionError, Versi
 from oq_runtime.logs import about
 from oq_runtime.priority import Priority
 from oq_runtime.session.peer import ANSWERS, RESTS, Event, Peer, State
-from oq_runtime.wire import protocol, security, transport
+from oq_runtime.wire import protocol, seal, security, tcp, transport
 from oq_runtime.wire.calls import Calls
 from oq_runtime.wire.monitor import Change
 from oq_runtime.wire.strangers import Strangers
@@ -45,9 +47,13 @@ AT_ONCE = 500
 CALLS = 100
 #: nodes that get their beats together: those of 2,000 would hold up the rest for some 50 ms
 BEAT_NODES = 100
-TICKET_BYTES = 16
+TICKET_BYTES, SECRET_BYTES = 16, 32
 #: chunks of a node that wait to be read
 DATA_HWM = 32
+#: chunks of blobs that are sealed and not sent yet, of a node and of all
+FED, FED_ALL = 8, 128
+#: seconds between two looks whether they are sent
+FEED_SECS = 0.002
 PROBE = bytes(protocol.PROBE_BYTES)
 
 
@@ -57,7 +63,10 @@ class Line:
 
     :param name: in ``host_cores``; ``host`` is what it calls itself
     :param slots: all of the node's; ``share`` is what it has granted to this job
+    :param terms: of the lease
     :param data: the connection for its results, over which it was heard at ``heard_s`` (monotonic)
+    :param feed: chunks of blobs that are still to be sent over it
+    :param fed: of those that were sent: what tells when they need no memory any more
     """
 
     name: str
@@ -68,8 +77,11 @@ class Line:
     slots: int = 0
     share: int | None = None
     ticket: bytes = b""
+    terms: protocol.Terms | None = None
     data: transport.Link | None = None
     heard_s: float = 0.0
+    feed: deque[Iterator[tuple[protocol.BlobChunk, memoryview]]] = field(default_factory=deque)
+    fed: deque[zmq.MessageTracker] = field(default_factory=deque)
 
 
 class Peers:
@@ -83,6 +95,7 @@ class Peers:
     :param user: who runs the job, for people
     :param priority: of the job
     :param keys: of the cluster, where the agents are reached over TCP
+    :param tickets: of the gate there, which admits their data connections
     :param watched: whether somebody waits for the ends of the agents' processes, to ``lose`` them
     :param tell: has the scheduler take an event
     :param read_control: takes a message of a node that has a lease
@@ -102,6 +115,7 @@ class Peers:
         user: str,
         priority: Priority,
         keys: security.Keys | None,
+        tickets: security.Tickets | None,
         watched: bool,
         tell: Callable[[core.Event], None],
         read_control: Callable[[Line, Any], None],
@@ -112,6 +126,7 @@ class Peers:
         self.hello = protocol.Hello(pid=os.getpid(), role="broker", facts=own_facts, user=user)
         self.tell, self.read_control, self.read_data = tell, read_control, read_data
         self.calls = Calls(context, keys)
+        self.door, self.suite = tickets, _suite() if tickets else None
         self.data_urls, self.data_url = data_urls, ""
         self.data: zmq.Socket[Any] | None = None
         self.strangers: Strangers | None = None
@@ -124,6 +139,8 @@ class Peers:
         self.callers: dict[bytes, Line] = {}  # by the name of the call, as long as it lasts
         self.tickets: dict[bytes, Line] = {}  # of leases whose data connection is still to come
         self.senders: dict[bytes, Line] = {}  # by what comes in front of their data
+        self.feeding: deque[Line] = deque()  # those with blobs to be sent, and on their way
+        self.fed: dict[str, Line] = {}
         # (s, name), the first to come; void when it is not the peer's due time any more
         self.due = [(now, name) for name in self.lines]
         self.ready: deque[Line] = deque()  # to be called as soon as fewer than CALLS are open
@@ -151,8 +168,8 @@ class Peers:
                 return
 
     def _secure_data(self, socket: zmq.Socket[Any]) -> None:
-        if self.keys is not None:
-            security.secure_server(socket, self.keys)
+        if self.door is not None:
+            security.ask_for_tickets(socket)
             self.strangers = Strangers(socket)
 
     def sources(self) -> dict[Any, Callable[[], None]]:
@@ -170,7 +187,8 @@ class Peers:
         """When ``step`` has something to do (s, monotonic)."""
         if self.data is None:
             return math.inf
-        return min(self.next_beat_s, self.due[0][0]) if self.due else self.next_beat_s
+        due_s = min(self.next_beat_s, self.due[0][0]) if self.due else self.next_beat_s
+        return min(due_s, time.monotonic() + FEED_SECS) if self.feeding else due_s
 
     def step(self, now: float, beat: protocol.Beat) -> None:
         """Make the calls that are due, and send the beats that are."""
@@ -196,6 +214,7 @@ class Peers:
                 self.send(line, beat)
                 if line.data is not None:
                     self._beat_data(line, now)
+        self._feed()
 
     def _beat_data(self, line: Line, now: float) -> None:
         """Beats on the control connection do not show that results still come through."""
@@ -205,6 +224,41 @@ class Peers:
         elif line.peer.state is State.LEASED and now - line.heard_s > self.limits.lost_s:
             reason = f"nothing has come over its connection for results for {self.limits.lost_s:g}"
             self.lose(line, f"{reason} s; check the MTU of all that is on the way")
+
+    def feed(self, line: Line, digest: bytes, blob: memoryview) -> None:
+        """Have a blob sent to a node, as fast as its connection takes it."""
+        if not line.feed:
+            self.feeding.append(line)
+        line.feed.append(
+            (protocol.BlobChunk(digest=digest, offset=offset), chunk)
+            for offset, chunk in protocol.chunks(blob)
+        )
+        self._feed()
+
+    def _feed(self) -> None:
+        """Send chunks of blobs, a few to each node: what is sealed and not sent takes memory."""
+        if not self.feeding:
+            return
+        for name, line in list(self.fed.items()):
+            while line.fed and line.fed[0].done:
+                line.fed.popleft()
+            if not line.fed:
+                del self.fed[name]
+        room = FED_ALL - sum(len(line.fed) for line in self.fed.values())
+        for _ in range(len(self.feeding)):
+            line = self.feeding.popleft()
+            while line.feed and line.data and len(line.fed) < FED and room > 0:
+                if (chunk := next(line.feed[0], None)) is None:
+                    line.feed.popleft()
+                elif sent := line.data.send_tracked(*chunk):
+                    line.fed.append(sent)
+                    self.fed[line.name] = line
+                    room -= 1
+                else:
+                    self.broken(line, "its data connection broke")
+                    line.feed.clear()
+            if line.feed:
+                self.feeding.append(line)
 
     def send(self, line: Line, message: protocol.Message) -> None:
         """Send to a node that has a lease; one that cannot take it is lost: it would never know."""
@@ -231,9 +285,14 @@ class Peers:
             log.info(f"{line.host or line.name}: {reason}")
         self.callers.pop(line.link.peer or b"", None)
         self.tickets.pop(line.ticket, None)
+        if self.door is not None:
+            self.door.discard(line.ticket)
         if line.data is not None:
             self.senders.pop(line.data.peer or b"", None)
+            tcp.end(line.data.descriptor, line.data.at)
         line.data = line.share = None
+        line.feed.clear()
+        line.fed.clear()
         self.calls.hang_up(line.url)
         if state is State.LEASED:
             self.tell(core.NodeGone(line.name, reason))
@@ -314,11 +373,39 @@ class Peers:
     def _read_data(self) -> None:
         assert self.data is not None
         for _ in range(AT_ONCE):
-            if not (views := transport.receive(self.data, copy=False)):
+            if not (frames := transport.receive_frames(self.data)):
                 return
-            sender, header, *rest = views
-            take = functools.partial(self._from_data, bytes(sender), rest)
-            self._dispatch(None, header, take)
+            if opened := self._opened(frames):
+                link, (header, *rest) = opened
+                self._dispatch(None, header, functools.partial(self._from_data, link, rest))
+
+    def _opened(self, frames: list[zmq.Frame]) -> tuple[transport.Link, list[memoryview]] | None:
+        """Return what has come on the data socket, and over which link, which may be a new one.
+
+        None when it does not open; then its connection is closed.
+        """
+        assert self.data is not None
+        sender = frames[0].bytes
+        line = self.senders.get(sender)
+        link = line.data if line is not None else None
+        if link is None:
+            if self.door is None:
+                link = transport.Link(self.data, self.job, 0, sender)
+            elif opening := self.tickets.get(security.ticket_of(frames[0])):
+                assert opening.terms is not None
+                epoch = opening.link.epoch
+                sealed = seal.Seal(opening.terms, self.job, epoch, broker=True)
+                link = transport.Link(self.data, self.job, epoch, sender, sealed)
+                link.descriptor = frames[0].get(transport.SRCFD)
+                link.at = tcp.peer(link.descriptor)
+        if link is not None:
+            try:
+                return link, link.open([frame.buffer for frame in frames[1:]])
+            except ProtocolError as exc:
+                if line is not None:
+                    self.lose(line, f"its data cannot be read: {exc}")
+        tcp.end(frames[0].get(transport.SRCFD), (frames[0].get("Peer-Address"),))
+        return None
 
     def _dispatch(
         self, line: Line | None, header: bytes | memoryview, take: Callable[[Any], None]
@@ -365,7 +452,12 @@ class Peers:
         self._change(line, Event.WELCOMED, time.monotonic())
         line.ticket = secrets.token_bytes(TICKET_BYTES)
         self.tickets[line.ticket] = line
-        lease = protocol.Lease(ticket=line.ticket, data_url=self.data_url, priority=self.priority)
+        if self.door is not None and self.suite is not None:
+            self.door.add(line.ticket)
+            line.terms = protocol.Terms(self.suite, secrets.token_bytes(SECRET_BYTES), line.name)
+        lease = protocol.Lease(
+            ticket=line.ticket, data_url=self.data_url, priority=self.priority, terms=line.terms
+        )
         line.link.send(lease, PROBE)
 
     def _join(self, line: Line) -> None:
@@ -374,12 +466,15 @@ class Peers:
             self._change(line, Event.LEASED, time.monotonic())
             self.tell(core.NodeJoined(line.name, line.share))
 
-    def _from_data(self, sender: bytes, rest: list[memoryview], message: Any) -> None:
-        assert self.data is not None
-        if isinstance(message, protocol.Hello) and message.ticket in self.tickets:
-            opened = self.tickets.pop(message.ticket)
-            opened.data = transport.Link(self.data, self.job, opened.link.epoch, sender)
-            self.senders[sender] = opened
+    def _from_data(self, link: transport.Link, rest: list[memoryview], message: Any) -> None:
+        sender = link.peer or b""
+        if isinstance(message, protocol.Hello) and (opened := self.tickets.get(message.ticket)):
+            if link.seal is not None and link.seal.terms is not opened.terms:
+                return  # of another node, which has seen the ticket
+            self.senders[sender] = self.tickets.pop(message.ticket)
+            opened.data, link.epoch = link, opened.link.epoch
+            # by that the other end is known, see ``strangers``
+            link.send(protocol.Beat())
         line = self.senders.get(sender)
         if line is None or line.data is None or message.epoch != line.data.epoch:
             return  # of an epoch that is over
@@ -390,3 +485,11 @@ class Peers:
             self._join(line)
         else:
             self.read_data(line, message, rest)
+
+
+def _suite() -> protocol.Suite:
+    """Return the cipher for the data connections, and say so."""
+    suite, rates = seal.fastest()
+    measured = ", ".join(f"{one} {rate / 1e6:,.0f} MB/s" for one, rate in rates.items())
+    log.info(f"data connections are sealed with {suite}; here {measured}")
+    return suite

@@ -13,8 +13,6 @@ import errno
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from oq_runtime.errors import NoRoom
 from oq_runtime.files.store import AHEAD_BYTES, Reception, Store, mount_of
 from oq_runtime.wire import protocol
@@ -50,19 +48,19 @@ class Staging:
         self.bodies.setdefault((node, ended.task, ended.attempt), Body(ended))
 
     def grant(self, key: Key) -> bool | None:
-        """Let a body come; return whether one that is here already is intact, else None."""
+        """Let a body come; return whether one that is here already is whole, else None."""
         body = self.bodies[key]
         if inline := body.ended.body:
-            whole = len(inline) == body.ended.nbytes
-            return whole and xxhash.xxh3_128(inline).digest() == body.ended.digest
+            return len(inline) == body.ended.nbytes
         body.granted = not body.ended.path
         return None
 
     def receive(self, key: Key, offset: int, chunk: memoryview) -> bool | None:
-        """Write the next chunk of a body; return whether all of it is intact, once that is known.
+        """Write the next chunk of a body; return whether it is whole, once that is known.
 
-        The file is made with the first chunk, not when the node is told to send: by then the engine
-        may have given back the file of an earlier one. Raises NoRoom.
+        False when this is not the next chunk, or goes beyond the end. The file is made with the
+        first chunk, not when the node is told to send: by then the engine may have given back the
+        file of an earlier one. Raises NoRoom.
         """
         body = self.bodies.get(key)
         if body is None or not body.granted:
@@ -71,7 +69,7 @@ class Staging:
         try:
             if body.reception is None:
                 descriptor = self.store.create(body.name, nbytes, AHEAD_BYTES)
-                body.reception = Reception(descriptor, nbytes, xxhash.xxh3_128())
+                body.reception = Reception(descriptor, nbytes)
             in_order = body.reception.take(offset, chunk)
         except OSError as exc:
             where = mount_of(self.store.disk)
@@ -82,9 +80,7 @@ class Staging:
                 f"no room on {where} of this machine for {nbytes:,} bytes of results in "
                 f"{self.store.disk}: {exc.strerror}; {remedy}"
             ) from exc
-        if in_order and not body.reception.whole:
-            return None
-        return in_order and body.reception.hash.digest() == body.ended.digest
+        return None if in_order and not body.reception.whole else in_order
 
     def place(self, key: Key, path: Path) -> bool:
         """Take over the file of a body from its node; False, and it is gone, if nobody wants it."""

@@ -12,10 +12,11 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 WRONG_KEY = "wrong authkey, or no encryption, on one of the two sides"
+NO_TICKET = "without the ticket of a lease, or with one that was used before"
 
 
 class Change(Enum):
-    """Of one connection; ADMITTED when both sides have shown their keys."""
+    """Of one connection; ADMITTED when both sides have shown their keys, or one its ticket."""
 
     OPENED = "opened"
     ADMITTED = "admitted"
@@ -55,7 +56,8 @@ class Monitor:
 
     def __init__(self, socket: zmq.Socket[Any]) -> None:
         self.watched = socket
-        self.server = bool(socket.getsockopt(zmq.CURVE_SERVER))
+        self.server = bool(socket.curve_server or socket.plain_server)
+        self.refused = NO_TICKET if socket.mechanism == zmq.PLAIN else WRONG_KEY
         self.socket = socket.get_monitor_socket(sum(CHANGES))
         # with a limit, unread events would block libzmq's I/O thread, and so all sockets
         self.socket.setsockopt(zmq.RCVHWM, 0)
@@ -71,7 +73,7 @@ class Monitor:
             if change is Change.REFUSED:
                 # a client sees no more of a server that refuses its key
                 left = told["event"] == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self.server
-                reason = f"{'it ended during the handshake' if left else WRONG_KEY} ({url})"
+                reason = f"{'it ended during the handshake' if left else self.refused} ({url})"
             found.append(Event(change, url, told["value"], reason))
         return found
 

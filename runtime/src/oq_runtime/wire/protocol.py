@@ -4,7 +4,7 @@ A message is a header frame; chunks, pings and what opens a lease have a payload
 The header is msgpack of one of the structs below, tagged by ``kind``, with the protocol version in
 ``v``. Calls, bodies and payload frames are opaque bytes (pickles that only the engine and the
 workers open); they are forwarded, never decoded. What is small is in the header: each frame is
-encrypted by itself.
+encrypted by itself. What goes over the data connection on TCP is sealed, see ``seal``.
 
     engine  --Hello, Title, Submit, Consumed, Cancel, StatusQuery, AttemptsQuery-->  broker
     engine  <--Welcome, Delivered, Failed, Status, Attempts--  broker
@@ -34,7 +34,7 @@ from oq_runtime.errors import ProtocolError, VersionError
 from oq_runtime.priority import Priority
 from oq_runtime.text import clean
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 #: bytes of a body, or of the arguments in a call, that travel in a header
 INLINE_BYTES = 64 * 1024
 #: bytes of the payload that shows that long messages come through, not only short ones: more than a
@@ -128,14 +128,10 @@ class Refused(Message, frozen=True, tag="refused"):
 
 
 class Blob(msgspec.Struct, frozen=True):
-    """An argument too big for a message: BLAKE2b digest, size, its file if on the same host.
-
-    ``check``: its XXH3-128 digest, by which a node sees that it has come whole.
-    """
+    """An argument too big for a message: BLAKE2b digest, size, its file if on the same host."""
 
     digest: bytes
     nbytes: Size
-    check: bytes
     path: str = ""
 
 
@@ -260,16 +256,36 @@ class Attempts(Message, frozen=True, tag="attempts"):
     shares: list[Share]
 
 
+class Suite(enum.StrEnum):
+    """The ciphers with which data connections are sealed."""
+
+    AES_256_GCM = "AES-256-GCM"
+    CHACHA20_POLY1305 = "ChaCha20-Poly1305"
+
+
+class Terms(msgspec.Struct, frozen=True):
+    """How a data connection is sealed: ``node`` is its name at the broker, see ``seal``."""
+
+    suite: Suite
+    secret: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    node: str
+
+    def __repr__(self) -> str:  # a secret is in no log
+        return f"Terms({self.suite}, {self.node})"
+
+
 class Lease(Message, frozen=True, tag="lease"):
     """Ask for a share of the slots; results go to ``data_url``.
 
-    ``ticket``: what only this agent is told, so that nobody else can open its data connection. A
-    payload of PROBE_BYTES comes behind it, and behind the Hello on the data socket.
+    ``ticket``: what only this agent is told, so that nobody else can open its data connection,
+    which is good for one; ``terms`` on TCP. A payload of PROBE_BYTES comes behind it, and behind
+    the Hello on the data socket.
     """
 
     ticket: bytes
     data_url: str
     priority: Priority = Priority.NORMAL
+    terms: Terms | None = None
 
 
 class Leased(Message, frozen=True, tag="leased"):
@@ -346,7 +362,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ended(Message, frozen=True, tag="ended"):
-    """A whole attempt: its parts, and the bytes and the XXH3-128 digest of its body.
+    """A whole attempt: its parts, and the bytes of its body.
 
     A small ``body`` is here, another one in the file ``path``, which no other host is told.
     """
@@ -355,7 +371,6 @@ class Ended(Message, frozen=True, tag="ended"):
     attempt: int
     parts: Annotated[int, msgspec.Meta(ge=1)]
     nbytes: Annotated[int, msgspec.Meta(ge=1, le=MOST_BYTES)]
-    digest: bytes = b""
     path: str = ""
     body: bytes = b""
     usage: Usage = Usage()

@@ -1,6 +1,8 @@
 """Who may talk to whom: CURVE keys derived from the cluster's one secret, and a gate that is shut.
 
-Every socket on TCP is encrypted and authenticated by ZMTP's CURVE mechanism (RFC 26/ZMTP-CURVE).
+Every control socket on TCP is encrypted and authenticated by ZMTP's CURVE mechanism (RFC
+26/ZMTP-CURVE). Who opens a data connection shows a ticket that it was told over such a one (PLAIN,
+RFC 24/ZMTP-PLAIN), which keeps out who has none; what then comes has to be sealed (``seal``).
 All members derive the same two key pairs from ``[dbserver] authkey``: one for whoever binds, one
 for whoever connects. Without the secret no handshake completes, and nothing is decoded before that.
 One more pair may be admitted, that of administrators. The nodes know its public half alone, and by
@@ -11,9 +13,12 @@ code.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
+import secrets
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +34,9 @@ MIN_CHARACTERS = 16
 #: cost of scrypt (RFC 7914): 16 MiB and about 50 ms
 SCRYPT: dict[str, Any] = {"n": 2**14, "r": 8, "p": 1, "dklen": 32}
 SALT = b"oq-runtime cluster secret 1"
-DOMAIN = b"oq-runtime"
+DOMAIN, DATA_DOMAIN = b"oq-runtime", b"oq-runtime data"
+#: sets what a socket needs to be secured
+Secure = Callable[["zmq.Socket[Any]"], None]
 #: milliseconds after which a connection that says nothing is closed
 HANDSHAKE_MS = 10_000
 #: milliseconds for each try of the self-test
@@ -152,9 +159,7 @@ def secure_server(socket: zmq.Socket[Any], keys: Keys) -> None:
     """Make a socket that will bind admit nobody but holders of the keys."""
     socket.curve_server = True
     socket.curve_publickey, socket.curve_secretkey = keys.server_public, keys.server_secret
-    socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
-    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no gate, no entry
-    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    _guard(socket, DOMAIN)
 
 
 def secure_client(socket: zmq.Socket[Any], keys: Keys) -> None:
@@ -163,13 +168,56 @@ def secure_client(socket: zmq.Socket[Any], keys: Keys) -> None:
     socket.curve_publickey, socket.curve_secretkey = keys.client_public, keys.client_secret
 
 
+def ask_for_tickets(socket: zmq.Socket[Any]) -> None:
+    """Make a socket that will bind admit nobody but holders of tickets that its gate knows."""
+    socket.plain_server = True
+    _guard(socket, DATA_DOMAIN)
+
+
+def show_ticket(socket: zmq.Socket[Any], ticket: bytes) -> None:
+    """Make a socket that will connect show a ticket; who sees it on the way finds it used up."""
+    socket.plain_username = socket.plain_password = ticket.hex().encode()
+
+
+def ticket_of(frame: zmq.Frame) -> bytes:
+    """Return the ticket with which the sender of a frame was admitted."""
+    return bytes.fromhex(str(frame.get("User-Id")))
+
+
+def _guard(socket: zmq.Socket[Any], domain: bytes) -> None:
+    socket.setsockopt(zmq.ZAP_DOMAIN, domain)
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no gate, no entry
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+
+
+class Tickets:
+    """Those that are still good, each for one connection, as ``zmq.auth`` asks for passwords."""
+
+    def __init__(self) -> None:
+        self.good: set[str] = set()
+
+    def add(self, ticket: bytes) -> None:
+        self.good.add(ticket.hex())
+
+    def discard(self, ticket: bytes) -> None:
+        self.good.discard(ticket.hex())
+
+    def __contains__(self, user: str) -> bool:
+        return user in self.good
+
+    def __getitem__(self, user: str) -> str:
+        self.good.discard(user)
+        return user  # which is the password as well: it must not be empty
+
+
 class Gate:
     """Admits the derived client key, and nobody else, to the sockets of a context (ZAP, RFC 27).
 
     :param also: a public key (hexadecimal) that is admitted as well
 
-    To be opened before the first bind: CURVE alone admits any client that knows the server's key.
-    Tried at once; raises SecurityError when it does not shut.
+    To those that ask for tickets it admits whose are in ``tickets``. To be opened before the first
+    bind: CURVE alone admits any client that knows the server's key. Tried at once; raises
+    SecurityError when it does not shut.
     """
 
     def __init__(self, context: zmq.Context[Any], keys: Keys, also: str = "") -> None:
@@ -182,8 +230,11 @@ class Gate:
         self.authenticator = ThreadAuthenticator(context)
         self.authenticator.start()
         self.authenticator.configure_curve_callback(DOMAIN.decode(), credentials_provider=self)
+        self.tickets = Tickets()
+        passwords: Any = self.tickets
+        self.authenticator.configure_plain(DATA_DOMAIN.decode(), passwords)
         try:
-            self_test(context, keys)
+            self_test(context, keys, self.tickets)
         except BaseException:
             self.stop()
             raise
@@ -196,33 +247,46 @@ class Gate:
         self.authenticator.stop()
 
 
-def self_test(context: zmq.Context[Any], keys: Keys) -> None:
-    """Try the gate of ``context``: the right key must pass, a random one must not.
+def self_test(context: zmq.Context[Any], keys: Keys, tickets: Tickets) -> None:
+    """Try the gate of ``context``: who is known must pass, who is made up must not.
 
     Raises SecurityError otherwise; takes a few milliseconds.
     """
     public, secret = zmq.curve_keypair()
     stranger = Keys(keys.server_public, b"", public, secret)
-    for who, expected in ((keys, Change.ADMITTED), (stranger, Change.REFUSED)):
-        server: zmq.Socket[Any] = context.socket(zmq.ROUTER)
-        client: zmq.Socket[Any] = context.socket(zmq.DEALER)
-        server.linger = client.linger = 0
-        secure_server(server, keys)
-        secure_client(client, who)
-        monitor = Monitor(client)
-        try:
-            port = server.bind_to_random_port("tcp://127.0.0.1")
-            client.connect(f"tcp://127.0.0.1:{port}")
-            found: list[Change] = []
-            while not found and monitor.socket.poll(TRY_MS):
-                found = [e.change for e in monitor.events() if e.change is not Change.OPENED]
-        finally:
-            monitor.close()
-            client.close()
-            server.close()
-        if found[:1] != [expected]:
-            who_was = "a known" if who is keys else "a random"
-            outcome = found[0].value if found else "not answered"
+    ticket, other = secrets.token_bytes(16), secrets.token_bytes(16)
+    tickets.add(ticket)
+    curve = functools.partial(secure_server, keys=keys)
+    for server, client, what, passes in (
+        (curve, functools.partial(secure_client, keys=keys), "a known key", True),
+        (curve, functools.partial(secure_client, keys=stranger), "a random key", False),
+        (ask_for_tickets, functools.partial(show_ticket, ticket=ticket), "a known ticket", True),
+        (ask_for_tickets, functools.partial(show_ticket, ticket=other), "a random ticket", False),
+    ):
+        outcome = _try(context, server, client)
+        if outcome is not (Change.ADMITTED if passes else Change.REFUSED):
             raise SecurityError(
-                f"the self-test of the encryption failed: {who_was} key was {outcome}"
+                f"the self-test of the encryption failed: {what} was "
+                f"{outcome.value if outcome else 'not answered'}"
             )
+
+
+def _try(context: zmq.Context[Any], secure_server: Secure, secure_client: Secure) -> Change | None:
+    """Return what becomes of a connection between two sockets made so."""
+    server: zmq.Socket[Any] = context.socket(zmq.ROUTER)
+    client: zmq.Socket[Any] = context.socket(zmq.DEALER)
+    server.linger = client.linger = 0
+    secure_server(server)
+    secure_client(client)
+    monitor = Monitor(client)
+    try:
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        client.connect(f"tcp://127.0.0.1:{port}")
+        found: list[Change] = []
+        while not found and monitor.socket.poll(TRY_MS):
+            found = [e.change for e in monitor.events() if e.change is not Change.OPENED]
+    finally:
+        monitor.close()
+        client.close()
+        server.close()
+    return found[0] if found else None

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 #: connections that have not shown keys yet, of one socket
 MOST = 200
 #: bytes that were sent to the other end, and have arrived, from which on it has the keys: all get a
-#: greeting, 64, and who knows the key of the server then gets 170 more (RFC 23, RFC 26)
+#: greeting, 64, and who knows the key of the server then gets 170 more (RFC 23, RFC 26). A ticket
+#: brings 53 (RFC 24), so that it takes an answer of its broker as well
 KNOWN_BYTES = 128
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 #: tcpi_bytes_acked and tcpi_bytes_received of struct tcp_info: unsigned numbers of 64 bits, see
 #: <linux/tcp.h>
@@ -27,3 +29,24 @@ def counters(connection: socket.socket) -> tuple[int, int]:
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, COUNTERS.size)
     acked, received = COUNTERS.unpack(info)
     return acked, received
+
+
+def peer(descriptor: int) -> tuple[Any, ...]:
+    """Return the address and the port at the other end; nothing when it is there no more."""
+    if descriptor < 0:
+        return ()
+    with contextlib.suppress(OSError), borrowed(descriptor) as connection:
+        return tuple(connection.getpeername())
+    return ()
+
+
+def end(descriptor: int, known: tuple[Any, ...]) -> None:
+    """End the connection of a descriptor, which may belong to something else by now.
+
+    :param known: of its ``peer``: the address, or that and the port
+    """
+    if descriptor < 0:
+        return
+    with contextlib.suppress(OSError), borrowed(descriptor) as connection:
+        if connection.getpeername()[: len(known)] == known:
+            connection.shutdown(socket.SHUT_RDWR)

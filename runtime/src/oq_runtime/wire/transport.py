@@ -1,7 +1,8 @@
 """ZeroMQ sockets as this project uses them: bounded, never lingering, never silently dropping.
 
-``Link`` numbers what goes to one peer and checks what comes from it. Not covered: what the messages
-mean (``protocol``) and who may connect (``security``).
+``Link`` numbers what goes to one peer and checks what comes from it, and seals it where it is a
+data connection on TCP (``seal``). Not covered: what the messages mean (``protocol``) and who may
+connect (``security``).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import msgspec
 import zmq
 
 from oq_runtime.wire import protocol
+from oq_runtime.wire.seal import Seal
 
 # as plain numbers: to combine pyzmq's enumerations takes longer than to send a frame
 DONTWAIT, SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
-EVENTS, POLLIN, SRCFD = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.SRCFD)
+EVENTS, SRCFD = int(zmq.EVENTS), int(zmq.SRCFD)
+POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 #: messages queued per peer of a router or dealer; the byte window bounds what they hold
 HWM = 1000
 #: descriptors of the connections from which messages were read, for who watches them (``bombs``)
@@ -85,17 +88,19 @@ def dealer(
     *,
     send_hwm: int = HWM,
     receive_hwm: int = 0,
+    again: bool = True,
     secure: Secure | None = None,
 ) -> zmq.Socket[Any]:
     """Return a DEALER connected to ``url``.
 
     :param send_hwm: messages that wait to be sent
     :param receive_hwm: messages that wait to be read before the peer has to wait; 0: any number
+    :param again: whether a connection that ends is made again by itself
     """
     socket = _socket(context, zmq.DEALER, secure)
     socket.setsockopt(zmq.SNDHWM, send_hwm)
     socket.setsockopt(zmq.RCVHWM, receive_hwm)
-    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS if again else -1)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     socket.connect(url)
     return socket
@@ -122,18 +127,48 @@ class Link:
     :param socket: a DEALER, or a ROUTER with the ``peer`` to send to
     :param job: goes into every header
     :param epoch: goes into every header
+    :param seal: of a data connection on TCP
     """
 
     def __init__(
-        self, socket: zmq.Socket[Any], job: str, epoch: int, peer: bytes | None = None
+        self,
+        socket: zmq.Socket[Any],
+        job: str,
+        epoch: int,
+        peer: bytes | None = None,
+        seal: Seal | None = None,
     ) -> None:
         self.socket, self.job, self.epoch, self.peer = socket, job, epoch, peer
+        self.seal = seal
+        self.descriptor = -1  # of its connection, where it is known, and ``tcp.peer`` of that
+        self.at: tuple[Any, ...] = ()
         self.sent = self.received = 0
 
     def send(self, message: protocol.Message, *frames: Any) -> bool:
         """Send the next message; False, and nothing is sent, when the peer is gone or full."""
+        return self._goes(self._next(message, frames))
+
+    def send_tracked(self, message: protocol.Message, payload: Any) -> zmq.MessageTracker | None:
+        """As ``send``; return what tells when the payload takes no memory here any more."""
+        if (data := self._next(message, [payload])) is None:
+            return None
+        data[-1] = zmq.Frame(data[-1], copy=False, track=True, copy_threshold=0)
+        return data[-1].tracker if self._goes(data) else None
+
+    def _next(self, message: protocol.Message, frames: Sequence[Any]) -> list[Any] | None:
+        """Return the frames of the next message; None when the peer is gone or full."""
         data = [protocol.encode(self.numbered(message)), *frames]
-        if not send_frames(self.socket, data if self.peer is None else [self.peer, *data]):
+        if self.seal is None:
+            return data if self.peer is None else [self.peer, *data]
+        if self.peer is None:
+            if not int(self.socket.getsockopt(EVENTS)) & POLLOUT:
+                return None
+        elif not send_frames(self.socket, [self.peer], SNDMORE | DONTWAIT):
+            return None
+        return [*self.seal.seal(data)]  # only now: what has been sealed has to go
+
+    def _goes(self, data: list[Any] | None) -> bool:
+        if data is None or not send_frames(self.socket, data):
             return False
         self.sent += 1
         return True
@@ -141,6 +176,10 @@ class Link:
     def numbered(self, message: protocol.Message) -> protocol.Message:
         """Return a message as the next one of this link."""
         return msgspec.structs.replace(message, job=self.job, epoch=self.epoch, seq=self.sent)
+
+    def open(self, frames: list[memoryview]) -> list[memoryview]:
+        """Return what is in the frames of the next message; raises ProtocolError, see ``Seal``."""
+        return frames if self.seal is None else self.seal.open(frames)
 
     def accepts(self, message: protocol.Message) -> bool:
         """Whether this is the next message of the peer; False when one was lost before it."""
