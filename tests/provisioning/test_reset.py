@@ -79,9 +79,15 @@ def test_refused_without_a_yes_and_while_a_job_runs(cluster: Machines) -> None:
 def test_taken_down(cluster: Machines) -> None:
     """An empty job database, which a first run has left that was killed, runs no job.
 
-    The administrator's own file is spared.
+    The administrator's own file is spared. A dead worker stops nobody, and its turn comes.
     """
     cluster.sh("echo mine >/etc/openquake/openquake.cfg", "w2")
+    there = cluster["w2"].sh(TRACES)
+    cluster.cut("w2")
+    done = cluster.play(RESET, *YES)
+    assert "w2: did not answer, or something failed there" in done.stdout, done.stdout
+    assert cluster.sh(TRACES) == {"m1": "", "w1": "", "w2": there}
+    cluster.join("w2")
     done = cluster.play(RESET, *YES)
     assert done.returncode == 0, done.stdout
     assert cluster.sh(TRACES) == {"m1": "", "w1": "", "w2": "/etc/openquake"}
