@@ -348,7 +348,10 @@ def judge(job: str, out: Path, browser: Browser | None) -> list[str]:
 def main() -> int:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "build/reports").resolve()
     (out / "oqdata").mkdir(parents=True, exist_ok=True)
-    chosen = sys.argv[2:] or list(JOBS)
+    wanted = sys.argv[2:] or list(JOBS)
+    chosen = [job for job in wanted if (corpus_dir() / f"{job}.ini").exists()]
+    if absent := set(wanted) - set(chosen):
+        print(f"not in the corpus of this engine: {' '.join(sorted(absent))}")
     missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
     if missing:
         print(f"not opened in a browser; not installed: {', '.join(missing)}")
