@@ -487,6 +487,7 @@ class Run:
         self.waiting: int | None = None  # the job that waits for its turn
         self.next_look_s = self.ended_s = 0.0  # at its row; since when it says that it has ended
         self.aborted = False  # from elsewhere
+        self.deleted: int | None = None  # the job whose row is gone
         self.skipped: list[str] = []  # how jobs were ended before their turn
         self.loaded = False  # the engine, or it was said that this takes long
         self.status: Status | None = None  # of the broker, the last one
@@ -764,7 +765,11 @@ class Run:
         elif self.skipped and code == EXIT_INTERRUPTED:
             self.error = "; ".join(self.skipped)
         elif self.aborted or code == EXIT_INTERRUPTED or (code < 0 and self._is_aborted()):
-            how = "deleted" if self._status() in GONE else "aborted"
+            if self._status() in GONE:
+                self.deleted = self.current or self.jobs[-1]
+                # its engine process may have been killed before it could
+                journal.remove(journal.directory_of(self.datadir, self.deleted))
+            how = "deleted" if self.deleted else "aborted"
             self.error = f"the job was {how} from elsewhere"
             code = EXIT_INTERRUPTED
         elif code < 0:
@@ -806,7 +811,8 @@ class Run:
         """Return what the table says of the job that is or was under way, "" if that is unknown."""
         with contextlib.suppress(jobtable.DatabaseError):
             if self.table is not None and self.jobs:
-                return self.table.status(self.current or self.jobs[-1])
+                table = jobtable.Outside(self.table.place, answer_s=LOCK_SECS)
+                return table.status(self.current or self.jobs[-1])
         return ""
 
     def _end_rows(self, code: int) -> None:
@@ -888,7 +894,7 @@ class Run:
                 out.print(clean(line))
         if self.error:
             number = self.current or (self.jobs[-1] if self.jobs and not self.skipped else None)
-            if self._status() in GONE:  # with its log, and what there was to go on from
+            if self.deleted:  # with its log, and what there was to go on from
                 number = None
             where = f"oq engine --show-log {number}" if number else ""
             if number in journal.numbers(self.datadir):

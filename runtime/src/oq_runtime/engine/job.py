@@ -449,7 +449,7 @@ class Jobs:
             History.begin(None)
             if history is not None:
                 history.close()
-                if complete or not history.results or self.table.job(job.calc_id) is None:
+                if complete or not history.results:
                     shutil.rmtree(history.writer.directory, ignore_errors=True)
 
     def begin_history(self, job: Any) -> History | None:
