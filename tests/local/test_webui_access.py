@@ -18,6 +18,7 @@ import requests
 
 from tests.conftest import Attacks
 from tests.local.test_webui import PASSWORD, Site
+from tests.squatter import AS_ANYBODY
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -182,6 +183,29 @@ def test_a_pid_that_is_another_process_by_now_gets_no_signal(site: Sites, attack
         assert answer.json() == {"success": f"Job {job} aborted"}
         assert own.wait(5) and site.status(job) == "aborted"
     assert alice.post(f"{site.url}/v1/calc/{job}/remove").ok
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("mode", [0o755, 0o700])
+def test_a_calculation_whose_results_stay_is_not_removed(
+    site: Sites, tmp_path: Path, mode: int
+) -> None:
+    job, results = site.job_of("alice"), tmp_path / "calc.hdf5"
+    results.touch()
+    tmp_path.chmod(mode)
+    for path in (tmp_path, results):
+        os.chown(path, 65534, 65534)
+    with sqlite3.connect(site.database) as db:
+        db.execute("UPDATE job SET ds_calc_dir=? WHERE id=?", (str(results.with_suffix("")), job))
+    code = (
+        "import django; django.setup(); from oq_runtime.webui import access; "
+        f"access.check_removal({job})"
+    )
+    command = [*AS_ANYBODY, sys.executable, "-c", code]
+    done = subprocess.run(command, env=site.env, capture_output=True, text=True)
+    whom = f"nobody, who owns {results}," if mode == 0o755 else f"the owner of {results}"
+    said = f"ask {whom} to delete them with oq engine --dc {job}"
+    assert said in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.attack
