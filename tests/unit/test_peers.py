@@ -541,9 +541,9 @@ def test_a_blob_waits_until_its_node_reads() -> None:
         agent, line = b.agents["a"], b.peers.lines["a"]
         data, agent.data = agent.data, None  # it reads nothing
         assert data
-        body = os.urandom(1 << 20) * 48
+        body = os.urandom(1 << 20) * 96
         b.peers.feed(line, b"d", memoryview(body))
-        b.until(lambda: line.data and line.data.sent > 12)
+        b.until(lambda: line.data and line.data.sent > FED)
         assert not wait_for(lambda: (b.turn(), not line.feed)[1], 0.3)
         assert 0 < len(line.fed) <= FED
         assert b.peers.due_s < time.monotonic() + 0.1

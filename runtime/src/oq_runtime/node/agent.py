@@ -57,7 +57,7 @@ LOOK_SECS = 0.5
 #: bytes of blobs and results in shared memory, and of one attempt's results; the rest is on disk
 SHARED_BYTES, SPOOL_BYTES = 1 << 30, 64 << 20
 #: chunks queued on a data socket each way; the rest waits in the spool, or at the broker
-DATA_HWM = 8
+DATA_HWM = 16
 #: messages that are read from the brokers, and chunks from one, before others have their turn
 AT_ONCE, DATA_AT_ONCE = 500, 64
 #: big arguments of a job that come at a time: each has a file open, and room for it on the disk

@@ -51,7 +51,7 @@ TICKET_BYTES, SECRET_BYTES = 16, 32
 #: chunks of a node that wait to be read
 DATA_HWM = 32
 #: chunks of blobs that are sealed and not sent yet, of a node and of all
-FED, FED_ALL = 8, 128
+FED, FED_ALL = 32, 256
 #: seconds between two looks whether they are sent
 FEED_SECS = 0.002
 PROBE = bytes(protocol.PROBE_BYTES)
