@@ -409,7 +409,7 @@ def test_delete_of_a_running_job(
         assert processes.look(pid).command == ""  # type: ignore[union-attr]
     assert not kept.exists()
     assert capsys.readouterr().out == f"Job {number} aborted\nRemoved {number}\n"
-    assert database.call("get_job", number) is None
+    assert JobTable(database.call).job(number) is None
 
 
 # ---- parents

@@ -56,7 +56,11 @@ def install_delete(command: Any) -> None:
         if job is not None and job.user != user_name():  # the engine would find out after the abort
             print(f"Job {job.id} belongs to {clean(job.user)}; only they can delete it")
             return
-        engine_delete(job_id, confirmed)
+        try:
+            engine_delete(job_id, confirmed)
+        except OSError as exc:  # the row is gone
+            gone = isinstance(exc, FileNotFoundError)  # 3.23 takes for granted that it is there
+            print(f"Removed {job_id}" if gone else f"{exc.filename} is left: {exc.strerror}")
 
     command.abort, command.del_calculation = abort, del_calculation
 
