@@ -164,6 +164,13 @@ class Cluster:
         """Start ``oq-run`` as a user who has logged in."""
         return Job(self, user, job, args)
 
+    def fetch(self, user: str, datastore: str, target: Path) -> Path:
+        """Copy a datastore of a user from the master."""
+        with target.open("wb") as file:
+            command = self.master.ssh(f"cat {datastore}", user)
+            subprocess.run(command, stdout=file, check=True, timeout=120)
+        return target
+
     def status(self) -> dict[str, dict[str, Any]]:
         """What ``oq-workers status`` says, by the name of the worker."""
         done = self.master.run("oq-workers status --json", USERS[0], check=False)
@@ -238,10 +245,7 @@ class Job:
 
     def fetch(self, datastore: str, target: Path) -> Path:
         """Copy a datastore of the user from the master."""
-        with target.open("wb") as file:
-            command = self.cluster.master.ssh(f"cat {datastore}", self.user)
-            subprocess.run(command, stdout=file, check=True, timeout=120)
-        return target
+        return self.cluster.fetch(self.user, datastore, target)
 
     def under_way(self, *workers: str, limit_s: float = 300.0) -> None:
         """Wait until each of the workers has a task."""

@@ -28,6 +28,7 @@ ORDER = (
     "test_jobs",
     "test_swap",
     "test_power",
+    "test_resume",
     "test_memory",
     "test_verify",
     "test_newcomer",

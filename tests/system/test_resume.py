@@ -1,0 +1,43 @@
+"""A detached job goes on by itself after a power cut of the master, where the site wants that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.conformance.compare import compare
+from tests.leftovers import wait_for
+from tests.system.cluster import JOB_LIMIT_S, OWNER, Cluster
+
+
+def test_a_detached_job_goes_on_after_a_power_cut(
+    cluster: Cluster, embedded: dict[str, Path], tmp_path: Path
+) -> None:
+    cluster.settings["openquake_dbserver_resume_jobs"] = True
+    played = cluster.play("site.yml", "--tags=dbserver")
+    assert played.code == 0, played
+    user, master = OWNER["risk"], cluster.master
+    file = cluster.give_example(user, "risk")
+    [row] = json.loads(master.out(f"oq-run --json --detach {file}", user))["jobs"]
+    number = row["job"]
+
+    def kept() -> bool:
+        """Whether results have come."""
+        shown = master.run("/opt/openquake/venv/bin/oq-journal show", user, check=False).stdout
+        return f"job {number}: " in shown and f"job {number}: 0 results" not in shown
+
+    assert wait_for(kept, JOB_LIMIT_S, 2.0), master.out(f"cat {row['output']}", user)
+    master.run("sync")  # a power cut takes what came in the last second
+    master.cut()
+    master.start()
+    master.wait_up()
+    ended = wait_for(
+        lambda: cluster.jobs()[number] in ("complete", "failed", "aborted"), JOB_LIMIT_S, 2.0
+    )
+    said = master.out(f"cat /home/{user}/oqdata/oq-run_{number}.log", user)
+    unit = master.out(f"journalctl -b --no-pager -u openquake-resume@{user}")
+    assert ended and cluster.jobs()[number] == "complete", (said, unit)
+    assert "took over the results of" in said, (said, unit)
+    datastore = f"/home/{user}/oqdata/calc_{number}.hdf5"
+    found = cluster.fetch(user, datastore, tmp_path / "risk.hdf5")
+    assert not compare(embedded["risk"], found)
