@@ -35,6 +35,8 @@ EXAMPLES = {"hazard": "hazard_classical", "risk": "event_based_risk"}
 #: whose results are compared: a datastore has the paths of its inputs, so they are the same ones
 OWNER = dict(zip(EXAMPLES, USERS, strict=True))
 JOB_LIMIT_S = 1200.0
+#: seconds without an answer to ssh after which a host is taken for dead
+SILENT_LIMIT_S = 60.0
 VENV = "/opt/openquake/venv"
 DATABASE = "/var/lib/openquake/oqdata/db.sqlite3"
 
@@ -98,6 +100,12 @@ class Cluster:
             one.start()
         for one in started:
             one.wait_up()
+
+    def cut_silent(self) -> None:
+        """Cut the power of hosts that do not answer any more: a row before has failed with them."""
+        for one in self.running:
+            if not wait_for(lambda one=one: one.reaches(22), SILENT_LIMIT_S, 1.0):
+                one.cut()
 
     def make_people(self) -> None:
         """Accounts on the master, reached by the key of the harness; private homes."""

@@ -108,6 +108,7 @@ def embedded(hosts: Cluster) -> dict[str, Path]:
 @pytest.fixture
 def cluster(provisioned: Cluster) -> Cluster:
     """The cluster with all its hosts on and all its workers up."""
+    provisioned.cut_silent()
     provisioned.start(one.name for one in provisioned.members)
     provisioned.wait_all_up()
     return provisioned
