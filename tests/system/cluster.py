@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Cluster:
     def cut_silent(self) -> None:
         """Cut the power of hosts that do not answer any more: a row before has failed with them."""
         for one in self.running:
-            if not wait_for(lambda one=one: one.reaches(22), SILENT_LIMIT_S, 1.0):
+            if not wait_for(partial(one.reaches, 22), SILENT_LIMIT_S, 1.0):
                 one.cut()
 
     def make_people(self) -> None:
