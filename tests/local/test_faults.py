@@ -261,6 +261,25 @@ def test_one_process_keeps_a_session(env: dict[str, str], tmpdir: Path, stays: s
     launch.stop(another)
 
 
+@pytest.mark.light
+def test_what_tasks_have_started_ends_with_a_session(env: dict[str, str], tmpdir: Path) -> None:
+    """Also where the agent was killed, which would have ended it."""
+    session = launched(launching(env))
+    _, agent = launch.pids(session)
+    [fork_server] = psutil.Process(agent).children()
+    inherited = fork_server.environ()
+    left, other = (
+        subprocess.Popen(["sleep", "600"], env=given, start_new_session=True)
+        for given in (inherited, inherited | {launch.MARK: f"{session}-of-another"})
+    )
+    kill([agent])
+    launch.stop(session)
+    assert left.wait(10) == -signal.SIGKILL
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
 # ---- oq abort
 
 

@@ -41,6 +41,8 @@ ANSWER_SECS = START_SECS + 10.0
 STOP_SECS = 2.5
 #: of the names of session directories
 PREFIX = "oq-run-"
+#: in the environment of all that a session starts: its directory
+MARK = "OQ_RUNTIME_OF"
 #: bytes of a socket's path, see unix(7)
 SOCKET_PATH_BYTES = 107
 
@@ -113,7 +115,20 @@ def stop(directory: Path) -> None:
                 left.unregister(key.fd)
     for end in ends:
         os.close(end)
+    _end_strays(directory)
     private.remove(directory)
+
+
+def _end_strays(directory: Path) -> None:
+    """End what tasks have started, where a SIGKILL has kept the agent from it."""
+    mark = os.fsencode(f"{MARK}={directory}")
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        if (end := processes.pidfd(int(environ.parent.name))) is None:
+            continue
+        with contextlib.suppress(OSError):  # somebody else's, or gone
+            if mark in environ.read_bytes().split(b"\0"):
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+        os.close(end)
 
 
 def _end_of(pid: int, directory: Path) -> int | None:
@@ -231,7 +246,7 @@ def _spawn(
             start_new_session=True,
             pass_fds=[locked],
             cwd="/",
-            env=os.environ,
+            env=os.environ | {MARK: str(directory)},
         )
 
 
