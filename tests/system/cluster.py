@@ -256,7 +256,7 @@ class Job:
         """Copy a datastore of the user from the master."""
         return self.cluster.fetch(self.user, datastore, target)
 
-    def under_way(self, *workers: str, limit_s: float = 300.0) -> None:
+    def under_way(self, *workers: str, limit_s: float = JOB_LIMIT_S) -> None:
         """Wait until each of the workers has a task."""
         seen: dict[str, Any] = {}
 
