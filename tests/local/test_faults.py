@@ -266,8 +266,8 @@ def test_what_tasks_have_started_ends_with_a_session(env: dict[str, str], tmpdir
     """Also where the agent was killed, which would have ended it."""
     session = launched(launching(env))
     _, agent = launch.pids(session)
-    [fork_server] = psutil.Process(agent).children()
-    inherited = fork_server.environ()
+    assert wait_for(psutil.Process(agent).children, 60), "the agent has no fork server"
+    inherited = psutil.Process(agent).children()[0].environ()
     left, other = (
         subprocess.Popen(["sleep", "600"], env=given, start_new_session=True)
         for given in (inherited, inherited | {launch.MARK: f"{session}-of-another"})
