@@ -44,6 +44,12 @@ PLAIN = GREETING.replace(b"CURVE", b"PLAIN")
 FRAMES_PER_CONNECTION, FRAMES_AT_ONCE = 100, 10_000
 HUGE = 1 << 30
 TIMEOUT_S = 10.0
+#: what a broker asks for
+LEASE = protocol.Lease(
+    ticket=b"t" * 16,
+    data_url="tcp://192.0.2.99:1912",
+    terms=protocol.Terms(protocol.Suite.AES_256_GCM, bytes(32), "node"),
+)
 #: of an attack by silence
 SILENT_S = 12.0
 
@@ -246,7 +252,7 @@ def half(host: str, port: int, count: int) -> int:
                 link = transport.Link(sock, f"oq-run-half-{number}", 1)
                 link.send(protocol.Hello(pid=1, role="broker", facts=own))
                 answers += bool(sock.poll(5000))
-                link.send(protocol.Lease(ticket=b"t", data_url="tcp://192.0.2.99:1912"))
+                link.send(LEASE)
                 answers += bool(sock.poll(5000))
                 task = protocol.Task(
                     job=link.job, epoch=1, seq=2, task=1, attempt=1, func="f", call=b""
@@ -266,7 +272,7 @@ def boast(host: str, port: int, count: int) -> int:
     with zmq.Context() as context, member(context, host, port) as sock:
         link = transport.Link(sock, "oq-run-boast", 1)
         link.send(protocol.Hello(pid=1, role="broker", facts=own, user=WORDS))
-        link.send(protocol.Lease(ticket=b"t", data_url="tcp://192.0.2.99:1912"))
+        link.send(LEASE)
         while not select.select([sys.stdin], [], [], 0.5)[0]:
             link.send(protocol.Beat(title=WORDS))
     return count
