@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def workers(tmpdir: Path) -> list[psutil.Process]:
 
 def run(job: Path, env: dict[str, str], kill_at: list[float], rng: random.Random) -> Outcome:
     """Run a job; SIGKILL a random worker ``kill_at`` seconds after the workers appeared."""
-    command = [
+    argv = [
         sys.executable,
         "-m",
         "oq_runtime.commands.run",
@@ -108,7 +109,7 @@ def run(job: Path, env: dict[str, str], kill_at: list[float], rng: random.Random
     kills: list[str] = []
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=stream, start_new_session=True
+            argv, env=env, stdout=subprocess.PIPE, stderr=stream, start_new_session=True
         )
         pending = sorted(kill_at)
         workers_s: float | None = None
@@ -156,9 +157,14 @@ def leftovers(tmpdir: Path) -> list[str]:
     return [str(path) for path in tmpdir.glob("oq-run-*")] + [str(p.pid) for p in workers(tmpdir)]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="tests.chaos", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=6)
+def command(program: str, about: str, runs: int, drill: Callable[[int, int, Path], int]) -> int:
+    """Read the command line of a drill, and do it.
+
+    :param runs: how many there are without ``--runs``
+    :param drill: is given runs, seed and a directory; returns the exit code
+    """
+    parser = argparse.ArgumentParser(prog=program, description=about.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=runs)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="Keep datastores and logs in this directory.")
     args = parser.parse_args()
@@ -232,4 +238,4 @@ def drill(runs: int, seed: int, home: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("tests.chaos", __doc__, 6, drill))

@@ -18,7 +18,6 @@ which takes what no disk has (``tests/system``).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,7 +26,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +36,7 @@ from oq_runtime.commands.progress import StatusReader
 from oq_runtime.errors import JournalError
 from oq_runtime.files import journal
 from oq_runtime.session import launch
-from tests.chaos import JOBS, LIMIT_S, private_engine
+from tests.chaos import JOBS, LIMIT_S, command, private_engine
 from tests.conformance.compare import compare
 from tests.conformance.corpus import list_jobs, parent_of
 from tests.leftovers import wait_for
@@ -132,13 +130,13 @@ class Master:
 
     def run(self, *args: object, kill: Kill | None = None) -> Ended:
         """Run ``oq-run`` with these arguments, and kill what is to be killed."""
-        command = [sys.executable, "-m", "oq_runtime.commands.run", *map(str, args)]
+        argv = [sys.executable, "-m", "oq_runtime.commands.run", *map(str, args)]
         before = self.numbers()
         log_path = self.tmpdir / "oq-run.log"
         began_s = time.monotonic()
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [*command, "--json", f"--cores={CORES}"],
+                [*argv, "--json", f"--cores={CORES}"],
                 env=self.env, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
             )  # fmt: skip
         killed, committed = "", 0
@@ -330,19 +328,5 @@ def drill(runs: int, seed: int, home: Path) -> int:
     return 0 if equal == runs and not left_behind and part <= MOST_AGAIN else 1
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="tests.kills", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=14)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="keep datastores and logs in this directory")
-    args = parser.parse_args()
-    if args.runs < 1:
-        parser.error("--runs: give a number above 0")
-    if args.keep:
-        return drill(args.runs, args.seed, args.keep.resolve())
-    with tempfile.TemporaryDirectory(prefix="oq-kills-") as name:
-        return drill(args.runs, args.seed, Path(name))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("tests.kills", __doc__, 14, drill))

@@ -55,14 +55,6 @@ def directory_of(number: str) -> Path:
         leave(exc, EXIT_INPUT)
 
 
-def runs(directory: Path) -> bool:
-    """Whether the job of a journal runs; one of which nobody can say it goes on by hand only."""
-    try:
-        return journal.claimed(directory)
-    except JournalError:
-        return True
-
-
 @main.command()
 def show() -> None:
     """List the journals of this user: job, results, size, whether it runs, files."""
@@ -72,7 +64,7 @@ def show() -> None:
             reader = Reader(directory)
             files = " ".join(map(str, reader.head.get("spec", {}).get("files", ())))
             what = f"{reader.results} results, {journal.size(directory) / 1e6:.1f} MB, "
-            what += f"{'runs' if runs(directory) else 'can go on'}, {clean(files)}"
+            what += f"{'runs' if journal.claimed(directory) else 'can go on'}, {clean(files)}"
         except JournalError as exc:
             what = clean(str(exc))
         click.echo(f"job {number}: {what}")
@@ -109,7 +101,14 @@ def resume() -> None:
     code = 0
     for number in journal.numbers(where := datadir()):
         directory = journal.directory_of(where, number)
-        if (noted := detached.read(directory)) is None or runs(directory):
+        if (noted := detached.read(directory)) is None:
+            continue
+        try:
+            if journal.claimed(directory):
+                continue
+        except JournalError as exc:
+            click.echo(f"job {number}: {clean(str(exc))}")
+            code = EXIT_STAYS
             continue
         if noted.times >= detached.MOST_TIMES:
             click.echo(

@@ -81,6 +81,8 @@ NO_SHARE = (
 )
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
+#: options of which nothing is a value
+MAY_BE_EMPTY = ("exports", "report")
 #: what the table says of a job that was deleted
 GONE = (None, jobtable.Status.DELETED)
 #: the file beside the results that has what a detached oq-run says
@@ -213,10 +215,7 @@ def main(
     processes.open_standard()
     descriptors.raise_limit()  # of all that is started
     for name, value in click.get_current_context().params.items():
-        if value == "" and name not in (
-            "exports",
-            "report",
-        ):  # of a shell's variable that is not set
+        if value == "" and name not in MAY_BE_EMPTY:  # of a shell's variable that is not set
             raise BadInput(f"--{name.replace('_', '-')} is empty; leave it out or give a value")
     checks.check_user()
     checks.check_file_size()
@@ -247,8 +246,7 @@ def main(
         "log_level": log_level,
         "dry_run": dry_run,
     }
-    log_path = spec["log_file"]  # wherever it goes on
-    options = again(cores, priority, log_level, log_path, target)
+    options = again(cores, priority, log_level, spec["log_file"], target)
     spec["detached"] = None if tell is None else options
     compiling.find_cache(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
     try:
