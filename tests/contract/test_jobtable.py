@@ -489,21 +489,6 @@ def test_a_parent_that_another_program_writes(
         other.communicate(b"\n")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_parent_that_others_may_not_read(database: Database, table: JobTable) -> None:
-    number = database.job("complete", user_name="other")
-    results(database, number).chmod(0)
-    child = os.fork()
-    if child == 0:
-        os.setuid(65534)
-        try:
-            jobtable.check_datastore(database.path.parent / f"calc_{number}.hdf5", "--hc 1")
-        except InputError as exc:
-            os._exit(0 if "Permission denied" in str(exc) else 1)
-        os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 # ---- numbers
 
 

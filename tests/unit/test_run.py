@@ -7,22 +7,32 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import oq_runtime
-from oq_runtime.commands.checks import BadInput, check_places, check_priority
+from oq_runtime.commands.checks import (
+    BadInput,
+    check_file,
+    check_log,
+    check_places,
+    check_priority,
+)
 from oq_runtime.commands.lines import exports, surveyed
-from oq_runtime.commands.run import NO_NODE, NO_SHARE, again, parse_params, waits_for
+from oq_runtime.commands.run import NO_NODE, NO_SHARE, again, check_report, parse_params, waits_for
 from oq_runtime.config import Cluster, Config
+from oq_runtime.engine import jobtable, messages
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.priority import Priority
+from oq_runtime.report import words
 from oq_runtime.session import launch
 from oq_runtime.wire.protocol import Node, NodeState, Status
+from tests.nobody import NOBODY, told
 
-#: an account and a group of every Linux
-NOBODY, DAEMON = 65534, 1
+#: a group of every Linux
+DAEMON = 1
 
 
 @pytest.mark.parametrize(
@@ -133,23 +143,7 @@ def answer(priority: Priority, group: str, *groups: int, cluster: bool = True) -
     """
     hosts = Cluster({"192.0.2.2": 1}, 1909, "", "", range(1), "", "") if cluster else None
     settings = Config(cores=1, urgent_group=group, cluster=hosts)
-    read, write = os.pipe()
-    if not (child := os.fork()):
-        if groups:
-            os.setgroups(groups)
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-        try:
-            check_priority(priority, settings)
-        except BadInput as exc:
-            os.write(write, exc.format_message().encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as said:
-        text = said.read()
-    os.waitpid(child, 0)
-    return text
+    return told(lambda: check_priority(priority, settings), groups)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can have the groups of others")
@@ -172,14 +166,55 @@ def test_who_may_be_urgent_is_known_by_the_groups_of_the_process(
 
 def test_a_priority_is_for_a_cluster() -> None:
     assert answer(Priority.NORMAL, "", cluster=False) == ""
-    told = answer(Priority.LOW, "", cluster=False)
-    assert told.startswith("--priority low is for a cluster") and "leave it out" in told
+    refused = answer(Priority.LOW, "", cluster=False)
+    assert refused.startswith("--priority low is for a cluster") and "leave it out" in refused
 
 
 def test_the_engine_needs_more_of_proc_than_processes(tmp_path: Path) -> None:
     check_places()
     with pytest.raises(BadInput, match=f"{tmp_path}/meminfo cannot be read.*subset=pid may not"):
         check_places(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    "call, line",
+    [
+        (lambda path: check_log(str(path)), "--log-file {path}: Permission denied; give another"),
+        (
+            lambda path: check_file(str(path)),
+            "{path}: Permission denied; check the path of the job",
+        ),
+        (
+            lambda path: check_report(f"{path}.html", None, ["job.ini"], False),
+            "--report: {folder}: Permission denied; give a file in a directory where you may write",
+        ),
+        (
+            lambda path: words.find(path.parent, 5),
+            "job 5: {folder}/calc_5.hdf5: Permission denied; ",
+        ),
+        (
+            lambda path: jobtable.check_datastore(path, "job 5"),
+            "job 5: its datastore {path}: Permission denied; its owner must let you read it",
+        ),
+        (lambda path: messages.no_file([str(path)]), ""),
+        (lambda path: messages.encoding(UnicodeError("codec can't decode"), [f"{path}.csv"]), ""),
+    ],
+)
+def test_a_folder_that_others_may_not_look_into(
+    tmp_path: Path, call: Callable[[Path], object], line: str
+) -> None:
+    (path := tmp_path / "sealed" / "job.ini").parent.mkdir(0o700)
+    path.touch(0o666)
+    said = told(lambda: call(path))
+    assert said.startswith(line.format(path=path, folder=path.parent)) and bool(line) == bool(said)
+    assert said.count("\n") == 0, "a traceback"
+
+
+def test_a_log_that_is_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "log").symlink_to("log")
+    with pytest.raises(BadInput, match="log: Too many levels of symbolic links; give another one"):
+        check_log(str(tmp_path / "log"))
 
 
 def test_what_a_job_waits_for() -> None:

@@ -70,16 +70,16 @@ def expanded(name: str) -> Path:
 
 def absolute(name: str) -> Path:
     """Return the absolute path of what may not be there yet."""
-    return expanded(name).resolve()
+    return Path(os.path.realpath(expanded(name)))  # also of a link to itself
 
 
 def check_log(name: str) -> str:
     """Return the absolute path of a log file, which need not be there."""
     path = absolute(name)
-    if path.is_fifo():  # the engine would wait for its reader, and all jobs for the engine
-        raise BadInput(f"--log-file {name} is a pipe; give a file")
-    there = path.exists()
     try:
+        if path.is_fifo():  # the engine would wait for its reader, and all jobs for the engine
+            raise BadInput(f"--log-file {name} is a pipe; give a file")
+        there = path.exists()
         path.open("ab").close()
         if not there:
             path.unlink()

@@ -305,7 +305,7 @@ def check_report(name: str, export_dir: str | None, files: Sequence[str], dry_ru
     if dry_run:
         raise BadInput("--report tells of a job that was run; leave it out with --dry-run")
     target = checks.absolute(name or export_dir or ".")
-    if name and not target.is_dir():
+    if name and not os.path.isdir(target):
         if target.suffix != output.SUFFIX:
             raise BadInput(
                 f"--report {name}: the name of a report ends in {output.SUFFIX}; write --report "
@@ -313,9 +313,9 @@ def check_report(name: str, export_dir: str | None, files: Sequence[str], dry_ru
             )
         if len(files) > 1:
             raise BadInput(f"--report {name}: there is one for each job; give a directory")
-    if name or target.is_dir():  # the engine makes the directory of the exports
+    if name or os.path.isdir(target):  # the engine makes the directory of the exports
         try:
-            output.check_place(target / output.SUFFIX if target.is_dir() else target)
+            output.check_place(target / output.SUFFIX if os.path.isdir(target) else target)
         except OqRuntimeError as exc:
             raise BadInput(f"--report: {exc}") from exc
     return target
@@ -833,7 +833,7 @@ class Run:
         code = 0
         for row in self.finished if self.interrupted_s is None or self.aborted else ():
             path = Path(row.get("datastore") or self.datadir / f"calc_{row['job']}.hdf5")
-            if not path.exists():
+            if not os.path.exists(path):
                 self._print(f"there is no report of job {row['job']}: it has no results")
                 continue
             if not self.quiet:

@@ -103,7 +103,7 @@ def install_readinput(readinput: Any) -> None:
 
     def unzip_rename(zpath: str, name: str) -> str:
         path = Path(zpath)
-        if path.is_file() and zipfile.is_zipfile(path):
+        if os.path.isfile(path) and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as packed:
                 check(path, packed, shutil.disk_usage(path.parent).free)
                 for member in map(PurePosixPath, packed.namelist()):

@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -312,9 +313,9 @@ def check_datastore(path: Path, name: str) -> None:
     """Raise InputError where the datastore of a parent cannot be read."""
     import h5py
 
-    if path.exists() and not path.is_file():  # whose writer may be waited for for ever
-        raise InputError(f"{name}: its datastore {path} is no file")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # whose writer may be waited for for ever
+            raise InputError(f"{name}: its datastore {path} is no file")
         with path.open("rb"):
             pass
     except FileNotFoundError:

@@ -210,7 +210,7 @@ def encoding(exc: BaseException, inputs: Iterable[str]) -> str:
     if ENCODING.search(str(exc)):
         for given in map(Path, inputs):
             for path in (given, *named_in(given)):
-                if not (path.suffix in TEXTS and path.is_file()):
+                if not (path.suffix in TEXTS and os.path.isfile(path)):
                     continue
                 if wrong := not_utf8(path, path.read_bytes()):
                     return clean(wrong)
@@ -255,7 +255,7 @@ def no_file(inputs: Iterable[str]) -> str:
     """Say which input would be waited for without an end, such as a pipe; nothing: none would."""
     for path in map(Path, inputs):
         for one in (path, *named_in(path)):
-            if one.exists() and not (one.is_file() or one.is_dir()):
+            if os.path.exists(one) and not (os.path.isfile(one) or os.path.isdir(one)):
                 return clean(f"{one} is not a file, but a pipe or device; give a file")
     return ""
 

@@ -62,7 +62,7 @@ def inputs(params: Mapping[str, Any], oqparam: Any) -> list[Path]:
     if oqparam is not None:
         with contextlib.suppress(Exception):  # a broken one: the engine says so in its own time
             found += [Path(name) for name in readinput.get_input_files(oqparam)]
-    return [path.resolve() for path in found if path.is_file()]
+    return [path.resolve() for path in found if os.path.isfile(path)]
 
 
 def of_parent(table: JobTable, parent: int | str | None) -> dict[str, str]:

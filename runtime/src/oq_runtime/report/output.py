@@ -16,11 +16,11 @@ MARK, MARK_BYTES = b'<meta name="generator" content="oq-report">', 512
 
 def check_place(file: Path) -> None:
     """Raise InputError where a page cannot be written, or something else is there."""
-    if file.is_dir():
+    if os.path.isdir(file):
         raise InputError(f"{file} is a directory; give the name of a file, or leave it out")
-    if file.exists():
+    if os.path.exists(file):
         try:
-            ours = file.is_file() and MARK in file.open("rb").read(MARK_BYTES)
+            ours = os.path.isfile(file) and MARK in file.open("rb").read(MARK_BYTES)
         except OSError as exc:
             raise InputError(f"{file} is there and cannot be read: {exc.strerror}") from exc
         if not ours:
@@ -65,4 +65,4 @@ def place(datastore: Path, given: Path | None) -> Path:
     if given is None:
         return Path(name).absolute()
     given = given.expanduser().absolute()
-    return given / name if given.is_dir() else given
+    return given / name if os.path.isdir(given) else given

@@ -49,8 +49,11 @@ def find(datadir: Path, number: int) -> Path:
             raise InputError(f"job {number}: {datadir} has {counted(len(there), 'job')}")
         number = there[number]
     path = datadir / f"calc_{number}.hdf5"
-    if not path.exists():
-        raise InputError(f"job {number}: there is no {path}; oq engine --lhc lists the jobs")
+    try:
+        path.stat()
+    except OSError as exc:
+        remedy = "oq engine --lhc lists the jobs"
+        raise InputError(f"job {number}: {path}: {exc.strerror}; {remedy}") from exc
     return path
 
 
