@@ -32,7 +32,7 @@ help:
 	@echo "                  RUNS=n SEED=n: kills of the master's processes, then --resume"
 	@echo "make reports      pages about twelve jobs of the corpus, held against the engine's exports"
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
-	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. (see docs/performance.md)"
+	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. BUSY=n (see docs/performance.md)"
 	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make lint | types | unit | local | cluster | attack    one test lane"
@@ -169,7 +169,7 @@ $(PEERS)/.stamp: constraints/bench.txt
 	@touch $@
 
 bench: $(STAMP) $(PEERS)/.stamp
-	$(VENV)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	$(VENV)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(BUSY),--busy $(BUSY)) \
 	  $(if $(ROW),--row $(ROW)) $(if $(SYSTEM),--system $(SYSTEM)) $(if $(PLOTS),--plots $(PLOTS))
 
 # One broker and many nodes: NODES="20 200 2000".

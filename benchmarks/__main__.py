@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +21,16 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.rows import EXPERIMENTS, Experiment
-from benchmarks.systems import ENGINES, PEERS, PEERS_PYTHON, ROOT, Failed, Hung, Lab
+from benchmarks.systems import (
+    ENGINES,
+    PEERS,
+    PEERS_PYTHON,
+    ROOT,
+    SEALED,
+    Failed,
+    Hung,
+    Lab,
+)
 from tests.cluster import netns
 
 #: failures after which a system is not asked again for the same row
@@ -108,12 +119,25 @@ def names(text: str, known: Sequence[str], what: str) -> list[str]:
     return given
 
 
+@contextmanager
+def busy(loops: int) -> Iterator[None]:
+    """Keep so many cores busy beside the measurement."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
+    try:
+        yield
+    finally:
+        for one in others:
+            one.kill()
+            one.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--row", default="", help="comma-separated; default: all but huge and real")
     parser.add_argument("--system", default="", help="comma-separated; default: all")
     parser.add_argument("--rounds", type=int, help="default: 5, quick: 2")
     parser.add_argument("--quick", action="store_true", help="less work, fewer rounds")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="beside N busy loops")
     parser.add_argument("--json", type=Path, default=BUILD / "bench.json")
     parser.add_argument("--plots", type=Path, help="directory for one PNG per row")
     parser.add_argument(
@@ -122,7 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = names(args.row, [experiment.name for experiment in EXPERIMENTS], "row")
     experiments = [e for e in EXPERIMENTS if (e.name in rows if rows else not e.on_request)]
-    known = [*ENGINES, *PEERS]
+    known = [*ENGINES, *PEERS, SEALED]
     systems = set(names(args.system, known, "system") or known)
     if reason := netns.unavailable():
         sys.exit(f"the benchmarks need network namespaces: {reason}")
@@ -131,7 +155,7 @@ def main() -> None:
     rounds = args.rounds or (2 if args.quick else 5)
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed
-    with Lab(BUILD / "bench-log") as lab:
+    with busy(args.busy), Lab(BUILD / "bench-log") as lab:
         bench = Bench(lab, experiments, systems, args.quick, console)
         for number in range(1, rounds + 1):
             console.rule(f"round {number} of {rounds}")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.systems import ROOT, Failed, Hung, Lab, System
+from benchmarks.systems import ROOT, SEALED, Failed, Hung, Lab, System
 from benchmarks.usage import Usage, peak_bytes
 from tests.conformance.compare import compare
 
@@ -206,7 +206,7 @@ EXPERIMENTS = (
                 "a",
                 "2,000 tasks that do nothing",
                 "tasks/s",
-                (Target(1500), Target(7, ZMQ), Target(1.8, "parsl-htex")),
+                (Target(1500), Target(8, ZMQ), Target(3.5, "parsl-htex")),
             ),
         ),
         systems=(*ENGINE, *PEERS),
@@ -219,10 +219,10 @@ EXPERIMENTS = (
                 "b",
                 "50 tasks that return 8 MB each",
                 "MB/s",
-                (Target(380), Target(1.8, ZMQ), Target(1, PROCESSPOOL)),
+                (Target(380), Target(1.5, ZMQ), Target(1.3, "dask"), Target(0.85, SEALED)),
             ),
         ),
-        systems=(*ENGINE, *PEERS),
+        systems=(*ENGINE, *PEERS, SEALED),
         on=result,
     ),
     Experiment(
@@ -232,7 +232,7 @@ EXPERIMENTS = (
                 "c",
                 "50 tasks that receive the same 16 MB",
                 "MB/s",
-                (Target(3000), Target(10, ZMQ), Target(1.4, "dask-scatter")),
+                (Target(3000), Target(12, ZMQ), Target(1.5, "dask-scatter")),
             ),
         ),
         systems=(*ENGINE, *PEERS, "dask-scatter"),
@@ -287,7 +287,7 @@ EXPERIMENTS = (
                 "start",
                 "start of a calculation until its first result",
                 "s",
-                (Target(1.15, PROCESSPOOL),),
+                (Target(0.4, PROCESSPOOL),),
                 more_is_better=False,
                 ours=IPC,
             ),

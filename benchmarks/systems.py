@@ -5,6 +5,7 @@
     engine-zmq          the engine's own worker pools, TCP between master and nodes
     engine-processpool  the engine's own multiprocessing pool
     dask, dask-scatter, parsl-htex, ipyparallel    the peers, on the loopback of the master
+    sealed-zmq          no system: AES-256-GCM over ZeroMQ between two processes there
 
 All of them share the machine, so one runs at a time. What is measured: ``rows``.
 """
@@ -123,6 +124,8 @@ class Lab:
         with self._cluster(slots) as cluster:
             if name in ENGINES:
                 driver = self._drive(cluster, "engine", **ENGINES[name](self, cluster))
+            elif name == SEALED:
+                driver = self._drive(cluster, "sealed_zmq")
             else:
                 driver = self._peer(cluster, *PEERS[name], total)
             system = System(name, driver, cluster)
@@ -273,6 +276,8 @@ ENGINES: dict[str, Callable[[Lab, Cluster], dict[str, str]]] = {
     "engine-zmq": engine_zmq,
     "engine-processpool": engine_processpool,
 }
+#: of which row b is a part
+SEALED = "sealed-zmq"
 #: module of the driver and its options
 PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dask": ("dask_distributed", ()),
