@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import click
 from rich.console import Console
@@ -34,7 +34,7 @@ from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.lines import describe, exports, next_steps, place, reported, surveyed
 from oq_runtime.commands.notice import Notice
 from oq_runtime.commands.progress import Display, StatusReader
-from oq_runtime.config import SESSION_VARIABLE, Config, check_cores
+from oq_runtime.config import Config, check_cores
 from oq_runtime.engine import jobtable
 from oq_runtime.errors import ConfigError, JournalError, OqRuntimeError
 from oq_runtime.files import compiling, detached, journal
@@ -511,10 +511,14 @@ class Run:
                 signal.signal(number, self._interrupt)
         if self.display.framed and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, self._stop)
+        process, reports = self._load()
         try:
             directory = self.directory = launch.start(self.settings, os.getpid(), self.priority)
         except (OqRuntimeError, OSError) as exc:
             self.display.close()
+            process.kill()
+            with process, reports:
+                pass
             self.error = str(exc)
             return EXIT_INPUT if isinstance(exc, ConfigError) else EXIT_NO_WORKERS
         if self.settings.notify and not self.spec["dry_run"]:
@@ -522,22 +526,26 @@ class Run:
             given = "; ".join(describe(Path(file)) for file in self.spec["files"])
             self.notice.add(description=given)
         try:
-            return self._engine(directory)
+            return self._engine(directory, process, reports)
         finally:
             self.display.close()
             # broker and agent end with this process; do not wait for that when the caller may
             # import us, and let nothing of the session outlive the command
             launch.stop(directory)
 
-    def _engine(self, directory: Path) -> int:
+    def _load(self) -> tuple[subprocess.Popen[bytes], BinaryIO]:
+        """Start the engine process, which imports the engine while the session is made.
+
+        :returns: the process, and what it reports
+        """
         env = dict(os.environ)
-        env[SESSION_VARIABLE] = str(directory)
         env["OQ_DISTRIBUTE"] = "no" if self.spec["dry_run"] else "zmq"
         if "OQ_DATADIR" in env:  # the engine changes directories
             env["OQ_DATADIR"] = str(self.datadir)
         env.setdefault("PYTHONHASHSEED", "0")  # a journal holds for the same order of sets only
         if self.settings.cluster is None:
             env["OQ_NUM_CORES"] = str(self.settings.cores)
+        self.loaded = compiling.done()
         report_in, report_out = os.pipe()
         process = self.process = subprocess.Popen(
             processes.python("oq_runtime.engine.job", str(report_out), str(os.getpid())),
@@ -551,14 +559,16 @@ class Run:
         os.close(report_out)
         if self.interrupted_s is not None:  # before there was a process to tell
             process.send_signal(signal.SIGINT)
+        return process, os.fdopen(report_in, "rb")
+
+    def _engine(self, directory: Path, process: subprocess.Popen[bytes], reports: BinaryIO) -> int:
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-            stdin.write(json.dumps(self.spec).encode())
+            stdin.write(json.dumps({"session": str(directory), **self.spec}).encode())
         self.display.enter("loading the engine")
-        self.loaded = compiling.done()
         status = StatusReader(directory)
         try:
-            with process.stdout as log, os.fdopen(report_in, "rb") as reports:
+            with process.stdout as log, reports:
                 self._follow(process, reports.fileno(), log.fileno(), status)
             if not self.quiet:
                 self.display.show(status.last(STATUS_SECS))

@@ -1,6 +1,7 @@
 """The engine process of ``oq-run``: create the jobs, run them, say what became of them.
 
-Reads a JSON specification on stdin (the options of ``commands.run``) and writes one JSON object per
+Imports the engine, reads a JSON specification on stdin (``session``, its directory, and the options
+of ``commands.run``), and writes one JSON object per
 line to a descriptor: ``loaded`` (the engine), ``note`` (a line for the user), ``created``,
 ``waiting`` (for which jobs) and ``running`` (a job), ``finished`` (its summary), ``skipped`` (one
 that was ended before its turn), ``failed`` (one line on what is wrong), ``survey`` (of a job that
@@ -11,6 +12,7 @@ Tracebacks go to the engine's log, which is in the job database.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -82,10 +84,11 @@ class Jobs:
     """
 
     def __init__(self, spec: dict[str, Any], report: Report) -> None:
-        with compiling.once():
-            from openquake.baselib import config
-            from openquake.commonlib import logs, readinput
-            from openquake.engine import engine
+        load()
+        from openquake.baselib import config
+        from openquake.commonlib import logs, readinput
+        from openquake.engine import engine
+
         report({"kind": "loaded"})
 
         self.spec = spec
@@ -527,9 +530,20 @@ def summary(logs: Any, job_id: int, started_s: float) -> dict[str, Any]:
     }
 
 
-def run(spec: dict[str, Any], report: Report) -> int:
+def load() -> None:
+    """Import the engine."""
+    with compiling.once():
+        importlib.import_module("openquake.engine.engine")
+
+
+def run(report: Report) -> int:
     """Run what ``oq-run`` asks for; return the exit code."""
     try:
+        with contextlib.suppress(Exception):  # raised again by Jobs
+            load()  # in the time that oq-run takes to make the session
+        spec = json.load(sys.stdin)
+        # the engine leaves files there
+        tempfile.tempdir = os.environ[SESSION_VARIABLE] = spec["session"]
         return Jobs(spec, report).run()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -551,15 +565,13 @@ def main() -> None:
         sys.exit("oq-run has ended")
     for number in (signal.SIGINT, signal.SIGTERM):  # also where oq-run's parent ignores them
         signal.signal(number, signal.default_int_handler)
-    tempfile.tempdir = os.environ[SESSION_VARIABLE]  # the engine leaves files there
-    spec = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w") as stream:
 
         def report(row: dict[str, Any]) -> None:
             stream.write(json.dumps(row) + "\n")
             stream.flush()
 
-        code = run(spec, report)
+        code = run(report)
         # from here on nothing can change the outcome, nor the interpreter's own end be safer
         report({"kind": "end", "code": code})
         remove_temporary()

@@ -244,7 +244,8 @@ class Agent:
             self.owner = processes.pidfd(owner)
             self.running = self.owner is not None
         self.drain_asked = self.ending = False
-        self.forkserver: ForkServer | None = None  # while there are leases or workers
+        self.forkserver: ForkServer | None = None  # while there are leases or workers, or always
+        self.ready = False
         self.processes: dict[int, Process] = {}
         self.channels: dict[int, int] = {}  # descriptors of those that are open -> worker
         self.jobs: dict[str, JobIO] = {}
@@ -277,6 +278,12 @@ class Agent:
             if self.gate is not None:
                 self.gate.stop()
             self.context.destroy(linger=0)
+
+    def make_ready(self) -> None:
+        """Have the engine imported for the workers before the first job calls, once for all."""
+        self.ready = True
+        with contextlib.suppress(OSError):  # told with the first worker
+            self.forkserver = self._start_forkserver()
 
     def _secure_control(self, socket: zmq.Socket[Any]) -> None:
         if self.keys is not None:
@@ -727,7 +734,7 @@ class Agent:
         except EOFError:
             self._forkserver_gone(forkserver)
             return
-        if not self.processes and not self.slots.leases:
+        if not (self.ready or self.processes or self.slots.leases):
             self._close_forkserver(forkserver)
 
     def _close_forkserver(self, forkserver: ForkServer) -> int:

@@ -160,6 +160,7 @@ def main() -> None:
                 limits=args.limits,
             )
             signal.signal(signal.SIGTERM, lambda *_: agent.stop())
+            agent.make_ready()
             agent.run()
     finally:
         private.remove(args.directory, memory)
