@@ -16,12 +16,14 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
 
 from tests.leftovers import wait_for
+from tests.reports import Page
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hazard_classical"
 PASSWORD = "a long enough password"
@@ -267,8 +269,32 @@ def test_job_outlives_a_restart(site: Site) -> None:
     session = site.login()
     outputs = session.get(f"{site.url}/v1/calc/{job}/results").json()
     assert any(row["type"] == "hcurves" for row in outputs)
+    check_report(site, session, job)
     answer = session.get(f"{site.url}/v1/calc/{job}/extract/no_such_key")
     assert 400 <= answer.status_code < 500 and len(answer.text.splitlines()) == 1, answer.text
+
+
+def check_report(site: Site, session: requests.Session, job: int) -> None:
+    """Its page is made when it is asked for, one at a time for an account, and not kept."""
+    assert f'href="/engine/{job}/report"' in session.get(f"{site.url}/engine/activity").text
+
+    def ask(_: int) -> requests.Response:
+        return session.get(f"{site.url}/engine/{job}/report")
+
+    with ThreadPoolExecutor(2) as both:
+        page, refused = sorted(both.map(ask, range(2)), key=lambda answer: answer.status_code)
+    assert page.ok, page.text
+    assert {"hcurves", "hmaps", "timeline"} < {one.output for one in Page(page.text).figures}
+    assert page.headers["Content-Security-Policy"].endswith("; sandbox")
+    said = {"error": "another report is being made; try again in a minute"}
+    assert (refused.status_code, refused.json()) == (503, said)
+    assert not list(site.database.parent.rglob("report_*"))
+    code = "import django, sys; django.setup(); from oq_runtime.webui import reports; "
+    code += "reports.LIMIT_S = 0.1; reports.made(sys.argv[1])"
+    datastore = f"{site.env['OQ_DATADIR']}/calc_{job}.hdf5"
+    command = [sys.executable, "-c", code, datastore]
+    done = subprocess.run(command, env=site.env, capture_output=True, text=True)
+    assert "Refused: the report was not made within 0 s" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

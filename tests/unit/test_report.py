@@ -22,6 +22,7 @@ import numpy
 import pytest
 from click.testing import CliRunner
 
+from oq_runtime import processes
 from oq_runtime.commands import report
 from oq_runtime.commands.checks import BadInput
 from oq_runtime.commands.run import check_report
@@ -309,6 +310,18 @@ def test_the_state_is_that_of_the_table(home: Path, monkeypatch: pytest.MonkeyPa
     assert done.output == f"{home}/report_6.html\n"
     shown = "".join(Page((home / "report_6.html").read_text()).words)
     assert "The job is failed" in shown and "none: the engine ran it alone" in shown
+
+
+def test_to_stdout(home: Path) -> None:
+    """What the engine prints meanwhile is no part of the page."""
+    command = [*processes.python("oq_runtime.commands.report"), "6", "-"]
+    done = subprocess.run(command, cwd=home, capture_output=True, check=True)
+    assert done.stdout.startswith(b"<!doctype html>") and done.stdout.endswith(b"</html>\n")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, cwd=home, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == b"oq-report: stdout: No space left on device\n"
+    assert not list(home.glob("*.html"))
 
 
 def test_no_matplotlib(home: Path) -> None:

@@ -21,6 +21,7 @@ from oq_runtime.report import output
 from oq_runtime.text import clean
 
 EXIT_INPUT = 2
+STDOUT = Path("-")
 #: of a line about a problem
 MOST_CHARACTERS = 1000
 
@@ -35,21 +36,31 @@ MOST_CHARACTERS = 1000
 def main(job: str, file: Path | None, error: str) -> None:
     """Write a page about job ID (-1: the last one), or about a datastore (calc_ID.hdf5).
 
-    It goes to FILE, or to report_ID.html in this directory: one file with all that is in it. Exit
-    codes: 0 it is written, 2 it could not be.
+    It goes to FILE (-: stdout), or to report_ID.html in this directory: one file with all that is
+    in it. Exit codes: 0 it is written, 2 it could not be.
     """
     try:
         processes.check_user()
         path, state = find(job)
-        target = output.place(path, file)
-        output.check_place(target)
+        target = None if file == STDOUT else output.place(path, file)
+        if target:
+            output.check_place(target)
         from oq_runtime.report import page  # not wanted by the others: matplotlib
 
-        output.write(target, page.made(path, state, error))
+        with contextlib.redirect_stdout(sys.stderr):  # which the engine may print to
+            text = page.made(path, state, error)
+        if target:
+            output.write(target, text)
+        else:
+            try:
+                click.echo(text.encode(), nl=False)
+            except OSError as exc:
+                raise InputError(f"stdout: {exc.strerror}") from exc
     except OqRuntimeError as exc:
         click.echo(f"oq-report: {clean(str(exc), MOST_CHARACTERS)}", err=True)
         sys.exit(EXIT_INPUT)
-    click.echo(target)
+    if target:
+        click.echo(target)
 
 
 def find(job: str) -> tuple[Path, str]:

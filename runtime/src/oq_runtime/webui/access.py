@@ -97,6 +97,7 @@ VIEWS: Mapping[str, Rule] = {
     "jobs_from_inis": Rule.NEVER,
     "license": Rule.MEMBER,
     "on_same_fs": Rule.ELSEWHERE,
+    "report": Rule.OWNER,  # ours
     "validate_ini": Rule.NEVER,
     "validate_nrml": Rule.MEMBER,
     "validate_zip": Rule.CHECK,
@@ -215,7 +216,9 @@ class Access:
         """Tell in a line what the engine has not foreseen; the log has the rest."""
         if isinstance(exc, (Http404, PermissionDenied)):
             return None
-        if isinstance(exc, MALFORMED):
+        if isinstance(exc, Refused):
+            return JsonResponse({"error": str(exc)}, status=exc.status)
+        if isinstance(exc, (InputError, *MALFORMED)):
             return JsonResponse({"error": clean(str(exc))}, status=400)
         if isinstance(exc, OSError) and rule_of(request.resolver_match) is Rule.READER:
             return JsonResponse(

@@ -1,4 +1,4 @@
-"""The page ``engine/activity``: what the nodes are doing, and the jobs that are under way.
+"""The page ``engine/activity``: what the nodes do, jobs under way, and jobs that have ended.
 
 A job is shown to whom the engine's list of calculations shows it. The nodes are asked at most every
 ASK_SECS, however many people look.
@@ -22,7 +22,7 @@ from openquake.server import utils
 from oq_runtime import config
 from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable
 from oq_runtime.config import Cluster, Config
-from oq_runtime.engine.jobtable import seconds
+from oq_runtime.engine.jobtable import UNFINISHED, seconds
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.node import memory
 from oq_runtime.text import clean, duration
@@ -30,8 +30,9 @@ from oq_runtime.wire.protocol import AgentState
 
 #: seconds for which an answer of the nodes is shown
 ASK_SECS = 2.0
-#: jobs on the page, and lines of the log of each in which its progress is looked for
-MOST_JOBS, LINES = 50, 200
+#: jobs under way on the page, those that have ended, and lines of the log of one under way in which
+#: its progress is looked for
+MOST_JOBS, MOST_ENDED, LINES = 50, 20, 200
 LAST_LINES = f"SELECT message FROM log WHERE job_id=?x ORDER BY id DESC LIMIT {LINES}"
 #: the engine's lines on the tasks of a function, see ``Starmap.log_percent``
 PERCENT = re.compile(r"(\S+) +(\d+)% \[")
@@ -51,7 +52,7 @@ class NodeRow:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """A job, in words."""
+    """A job, in words. ``own``: the user of the request may have the report."""
 
     number: int
     user: str
@@ -60,6 +61,7 @@ class JobRow:
     since: str
     status: str
     progress: str
+    own: bool
 
 
 class Nodes:
@@ -120,21 +122,22 @@ def node_row(host: str, answer: Answer) -> NodeRow:
     )
 
 
-def job_rows(request: Any) -> list[JobRow]:
-    """Return the jobs that are under way and that the user of a request may see."""
+def job_rows(request: Any, *, running: bool) -> list[JobRow]:
+    """Return the jobs that the user of a request may see: those under way, or that have ended."""
+    users, everybody = utils.get_valid_users(request), utils.is_superuser(request)
+    limit = MOST_JOBS if running else MOST_ENDED
     calculations = logs.dbcmd(
-        "get_calcs",
-        {"is_running": "1", "limit": MOST_JOBS},
-        utils.get_valid_users(request),
-        not utils.is_superuser(request),
+        "get_calcs", {"is_running": f"{running:d}", "limit": limit}, users, not everybody
     )
     found = []
     for row in calculations:
         # the same places in all engine series
-        number, user, status, mode, _, description, *_, start = row[:11]
-        found.append(
-            JobRow(number, user, mode, description, since(seconds(start)), status, progress(number))
-        )
+        number, user, status, mode, is_running, description, *_, start = row[:11]
+        if bool(is_running) != running or (status in UNFINISHED and not running):
+            continue  # 3.23 lists what is shared in any case
+        far, began = progress(number) if running else "", since(seconds(start))
+        own = everybody or user in users
+        found.append(JobRow(number, user, mode, description, began, status, far, own))
     return found
 
 
@@ -160,5 +163,6 @@ def activity(request: Any) -> Any:
     except OqRuntimeError as exc:
         problem = "The nodes cannot be asked"
         problem += f": {exc}" if utils.is_superuser(request) else "; tell an administrator."
-    content = {"nodes": rows, "problem": problem, "jobs": job_rows(request)}
+    jobs, ended = (job_rows(request, running=running) for running in (True, False))
+    content = {"nodes": rows, "problem": problem, "jobs": jobs, "ended": ended}
     return render(request, "oq_runtime/activity.html", content)

@@ -11,7 +11,7 @@ import importlib
 from django.conf import settings
 from django.urls import path
 
-from oq_runtime.webui import activity
+from oq_runtime.webui import activity, reports
 
 PAM = "django_pam.auth.backends.PAMBackend"
 
@@ -23,7 +23,9 @@ try:
 finally:
     settings.AUTHENTICATION_BACKENDS = backends
 
+OURS = f"{settings.SITE.prefix}/engine".lstrip("/")
 urlpatterns = [
-    path(f"{settings.SITE.prefix}/engine/activity".lstrip("/"), activity.activity, name="activity"),
+    path(f"{OURS}/activity", activity.activity, name="activity"),
+    path(f"{OURS}/<int:calc_id>/report", reports.report, name="report"),
     *engine.urlpatterns,
 ]
