@@ -1,15 +1,17 @@
 """Run the test lanes and print a table of times and results.
 
 Used by ``make test``, which makes the virtual environments first. All lanes run even if an earlier
-one fails. Those that have to do with time run one after the other; the rest follows, as many at a
-time as there are cores, and what each prints comes at its end. A lane is left out, with the reason,
-if its folder is missing, if it takes long and nobody has asked for it, or if its program ends with
-exit code 77: it cannot run on this machine, its last line says why. A lane whose interpreter is
-missing fails. The exit code is 1 if any lane failed, or if none ran.
+one fails, two at a time, the longest first; what each prints comes at its end. Where it can be,
+each has a /dev/shm of its own, since some of their tests look at what is left there. The molecule
+and the system lane come last, and alone: they fill the machine. A lane is left out, with the
+reason, if its folder is missing, if it takes long and nobody has asked for it, or if its program
+ends with exit code 77: it cannot run on this machine, its last line says why. A lane whose
+interpreter is missing fails. The exit code is 1 if any lane failed, or if none ran.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -31,7 +33,7 @@ class Lane:
     venv: str = VENV
     asked_by: str = ""  # variable of the environment without which the lane is left out
     why: str = ""  # reason to give then
-    beside: bool = False  # it may run at the same time as others
+    alone: bool = False  # it fills the machine
 
 
 PROVISIONING = (("pytest", "-rs", "-m", "not slow", "tests/provisioning"),)
@@ -42,13 +44,18 @@ CLUSTER = (("pytest", "-rs", "-m", "not slow and not attack", "tests/cluster"),)
 ATTACK = (("pytest", "-rs", "-m", "attack and not slow", "tests/local", "tests/cluster"),)
 DOCS = ("sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")
 LANES = (
-    Lane("lint", "tests", (("ruff", "check", "."), ("ruff", "format", "--check", "."))),
-    Lane("docs", "docs/conf.py", (DOCS,), ".venv-docs"),
-    Lane("types", "runtime/src", (("mypy",),)),
-    Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
+    Lane("provisioning", "tests/provisioning", PROVISIONING, ".venv-provision"),
     Lane("local", "tests/local", (("pytest", "-m", "not attack and not slow", "tests/local"),)),
     Lane("cluster", "tests/cluster", CLUSTER),
     Lane("attack", "tests/cluster", ATTACK),
+    Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
+    Lane("contract", "tests/contract", CONTRACT),
+    Lane("contract-3.25", "tests/contract", CONTRACT, ".venv-3.25"),
+    Lane("contract-3.23", "tests/contract", CONTRACT, ".venv-3.23"),
+    Lane("conformance", "tests/conformance/__main__.py", CONFORMANCE),
+    Lane("types", "runtime/src", (("mypy",),)),
+    Lane("docs", "docs/conf.py", (DOCS,), ".venv-docs"),
+    Lane("lint", "tests", (("ruff", "check", "."), ("ruff", "format", "--check", "."))),
     Lane(
         "molecule",
         "molecule/run",
@@ -56,6 +63,7 @@ LANES = (
         ".venv-provision",
         asked_by="MOLECULE",
         why="takes ten minutes and installs podman",
+        alone=True,
     ),
     Lane(
         "system",
@@ -63,13 +71,12 @@ LANES = (
         (("tests.system",),),
         asked_by="SYSTEM",
         why="takes an hour and builds a kernel",
+        alone=True,
     ),
-    Lane("provisioning", "tests/provisioning", PROVISIONING, ".venv-provision", beside=True),
-    Lane("contract-3.25", "tests/contract", CONTRACT, ".venv-3.25", beside=True),
-    Lane("contract-3.23", "tests/contract", CONTRACT, ".venv-3.23", beside=True),
-    Lane("contract", "tests/contract", CONTRACT, beside=True),
-    Lane("conformance", "tests/conformance/__main__.py", CONFORMANCE, beside=True),
 )
+AT_A_TIME = 2
+#: a command in a mount namespace of its own, with nothing in /dev/shm
+OWN_SHM = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def run(lane: Lane) -> Outcome:
     for command in lane.commands:
         title = f"\n=== {lane.name}: {' '.join(command)}"
         program = command if "/" in command[0] else (str(python), "-m", *command)
-        code, last = call(program, title, aside=lane.beside)
+        code, last = call(program, title, alone=lane.alone)
         if code == CANNOT_RUN:
             return Outcome(lane, "left out", last)
         if code:
@@ -107,32 +114,42 @@ def run(lane: Lane) -> Outcome:
     return Outcome(lane, "failed" if reason else "passed", reason, seconds)
 
 
-def call(program: tuple[str, ...], title: str, *, aside: bool) -> tuple[int, str]:
+def call(program: tuple[str, ...], title: str, *, alone: bool) -> tuple[int, str]:
     """Run a program; return its exit code and the last line of its output.
 
     :param title: what is printed before its output
-    :param aside: print its output at its end, in one piece
+    :param alone: print its output as it comes; else at its end, in one piece
     """
     lines = [title]
-    if not aside:
-        print(title, flush=True)
+    print(title if alone else f"{title.strip()} ...", flush=True)
+    if not alone and own_shm():
+        program = (*OWN_SHM, *program)
     with subprocess.Popen(
         program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
-            if not aside:
+            if alone:
                 print(line, end="", flush=True)
-    if aside:
+    if not alone:
         print("\n".join(lines), flush=True)
     return process.returncode, next((line for line in reversed(lines) if line.strip()), "")
 
 
+@functools.cache
+def own_shm() -> bool:
+    """Whether a program may have a /dev/shm of its own."""
+    try:
+        return subprocess.run((*OWN_SHM, "true"), capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
 def main() -> int:
-    outcomes = [run(lane) for lane in LANES if not lane.beside]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes += pool.map(run, [lane for lane in LANES if lane.beside])
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        outcomes = list(pool.map(run, [lane for lane in LANES if not lane.alone]))
+    outcomes += [run(lane) for lane in LANES if lane.alone]
     print(f"\n{'lane':<15}{'time':>10}  {'result':<10}", *outcomes, sep="\n")
     results = [outcome.result for outcome in outcomes]
     passed, failed = results.count("passed"), results.count("failed")
