@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.cluster.jobs import (
     under_way,
 )
 from tests.cluster.netns import MASTER, Process
+from tests.terminal import COLUMNS, ENDED, Terminal
 
 pytestmark = [pytest.mark.timeout(300)]
 TINY = "classical/case_02/job.ini"
@@ -84,6 +86,8 @@ def test_an_urgent_job_gets_slots_from_those_that_run(cluster: Cluster, tmp_path
     slots = sum(cluster.slots.values())
     carla = drive(cluster, "until", [(x, str(go)) for x in range(slots)], LOGNAME="carla")
     under_way(cluster, carla, least=slots)
+    if shutil.which("tmux"):
+        record_screens(cluster, tmp_path)
     boris = stream(cluster, 6, 0.5, LOGNAME="boris", PRIORITY="urgent")
     found = check_stream(boris, 6)
     first = min(start for start, _ in found["value"]["spans"])
@@ -92,6 +96,24 @@ def test_an_urgent_job_gets_slots_from_those_that_run(cluster: Cluster, tmp_path
     undone = result(carla)
     assert undone["value"]["sum"] == sum(range(slots)), undone
     assert undone["retries"] == 0 and undone["preempted"] >= 1, undone
+
+
+def record_screens(cluster: Cluster, folder: Path) -> None:
+    """What ``oq-workers`` shows of nodes that are busy, in a terminal; see ``tests.terminal``."""
+    prefix = ["ip", "netns", "exec", cluster.net.namespace(MASTER)]
+    terminal = Terminal(cluster.env(MASTER), folder, COLUMNS[0], prefix)
+    try:
+        for columns in COLUMNS:
+            terminal.resize(columns)
+            for command in ("status", "jobs"):
+                terminal.run(command, module="workers")
+                assert ENDED.findall(terminal.until(ENDED.search)) == ["0"]
+                terminal.record(f"workers-{command}")
+        terminal.run("top", module="workers")
+        terminal.until(lambda screen: "no job of yours runs on this machine" in screen)
+        terminal.record("workers-top", *COLUMNS)
+    finally:
+        terminal("kill-server")
 
 
 def test_two_users_calculate_side_by_side(cluster: Cluster, undisturbed: Path) -> None:

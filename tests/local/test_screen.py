@@ -1,4 +1,7 @@
-"""What ``oq-run`` shows, in a real terminal (tmux), and how it behaves there."""
+"""What ``oq-run`` shows, in a real terminal (tmux), and how it behaves there.
+
+The screens are recorded at 120 and 60 columns, in ``build/screens``.
+"""
 
 from __future__ import annotations
 
@@ -17,75 +20,13 @@ import psutil
 import pytest
 
 from tests.leftovers import wait_for
+from tests.terminal import COLUMNS, ENDED, FIRST_LINE_S, Terminal, needs_tmux
 
 from .test_oq_run import corpus, example, jobs, run, start
 
-pytestmark = [
-    pytest.mark.timeout(500),
-    pytest.mark.skipif(not shutil.which("tmux"), reason="no tmux (Debian: apt-get install tmux)"),
-]
+pytestmark = [pytest.mark.timeout(500), needs_tmux]
 
-#: seconds until the first line must be there
-FIRST_LINE_S = 1.0
-#: behind a command that has ended, not stopped
-ENDED = re.compile(r"^exit (?!147)(\d+)", re.MULTILINE)
 WHOLE = re.compile(r"^job \d+ .* tasks ", re.MULTILINE)
-
-
-class Terminal:
-    """A terminal with a shell in it.
-
-    :param env: of the shell
-    :param folder: for the socket of tmux
-    """
-
-    def __init__(self, env: dict[str, str], folder: Path, columns: int) -> None:
-        self.socket = folder / f"tmux{columns}"
-        self.env = {name: value for name, value in env.items() if name not in ("COLUMNS", "TMUX")}
-        size = ("-x", str(columns), "-y", "30")
-        self("-f", "/dev/null", "new-session", "-d", *size, "env PS1='$ ' sh -i")
-        assert wait_for(lambda: "$" in self.screen())
-
-    def __call__(self, *command: str) -> str:
-        return subprocess.run(
-            ["tmux", "-S", str(self.socket), *command],
-            env=self.env,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-
-    def screen(self) -> str:
-        return self("capture-pane", "-p").rstrip("\n")
-
-    def history(self) -> str:
-        return self("capture-pane", "-p", "-J", "-S", "-").rstrip("\n")
-
-    def colours(self) -> str:
-        return self("capture-pane", "-p", "-e", "-S", "-")
-
-    def type(self, text: str) -> None:
-        self("send-keys", "-l", text)
-        self("send-keys", "Enter")
-
-    def run(self, *args: object, before: str = "", after: str = "") -> None:
-        """Type an ``oq-run`` with a line behind it that says that it has ended."""
-        words = " ".join(map(str, args))
-        command = f"{sys.executable} -m oq_runtime.commands.run {words} {after}"
-        self.type(f"clear; {before} {command}; echo exit $?")
-
-    def until(self, condition: Callable[[str], object], timeout: float = 200.0) -> str:
-        """Return the screen when it is as wanted; fails at the end of the job."""
-        last = ""
-
-        def look() -> bool:
-            nonlocal last
-            last = self.screen()
-            return bool(condition(last)) or bool(ENDED.search(last))
-
-        assert wait_for(look, timeout), last
-        assert condition(last), last
-        return last
 
 
 @pytest.fixture
@@ -104,9 +45,8 @@ def terminal(
             one("kill-server")
 
 
-def job_of(tmp_path: Path) -> str:
+def job_of(job: Path) -> str:
     """The classical example, with fewer ruptures."""
-    job = example(tmp_path) / "job.ini"
     return f"{job} -p maximum_distance=40 -p width_of_mfd_bin=0.5 --exports csv"
 
 
@@ -140,13 +80,15 @@ def test_first_line(env: dict[str, str], tmp_path: Path) -> None:
     assert min(took_s) < FIRST_LINE_S
 
 
-@pytest.mark.parametrize("columns", [120, 60])
+@pytest.mark.parametrize("columns", COLUMNS)
 def test_screens(terminal: Callable[[int], Terminal], tmp_path: Path, columns: int) -> None:
-    one = terminal(columns)
-    one.run(job_of(tmp_path))
-    print(one.until(lambda screen: "loading the engine 0:0" in screen))
+    one, job = terminal(columns), example(tmp_path) / "job.ini"
+    one.start(job_of(job))
+    one.until(lambda screen: "loading the engine 0:0" in screen)
+    one.record("start")
     assert f"{SAID} this machine, " in one.history()
-    print(one.until(lambda screen: re.search(r"^job \d+ .* left", screen, re.MULTILINE)))
+    one.until(lambda screen: re.search(r"^job \d+ .* left", screen, re.MULTILINE))
+    one.record("tasks")
     *_, whole = one.until(lambda screen: "left" in screen).splitlines()
     shown = (
         r"job \d+  [\u2501\u2500]+  \d+/\d+ tasks  \d:\d\d, about \d:\d\d left(  \d/\d slots busy)?"
@@ -155,20 +97,29 @@ def test_screens(terminal: Callable[[int], Terminal], tmp_path: Path, columns: i
     assert "slots busy" in whole or columns == 60
     assert "\x1b[32m" in one.colours()
     one.until(ENDED.search)
+    one.record("end")
     text = one.history()
-    print(text)
     assert ENDED.findall(text) == ["0"]
     assert len(re.findall(r"^classical +\d+/\d+ tasks +\d:\d\d", text, re.MULTILINE)) == 1
     assert not WHOLE.search(text) and " submitted, " not in text
     assert "id | name" not in text and not re.search(r"INFO\]\s*$", text, re.MULTILINE)
+    for name, code, words in [
+        ("explain", "0", "--explain -1"),
+        ("dry-run", "0", f"{job} --dry-run"),
+        ("bad-parameter", "2", f"{job} -p maximum_distanc=40"),
+        ("no-such-file", "2", f"{job.with_name('jobs.ini')}"),
+    ]:
+        one.run(words)
+        assert ENDED.findall(one.until(ENDED.search)) == [code]
+        one.record(name)
 
 
 def test_a_terminal_that_changes(terminal: Callable[[int], Terminal], tmp_path: Path) -> None:
     """It becomes narrower, and Ctrl-Z and fg come: one frame is left, and the cursor."""
     one = terminal(120)
-    one.run(job_of(tmp_path))
+    one.start(job_of(example(tmp_path) / "job.ini"))
     one.until(WHOLE.search)
-    one("resize-window", "-x", "60")
+    one.resize(60)
     one.until(lambda screen: WHOLE.search(screen) and "slots busy" not in screen)
     one("send-keys", "C-z")
     stopped = one.until(lambda screen: "fg shows them again" in screen and screen.endswith("$"))
@@ -187,14 +138,14 @@ def test_a_terminal_that_changes(terminal: Callable[[int], Terminal], tmp_path: 
 def test_waiting_for_another_job(terminal: Callable[[int], Terminal], tmp_path: Path) -> None:
     """It is said whose and since when, and the command that is named ends the waiting."""
     one = terminal(120)
-    one.run(long_job(tmp_path))
+    one.start(long_job(tmp_path))
     one.until(WHOLE.search)
     two = terminal(100)
-    two.run(corpus("classical/case_02/job.ini"))
+    two.start(corpus("classical/case_02/job.ini"))
     waits = two.until(
         lambda screen: re.search(r"^job \d+  waiting for another job 0:", screen, re.M)
     )
-    print(waits)
+    two.record("waiting", *COLUMNS)
     said = re.search(r"waiting for job (\d+) of \S+ \(executing since ....-..-.. ..:..\)", waits)
     assert said, waits
     oq = Path(sys.executable).with_name("oq")
@@ -213,18 +164,21 @@ def test_a_detached_job(
     screen = one.until(ENDED.search)
     said = re.search(r"^job (\d+) runs detached; watch it with oq-run --watch \1", screen, re.M)
     assert said and ENDED.findall(screen) == ["0"], screen
+    one.record("detach", *COLUMNS)
     number = int(said[1])
     one("kill-server")
     two = terminal(80)
     two.run("--watch")
-    print(two.until(WHOLE.search))
+    two.until(WHOLE.search)
+    two.record("watch", *COLUMNS)
     assert jobs(env)[-1] == (number, "executing", 1)
     top = [sys.executable, "-m", "oq_runtime.commands.workers", "top"]
     shown = subprocess.run(top, env=one.env, capture_output=True, text=True).stdout
     assert re.search(rf"^ *{number} +\w+ +\d+/\d+ +\d/\d +0", shown, re.MULTILINE), shown
     three = terminal(100)
     three.type(" ".join(top))
-    print(three.until(lambda screen: re.search(rf"^ *{number} +\w+", screen, re.M)))
+    three.until(lambda screen: re.search(rf"^ *{number} +\w+", screen, re.M))
+    three.record("top", *COLUMNS, table=True)
     oq = Path(sys.executable).with_name("oq")
     subprocess.run([oq, "abort", str(number)], env=one.env, check=True, capture_output=True)
     ended = two.until(ENDED.search)
@@ -254,7 +208,7 @@ def test_what_a_detached_job_is_refused_for(env: dict[str, str], tmp_path: Path)
 )
 def test_plain(terminal: Callable[[int], Terminal], before: str, after: str) -> None:
     one = terminal(120)
-    one.run(corpus("classical/case_02/job.ini"), before=before, after=after)
+    one.start(corpus("classical/case_02/job.ini"), before=before, after=after)
     one.until(ENDED.search)
     text = one.history()
     print(text)
