@@ -27,7 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # in the background of a script, or under nohup, it is ignored, and would be by all that the
     # tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     config.stash[ATTACKS] = Attacks()
 
 
