@@ -79,13 +79,20 @@ def test_notice_that_cannot_be_sent(env: dict[str, str], told: Path) -> None:
 
 
 class Hook(BaseHTTPRequestHandler):
-    """Keeps what is posted; refuses at /no."""
+    """Keeps what is posted; refuses at /no, and sends elsewhere at /gone."""
+
+    def do_GET(self) -> None:
+        self.server.gone_after = self.headers["Authorization"] or "nobody"  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.end_headers()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.posted = json.loads(body)  # type: ignore[attr-defined]
         self.server.login = self.headers["Authorization"]  # type: ignore[attr-defined]
-        self.send_response(500 if self.path == "/no" else 204)
+        self.send_response({"/no": 500, "/gone": 302}.get(self.path, 204))
+        if self.path == "/gone":
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/")  # type: ignore[attr-defined]
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
@@ -108,6 +115,9 @@ def test_webhook() -> None:
         assert sent(f"{url}/no") == f"127.0.0.1:{server.server_port} answers with status 500"
         assert sent(url.replace("//", "//anna:geheim@")) == ""
         assert server.login == "Basic YW5uYTpnZWhlaW0="  # type: ignore[attr-defined]
+        gone = sent(f"{url}/gone".replace("//", "//anna:geheim@", 1))
+        assert gone == f"127.0.0.1:{server.server_port} answers with status 302"
+        assert not hasattr(server, "gone_after")
         server.shutdown()
     assert "refused" in sent(url)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -123,6 +124,27 @@ def test_clients_that_say_nothing(exporter: Exporter) -> None:
         assert wait_for(lambda: answers(exporter), 20)
     finally:
         for one in silent:
+            one.close()
+
+
+def test_clients_that_never_come_to_an_end(
+    exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte now and then is soon enough for each read."""
+    monkeypatch.setattr(metrics, "ANSWER_SECS", 1.0)
+    address = ("127.0.0.1", exporter.server.server_port)
+    slow = [socket.create_connection(address) for _ in range(MOST_CLIENTS)]
+
+    def served() -> bool:
+        for one in slow:
+            with contextlib.suppress(OSError):
+                one.sendall(b"G")
+        return answers(exporter)
+
+    try:
+        assert wait_for(served, 20)
+    finally:
+        for one in slow:
             one.close()
 
 

@@ -8,8 +8,10 @@ task waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,8 +30,8 @@ log = logging.getLogger(__name__)
 
 #: ports above ``metrics_port`` for the sessions of a master, as many as there are receiver_ports
 SESSION_PORTS = 9
-#: who may ask at a time, and seconds for which one is waited for
-MOST_CLIENTS, PATIENCE_SECS = 8, 5.0
+#: who may ask at a time, seconds for which one is waited for, and that a whole question may take
+MOST_CLIENTS, PATIENCE_SECS, ANSWER_SECS = 8, 5.0, 10.0
 #: what an agent tells a broker of an attempt that is over -> how that is called here
 OVER: dict[type[protocol.Message], str] = {
     protocol.Ended: "ended",
@@ -114,6 +116,21 @@ def of_session(status: Status) -> list[Value]:
 
 class _Handler(WSGIRequestHandler):
     timeout = PATIENCE_SECS
+
+    def setup(self) -> None:
+        super().setup()
+        # whoever sends a byte now and then would stay for ever
+        self.end = threading.Timer(ANSWER_SECS, self._cut_off)
+        self.end.daemon = True
+        self.end.start()
+
+    def finish(self) -> None:
+        self.end.cancel()
+        super().finish()
+
+    def _cut_off(self) -> None:
+        with contextlib.suppress(OSError):  # it has gone away
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, format: str, *args: object) -> None:
         """Note nothing of who asks."""

@@ -132,6 +132,13 @@ def run(command: list[str], given: bytes) -> None:
         sys.exit(f"{command[0]} {processes.ending(done.returncode)}")
 
 
+class Straight(urllib.request.HTTPRedirectHandler):
+    """Follows nobody elsewhere: the login would go with it, and what is to be posted would not."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def post(url: str, body: bytes) -> None:
     """Post a JSON object; a login in the URL becomes a header."""
     parts = urllib.parse.urlsplit(url)
@@ -142,7 +149,7 @@ def post(url: str, body: bytes) -> None:
         head["Authorization"] = f"Basic {word}"
     try:
         request = urllib.request.Request(parts._replace(netloc=host).geturl(), body, head)
-        urllib.request.urlopen(request, timeout=LIMIT_SECS).close()
+        urllib.request.build_opener(Straight).open(request, timeout=LIMIT_SECS).close()
     except urllib.error.HTTPError as exc:
         sys.exit(f"{host} answers with status {exc.code}")
     except urllib.error.URLError as exc:
