@@ -248,7 +248,48 @@ def test_nobody_runs_for_somebody_else(site: Sites, attacks: Attacks) -> None:
         answer = upload(bob, f"{site.url}/v1/calc/run", members, form)
         attacks.tried(successes=int(answer.status_code not in (400, 403)))
         assert "\n" not in answer.json()["error"]
+    members["job.ini"] = job_text(f"hazard_calculation_id = {foreign}")
+    for way in ("run", "validate_zip"):
+        answer = upload(bob, f"{site.url}/v1/calc/{way}", members)
+        attacks.tried(successes=int(answer.status_code != 403))
+        assert answer.json() == {"error": f"calculation {foreign} belongs to somebody else"}
     assert site.jobs() - before == 1  # alice's
+
+
+@pytest.mark.attack
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_results_that_the_site_has_not_written(
+    site: Sites, attacks: Attacks, tmp_path: Path
+) -> None:
+    """Whoever runs jobs at the shell, and has an account, makes his results what he likes."""
+    ours, bobs = tmp_path / "secret.hdf5", tmp_path / "bob"
+    bobs.mkdir()
+    ours.touch()
+    (bobs / "calc_1.hdf5").symlink_to(ours)
+    (bobs / "calc_2.hdf5").touch()
+    (tmp_path / "linked").symlink_to(tmp_path)
+    os.lchown(tmp_path / "linked", 65534, 65534)
+    os.chown(bobs / "calc_2.hdf5", 65534, 65534)
+    bob, v1 = site.login_as("bob"), f"{site.url}/v1/calc"
+    for name in ("bob/calc_1", "bob/calc_2", "linked/secret", "secret"):
+        job = site.job_of("bob")
+        with sqlite3.connect(site.database) as db:
+            db.execute("UPDATE job SET ds_calc_dir=? WHERE id=?", (str(tmp_path / name), job))
+            row = "INSERT INTO output (oq_job_id, display_name, ds_key) VALUES (?, 'x', 'hcurves')"
+            output = db.execute(row, (job,)).lastrowid
+        for answer in (
+            bob.get(f"{v1}/{job}/extract/oqparam"),
+            bob.get(f"{v1}/{job}/datastore"),
+            bob.get(f"{site.url}/engine/{job}/report"),
+            bob.get(f"{v1}/result/{output}?export_type=csv"),
+            upload(bob, f"{v1}/run", {"job.ini": job_text(f"hazard_calculation_id = {job}")}),
+            upload(bob, f"{v1}/run", {"job.ini": job_text()},
+                   {"hazard_job_id": str(job), "job_ini": ".ini"}),
+        ):  # fmt: skip
+            refused = f"calculation {job} has not left its results to this site" in answer.text
+            attacks.tried(successes=int(not refused and name != "secret"))
+            assert not (refused and name == "secret"), answer.text
+        assert bob.get(f"{v1}/{job}/log/0:10").ok
 
 
 @pytest.mark.attack

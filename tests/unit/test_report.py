@@ -175,13 +175,23 @@ def test_an_output_that_cannot_be_drawn_is_told(tmp_path: Path) -> None:
     assert "hmaps" in [figure.output for figure in found.figures]
 
 
-@pytest.mark.parametrize("wrong", ["began", "seconds", "attempts", "nodes", "oqparam"])
+WRONG = ["began", "seconds", "attempts", "nodes", "oqparam", "group", "list", "deep", "class"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_datastore_that_is_damaged(tmp_path: Path, wrong: str) -> None:
     path = datastore(tmp_path / "calc_8.hdf5", "x", results=False)
     with h5py.File(path, "r+") as file:
         group = file[kept.GROUP]
         if wrong in group.attrs:
             group.attrs[wrong] = HOSTILE
+        elif wrong == "group":
+            del file[kept.GROUP]
+            file[kept.GROUP] = numpy.zeros(3)
+        elif wrong in ("list", "deep"):
+            file["oqparam"][()] = "[]" if wrong == "list" else "[" * 100_000
+        elif wrong == "class":
+            file["oqparam"].attrs["__pyclass__"] = "os.system"
         else:
             name = wrong if wrong in file else f"{kept.GROUP}/{wrong}"
             del file[name]
@@ -275,6 +285,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("many", "many is no number of a job; oq engine --lhc lists them"),
         ("x.hdf5", "job x.hdf5: its datastore {home}/x.hdf5 is not there any more"),
         ("pipe.hdf5", "job pipe.hdf5: its datastore {home}/pipe.hdf5 is no file"),
+        ("~nosuch/x.hdf5", "~nosuch/x.hdf5: there is no such user"),
+        ("6 ~nosuch/x.html", "~nosuch/x.html: there is no such user"),
         ("db.hdf5", "job db.hdf5: its datastore {home}/db.hdf5 is damaged; run that job again"),
     ],
 )
@@ -282,7 +294,7 @@ def test_one_line(home: Path, monkeypatch: pytest.MonkeyPatch, job: str, words: 
     monkeypatch.chdir(home)
     os.mkfifo(home / "pipe.hdf5")
     (home / "db.hdf5").write_bytes(struct.pack("100d", *range(100)))
-    done = CliRunner().invoke(report.main, [job])
+    done = CliRunner().invoke(report.main, job.split())
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith(f"oq-report: {words.format(home=home)}")
     assert done.stderr.count("\n") == 1

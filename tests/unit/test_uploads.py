@@ -94,7 +94,6 @@ def test_refused(file: File, sentence: str) -> None:
         "consequence_file = {'taxonomy': '../x.csv'}",
         "consequence_file = {'taxonomy': ['a.csv', '/etc/x.csv']}",
         "reqv_hdf5 = {'active': '~/x.hdf5'}",
-        "hazard_calculation_id = /var/lib/openquake/oqdata/calc_1.hdf5",
         "gsim_logic_tree_file = ${mosaic}/../x.xml",
         "shakemap_uri = {'kind': 'usgs_xml', 'grid_url': 'file:///etc/passwd'}",
         "shakemap_uri = {'kind': 'file_npy', 'fname': '/etc/passwd'}",
@@ -105,6 +104,15 @@ def test_refused(file: File, sentence: str) -> None:
 def test_paths_outside_are_refused(line: str) -> None:
     with pytest.raises(InputError, match="is outside of the upload"):
         uploads.check([archive({"job.ini": f"{JOB}{line}\n"})], ".ini")
+
+
+@pytest.mark.parametrize("value", ["/x/calc_1.hdf5", "own.hdf5", "../x.ini", "other.ini", "-1"])
+def test_a_job_starts_from_a_calculation_alone(value: str) -> None:
+    """Not from a file: results that are uploaded would be a program."""
+    with pytest.raises(InputError, match="give the number of a calculation"):
+        uploads.check([archive({"job.ini": f"{JOB}hazard_calculation_id = {value}\n"})], ".ini")
+    uploads.check([archive({"job.ini": f"{JOB}hazard_calculation_id = 7\n"})], ".ini")
+    assert uploads.upload.parents == [7]
 
 
 def test_number_of_a_job_is_refused() -> None:

@@ -7,6 +7,7 @@ may be damaged.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -39,11 +40,14 @@ def main(job: str, file: Path | None, error: str) -> None:
     It goes to FILE (-: stdout), or to report_ID.html in this directory: one file with all that is
     in it. Exit codes: 0 it is written, 2 it could not be.
     """
+    processes.open_standard()
     try:
         processes.check_user()
+        checks.check_here()
         path, state = find(job)
-        target = None if file == STDOUT else output.place(path, file)
-        if target:
+        target = None
+        if file != STDOUT:
+            target = output.place(path, checks.expanded(str(file)) if file else None)
             output.check_place(target)
         from oq_runtime.report import page  # not wanted by the others: matplotlib
 
@@ -56,11 +60,11 @@ def main(job: str, file: Path | None, error: str) -> None:
                 click.echo(text.encode(), nl=False)
             except OSError as exc:
                 raise InputError(f"stdout: {exc.strerror}") from exc
-    except OqRuntimeError as exc:
+    except (OqRuntimeError, checks.BadInput) as exc:
         click.echo(f"oq-report: {clean(str(exc), MOST_CHARACTERS)}", err=True)
         sys.exit(EXIT_INPUT)
     if target:
-        click.echo(target)
+        click.echo(os.fsencode(target))  # as it is, for whoever reads it: it need not be UTF-8
 
 
 def find(job: str) -> tuple[Path, str]:

@@ -21,6 +21,7 @@ from oq_runtime.engine import versions
 #: module of the engine -> what installs ours in it, each by module and function, and the names
 #: there that it replaces or uses
 INSTALLERS = {
+    "openquake.baselib.hdf5": ("oq_runtime.engine.reading:install_hdf5", ("File",)),
     "openquake.baselib.parallel": (
         "oq_runtime.engine.adapter:install_parallel",
         ("host_cores", "config"),  # the others with their parameters, see there
@@ -37,6 +38,10 @@ INSTALLERS = {
     "openquake.server.db.actions": (
         "oq_runtime.engine.jobtable:install_actions",
         ("reset_is_running",),
+    ),
+    "openquake.hazardlib.gsim_lt": (
+        "oq_runtime.engine.reading:install_gsim_lt",
+        ("GsimLogicTree", "shutil", "tempfile"),
     ),
     "openquake.commonlib.readinput": (
         "oq_runtime.engine.archives:install_readinput",
@@ -55,7 +60,11 @@ INSTALLERS = {
     "openquake.commands.abort": ("oq_runtime.engine.abort:install_abort", ("main",)),
 }
 #: what is installed in worker processes, whose tasks are run by ``worker``
-IN_WORKERS = ("openquake.baselib.zeromq",)
+IN_WORKERS = (
+    "openquake.baselib.zeromq",
+    "openquake.baselib.hdf5",
+    "openquake.hazardlib.gsim_lt",
+)
 
 
 class _After(importlib.abc.Loader):

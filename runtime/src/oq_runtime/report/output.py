@@ -64,5 +64,5 @@ def place(datastore: Path, given: Path | None) -> Path:
     name = f"report_{datastore.stem.removeprefix('calc_')}{SUFFIX}"
     if given is None:
         return Path(name).absolute()
-    given = given.expanduser().absolute()
+    given = given.absolute()
     return given / name if os.path.isdir(given) else given

@@ -6,6 +6,7 @@ All that a job says of itself is text: the templates escape it. Not covered: whe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -28,14 +29,12 @@ def made(path: Path, state: str = "", error: str = "") -> str:
     :raises InputError: where the datastore cannot be read
     """
     lines = words.explained(path)["lines"]
-    opened = Store(path)
     try:
-        return render(_content(opened, lines, state, error))
+        with contextlib.closing(Store(path)) as opened:
+            return render(_content(opened, lines, state, error))
     except Exception as exc:  # what is damaged, or made by others, may be so in any way
         what = f"{type(exc).__name__}: {clean(str(exc))}"
         raise InputError(f"{path} is not as a job leaves it: {what}") from exc
-    finally:
-        opened.close()
 
 
 def _content(opened: Store, lines: list[str], state: str, error: str) -> dict[str, Any]:

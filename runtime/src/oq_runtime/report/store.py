@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from oq_runtime.engine import kept
+from oq_runtime.engine import kept, messages, reading
 from oq_runtime.files import compiling
 from oq_runtime.text import clean, counted, nbytes
 
@@ -61,6 +61,10 @@ class Store:
         with compiling.once():
             from openquake.baselib import hdf5
             from openquake.commonlib import datastore
+            from openquake.hazardlib import gsim_lt
+        reading.install_hdf5(hdf5)
+        reading.install_gsim_lt(gsim_lt)
+        reading.open_no_pickles(hdf5)
         self.path = path
         self.note = ""
         try:
@@ -111,22 +115,13 @@ def _names(oq: Any) -> list[str]:
 
     if oq is None:
         return []
+    named = sorted(set(messages.files(oq.inputs)))
     try:
-        return [str(name) for name in readinput.get_input_files(oq)]
+        if not messages.no_file(named):  # the engine would wait for what comes out of a pipe
+            return [str(name) for name in readinput.get_input_files(oq)]
     except Exception:  # files that name others are gone, or changed
-        return sorted(set(_flat(oq.inputs)))
-
-
-def _flat(value: object) -> Iterator[str]:
-    match value:
-        case str():
-            yield value
-        case dict():
-            for item in value.values():
-                yield from _flat(item)
-        case list() | tuple():
-            for item in value:
-                yield from _flat(item)
+        pass
+    return named
 
 
 def _digest(name: str) -> tuple[str, int, float]:

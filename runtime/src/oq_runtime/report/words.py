@@ -66,14 +66,18 @@ def explained(path: Path) -> dict[str, Any]:
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
-            about, job = _about(path, file), kept.read(file)
-            facts = dict(file[kept.GROUP].attrs) if kept.GROUP in file else {}
-            engines = None if job else _engines(file)
-    except (OSError, KeyError, IndexError, TypeError, ValueError) as exc:
-        raise InputError(f"{path}: {exc}; is it the datastore of a job?") from exc
+            return _explained(path, file)
+    except Exception as exc:  # what is damaged, or made by others, may be so in any way
+        what = clean(str(exc)) or type(exc).__name__
+        raise InputError(f"{path}: {what}; is it the datastore of a job?") from exc
+
+
+def _explained(path: Path, file: h5py.File) -> dict[str, Any]:
+    about, job = _about(path, file), kept.read(file)
     if job is None:
-        assert engines is not None
-        return {"lines": [about + engines[0], *engines[1:]], "uses": {}, "causes": {}}
+        first, *others = _engines(file)
+        return {"lines": [about + first, *others], "uses": {}, "causes": {}}
+    facts = file[kept.GROUP].attrs
     division = explain.divide(job)
     causes = explain.causes(job, division)
     first, *others = lines(job, division, causes, int(facts["replayed"]))

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum, auto
 from pathlib import Path
@@ -40,6 +40,8 @@ log = logging.getLogger("oq_runtime")
 MALFORMED = (BadRequest, SuspiciousOperation, MultiPartParserError)
 #: how a line begins about an error that may be anything's
 UNFORESEEN = "the engine could not answer this"
+#: of an output, in SQL
+JOB_OF_OUTPUT = "SELECT oq_job_id FROM output WHERE id=?x"
 #: how the engine lets a condition be true or false
 TRUTHS = ("0", "1", "true", "false")
 
@@ -49,6 +51,7 @@ class Rule(Enum):
 
     ANYONE = auto()  # before a login, too
     LOGIN = auto()  # takes a password: so many times
+    RESULT = auto()  # the same as of a reader, by the number of an output
     MEMBER = auto()  # has logged in; what it may see or change the view itself asks
     LIST = auto()  # the same, with conditions that go into SQL
     READER = auto()  # of a calculation: owner, owner's group, administrator; all, if it is shared
@@ -77,7 +80,7 @@ VIEWS: Mapping[str, Rule] = {
     "calc_log_size": Rule.READER,
     "calc_remove": Rule.OWNER,
     "calc_remove_tag": Rule.OWNER,
-    "calc_result": Rule.MEMBER,  # the view asks for the owner
+    "calc_result": Rule.RESULT,  # the view asks for the owner
     "calc_results": Rule.READER,
     "calc_run": Rule.RUN,
     "calc_run_ini": Rule.NEVER,
@@ -116,6 +119,8 @@ VIEWS: Mapping[str, Rule] = {
     "PasswordResetView": Rule.ANYONE,
     "RedirectView": Rule.MEMBER,
 }
+#: those that a reader may call, whoever has run the calculation: they read the job database alone
+OF_DATABASE = {"calc", "calc_log", "calc_log_size", "calc_results", "calc_traceback"}
 #: rules of the applications that ask for the right by themselves: Django's administration
 APPS: Mapping[str, Rule] = {"admin": Rule.LOGIN}
 #: fields of a form with which a calculation is run; nobody reads the last two of the engine's page
@@ -201,6 +206,8 @@ class Access:
         name, arguments = name_of(view), [*args, *kwargs.values()]
         try:
             self._check(rule, request, arguments)
+            if name == "report" or (rule is Rule.READER and name not in OF_DATABASE):
+                check_results(int(arguments[0]))
             if request.method == "POST" and name == "calc_remove":
                 check_removal(int(arguments[0]))
             if request.method == "POST" and name == "calc_abort":
@@ -245,10 +252,14 @@ class Access:
                 check_owner(request, int(arguments[0]), change=rule is Rule.OWNER)
             case Rule.LIST:
                 check_conditions(request)
+            case Rule.RESULT:
+                for (number,) in logs.dbcmd(JOB_OF_OUTPUT, min(int(arguments[0]), MOST_ROWS)):
+                    check_results(number)
             case Rule.RUN:
                 check_run(request)
             case Rule.CHECK:
                 uploads.check(request.FILES.getlist("archive"), ".ini")
+                check_parents(request, uploads.upload.parents)
             case Rule.NEVER:
                 raise Refused(403, "paths on the server are not taken; upload the files")
 
@@ -275,6 +286,29 @@ def check_owner(request: Any, number: int, *, change: bool) -> None:
     own = job.user_name in utils.get_valid_users(request) or utils.is_superuser(request)
     if not own and (change or not utils.user_has_permission(request, job.user_name, job.status)):
         raise Refused(403, f"calculation {number} belongs to somebody else")
+
+
+def check_results(number: int) -> None:
+    """Raise Refused unless the results of a calculation were written by whoever serves this site.
+
+    They are read with the rights of the site, and are more than data: what they are linked to, and
+    the pickles in them, are their owner's choice.
+    """
+    job = JobTable(logs.dbcmd).job(number)
+    if job is None or not os.path.lexists(path := Path(job.path)):
+        return  # the view says so
+    trusted = (0, os.geteuid())
+    links = [one for one in path.parents if one.is_symlink()]
+    if any(one.lstat().st_uid not in trusted for one in (path, *links)) or path.is_symlink():
+        remedy = "oq-report and oq engine show them to whoever may read them"
+        raise Refused(403, f"calculation {number} has not left its results to this site; {remedy}")
+
+
+def check_parents(request: Any, numbers: Iterable[int]) -> None:
+    """Raise Refused unless a calculation of the user may start from these."""
+    for number in numbers:
+        check_owner(request, number, change=False)
+        check_results(number)
 
 
 def check_removal(number: int) -> None:
@@ -336,9 +370,10 @@ def check_run(request: Any) -> None:
     if parent:
         if not (parent.isascii() and parent.isdigit()):
             raise InputError("hazard_job_id takes the number of a calculation")
-        check_owner(request, int(parent), change=False)
+        check_parents(request, [int(parent)])
     ending = request.POST.get("job_ini") or ("risk.ini" if parent else ".ini")
     uploads.check(request.FILES.getlist("archive"), ending)
+    check_parents(request, uploads.upload.parents)
 
 
 def _one_sentence(response: Any, rule: Rule | None) -> HttpResponse:

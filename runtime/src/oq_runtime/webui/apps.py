@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from openquake.baselib import hdf5
+from openquake.hazardlib import gsim_lt
 from openquake.server import apps
 from openquake.server.db import actions
 
-from oq_runtime.engine import jobtable
+from oq_runtime.engine import jobtable, reading
 from oq_runtime.webui import uploads
 
 
@@ -17,4 +19,6 @@ class ServerConfig(apps.ServerConfig):  # type: ignore[misc]
         super().ready()
         from openquake.server import views  # it needs the settings
 
+        reading.install_hdf5(hdf5)
+        reading.install_gsim_lt(gsim_lt)
         uploads.install(views)

@@ -28,6 +28,8 @@ MAX_UNPACKED_BYTES = 64 << 30
 MAX_JOB_FILE_BYTES = 4 << 20
 #: keys of a job file whose values are paths; so are all values that end with .hdf5
 PATHS = re.compile(r".*_(file|csv|hdf5)|shakemap_.*")
+#: of a calculation
+NUMBER = re.compile("[0-9]{1,18}")
 #: what stands between the paths of a value: a list, or a dictionary as Python writes it
 BETWEEN = re.compile(r"[\s,'\"{}\[\]()]+")
 
@@ -35,11 +37,13 @@ BETWEEN = re.compile(r"[\s,'\"{}\[\]()]+")
 class Upload(threading.local):
     """What the request of this thread has brought.
 
-    ``jobs`` are its job files, the one that runs first; ``root`` is where it lies unpacked.
+    ``jobs`` are its job files, the one that runs first; ``parents`` the calculations that they
+    start from; ``root`` is where it lies unpacked.
     """
 
     def __init__(self) -> None:
         self.jobs: list[str] = []
+        self.parents: list[int] = []
         self.root: Path | None = None
         self.copy: tempfile.TemporaryDirectory[str] | None = None
 
@@ -135,7 +139,7 @@ def _text(name: str, data: bytes) -> str:
 
 
 def check_job_file(name: str, text: str) -> None:
-    """Raise InputError when a job file names a path outside of the upload.
+    """Raise InputError when a job file names a path outside of the upload; note its parents.
 
     :param name: of the job file, in the upload
     """
@@ -148,6 +152,12 @@ def check_job_file(name: str, text: str) -> None:
         for key, value in parser.items(section):
             if key == "job_id":  # the engine would overwrite that job
                 raise InputError(f"{name}: job_id is no parameter of a job file; leave it out")
+            if key == "hazard_calculation_id" and value:  # results that were uploaded are a program
+                if not NUMBER.fullmatch(value):
+                    raise InputError(
+                        f"{name}: {key} = {clean(value, 100)}: give the number of a calculation"
+                    )
+                upload.parents.append(int(value))
             if PATHS.fullmatch(key) or (value.endswith(".hdf5") and key != "description"):
                 for path in filter(None, BETWEEN.split(value)):
                     if not _inside(PurePosixPath(name).parent, path):
