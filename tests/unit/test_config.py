@@ -227,6 +227,8 @@ def test_no_cluster(sections: dict[str, dict[str, str]]) -> None:
         ("zworkers", {"host_cores": "192.0.2.2 1, fd00::2 -1"}, ["host_cores: fd00::2 is IPv6"]),
         ("dbserver", {"receiver_host": "[fe80::1%eth0]"}, ["receiver_host: [fe80::1%eth0] is"]),
         ("dbserver", {"host": "fd00::1"}, ["[dbserver] host: fd00::1 is IPv6; give an IPv4"]),
+        ("dbserver", {"host": "192.0..2"}, ["[dbserver] host: 192.0..2 is neither an address nor"]),
+        ("zworkers", {"host_cores": f"{'a' * 64}.b -1"}, ["host_cores: aaa", "neither an address"]),
     ],
 )
 def test_wrong_cluster(section: str, values: dict[str, str], words: list[str]) -> None:

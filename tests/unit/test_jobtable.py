@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from oq_runtime.engine.jobtable import SLACK_SECS, Job, is_of, seconds
+from oq_runtime.engine.jobtable import SLACK_SECS, DatabaseError, Job, Outside, is_of, seconds
 from oq_runtime.processes import Process
 
 BOOT_S, STARTED_S = 1_000_000.0, 2_000_000.0
@@ -57,3 +57,9 @@ def test_times_of_the_table(moment: object) -> None:
 @pytest.mark.parametrize("moment", [None, "", "yesterday"])
 def test_no_time(moment: object) -> None:
     assert seconds(moment) == 0.0
+
+
+@pytest.mark.parametrize("place", ["tcp://127.0.0.1:many", "tcp://a b/@::1908"])
+def test_a_place_where_no_dbserver_can_be(place: str) -> None:
+    with pytest.raises(DatabaseError, match=r"^the DbServer tcp://.* \[dbserver\]$"):
+        Outside(place, answer_s=0).find(1)

@@ -263,3 +263,16 @@ def test_a_job_goes_on_by_itself_three_times(
     detached.note(directory, ())
     directory.chmod(0o755)
     assert detached.read(directory) is None
+
+
+def test_a_number_that_no_job_has(tmp_path: Path) -> None:
+    for number in ("9" * 5000, "\u00b2", "-2", "1e9", ""):
+        with pytest.raises(JournalError, match="there is none"):
+            journal.find(tmp_path, number)
+
+
+def test_the_size_of_one_that_is_removed_just_now(tmp_path: Path) -> None:
+    write(tmp_path / "calc_1.journal", some(3))
+    there = journal.size(tmp_path / "calc_1.journal")
+    (tmp_path / "calc_1.journal" / "000009.oqj").symlink_to("gone")
+    assert journal.size(tmp_path / "calc_1.journal") == there > 0

@@ -13,6 +13,7 @@ import importlib.util
 import ipaddress
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -32,6 +33,9 @@ WORKER_VARIABLE = "OQ_RUNTIME_WORKER"
 NODE_VARIABLE, ATTEMPT_VARIABLE = "OQ_RUNTIME_NODE", "OQ_RUNTIME_ATTEMPT"
 #: ``POINT:TASK:ATTEMPTS``: for tests, a worker kills itself at this point of this task
 FAULT_VARIABLE = "OQ_RUNTIME_FAULT"
+
+#: of a host
+NAME = re.compile("[A-Za-z0-9._-]+")
 
 Sections = Mapping[str, Mapping[str, str]]
 
@@ -168,8 +172,11 @@ def read() -> dict[str, dict[str, str]]:
                 continue
             if path.is_fifo():
                 raise ConfigError(f"{path} is not a file, but a pipe; give a file")
-            with path.open(encoding="utf8") as file:
-                parser.read_file(file, str(path))
+            text = path.read_text(encoding="utf8")
+            if (zero := text.find("\0")) >= 0:  # left by a power cut: no path or name has one
+                line = text.count("\n", 0, zero) + 1
+                raise ConfigError(f"{path} has a zero byte in line {line}; write it anew")
+            parser.read_string(text, str(path))
         except PermissionError as exc:
             if exc.filename and os.access(path.parent, os.X_OK):  # else there may be none
                 raise ConfigError(
@@ -212,12 +219,16 @@ def parse_host_cores(text: str) -> dict[str, int]:
 
 
 def ipv4(key: str, host: str) -> str:
-    """Return an address or name as it is; raises ConfigError for an address of IPv6."""
+    """Return an address or name as it is; raises ConfigError for an address of IPv6, or neither."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host.strip("[]"))
         if address.version == 6 and not address.is_loopback:
             raise ConfigError(f"{key}: {host} is IPv6; give an IPv4 address, the cluster needs one")
-    return host
+        return host
+    with contextlib.suppress(UnicodeError):
+        if NAME.fullmatch(host.encode("idna").decode()):  # as it is looked up
+            return host
+    raise ConfigError(f"{key}: {host} is neither an address nor the name of a host")
 
 
 def parse_ports(text: str) -> range:

@@ -132,14 +132,22 @@ def check_file_size() -> None:
         )
 
 
-def check_places(proc: Path = Path("/proc")) -> None:
-    """Refuse to start where a working directory, one for sockets, or most of /proc is lacking."""
+def check_here() -> None:
+    """Raise ConfigError where there is no working directory."""
     try:
         os.getcwd()
     except OSError as exc:
-        raise BadInput(
+        raise ConfigError(
             f"the working directory is not there any more ({exc.strerror}); cd to another one"
         ) from None
+
+
+def check_places(proc: Path = Path("/proc")) -> None:
+    """Refuse to start where a working directory, one for sockets, or most of /proc is lacking."""
+    try:
+        check_here()
+    except ConfigError as exc:
+        raise BadInput(str(exc)) from None
     temporary = os.environ.get("TMPDIR", "")
     try:
         temporary.encode()
@@ -161,7 +169,7 @@ def check_directories(sections: Mapping[str, Mapping[str, str]]) -> None:
     dbserver = sections.get("dbserver", {})
     host = os.environ.get("OQ_DATABASE") or dbserver.get("host")
     if not jobtable.served(host):
-        file = Path(dbserver.get("file", "")).expanduser()
+        file = expanded(dbserver.get("file", ""))
         places.room(file.parent, "set file in [dbserver] of openquake.cfg to another place")
 
 
@@ -180,6 +188,7 @@ def data_directory(sections: Mapping[str, Mapping[str, str]]) -> Path:
     Source: ``get_datadir`` in ``openquake/commonlib/logs.py`` of engine 3.26.
     """
     if given := os.environ.get("OQ_DATADIR"):
+        check_here()
         return Path(given).absolute()
     shared = sections.get("directory", {}).get("shared_dir", "")
     if not shared:

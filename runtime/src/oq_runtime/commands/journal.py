@@ -29,6 +29,7 @@ def main() -> None:
     Exit codes: 0 all is well, 1 a journal is damaged or a job does not go on, 2 there is no
     such journal.
     """
+    processes.open_standard()
 
 
 def leave(text: object, code: int) -> NoReturn:

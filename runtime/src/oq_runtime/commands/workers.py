@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from oq_runtime import processes
 from oq_runtime.cluster.jobs import Job, jobs
 from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable, unreachable
 from oq_runtime.commands import sessions
@@ -48,6 +49,7 @@ def main() -> None:
 
     Exit codes: 0 all is well, 1 a host has not answered or has a problem, 2 wrong configuration.
     """
+    processes.open_standard()
 
 
 def command(name: str, help: str, act: Callable[[Pool], dict[str, Answer]]) -> None:

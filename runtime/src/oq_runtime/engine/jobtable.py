@@ -428,7 +428,11 @@ class Outside:
         """Perform a named action as the DbServer's clients do."""
         with zmq.Context() as context, context.socket(zmq.REQ) as dbserver:
             dbserver.linger = 0
-            dbserver.connect(self.place)
+            try:
+                dbserver.connect(self.place)
+            except zmq.ZMQError as exc:
+                what = f"the DbServer {self.place}: {exc.strerror}"
+                raise DatabaseError(f"{what}; set host and port in [dbserver]") from exc
             dbserver.send_pyobj((action, *arguments))
             if not dbserver.poll(int(self.answer_s * 1000)):
                 raise DatabaseError(f"the DbServer {self.place} does not answer")

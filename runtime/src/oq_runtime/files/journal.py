@@ -23,6 +23,7 @@ import logging
 import mmap
 import os
 import queue
+import re
 import shutil
 import struct
 import threading
@@ -130,7 +131,7 @@ def find(datadir: Path, number: str) -> int:
     kept = numbers(datadir)
     if number == "-1" and kept:
         return kept[-1]
-    if number.isdecimal() and int(number) in kept:
+    if re.fullmatch("[0-9]{1,18}", number) and int(number) in kept:
         return int(number)
     there = f"there is one of job {', '.join(map(str, kept))}" if kept else "there is none"
     raise JournalError(
@@ -172,8 +173,12 @@ def claimed(directory: Path) -> bool:
 
 
 def size(directory: Path) -> int:
-    """Return the bytes of a journal."""
-    return sum(path.stat().st_size for path in segments(directory))
+    """Return the bytes of a journal, which its job may remove just now."""
+    found = 0
+    for path in segments(directory):
+        with contextlib.suppress(FileNotFoundError):
+            found += path.stat().st_size
+    return found
 
 
 def remove(directory: Path) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import zmq
 
-from oq_runtime import cgroups, config, descriptors, facts, logs, metrics
+from oq_runtime import cgroups, config, descriptors, facts, logs, metrics, processes
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
@@ -124,6 +124,7 @@ def daemon() -> None:
     )
     parser.add_argument("--address", help="of this node in host_cores, if it has several")
     parser.add_argument("--log-level", choices=logs.LEVELS, help="instead of [oq_runtime]'s")
+    processes.open_standard()
     args = parser.parse_args()
     try:
         settings = config.Config.from_sections(config.read())

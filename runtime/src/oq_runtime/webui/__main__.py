@@ -118,6 +118,7 @@ def main() -> None:
     )
     parser.add_argument("--listen", default="127.0.0.1:8800", help="address:port")
     parser.add_argument("--threads", type=int, default=8, help="requests at a time")
+    processes.open_standard()
     args = parser.parse_args()
     os.environ["DJANGO_SETTINGS_MODULE"] = "oq_runtime.webui.settings"
     try:
