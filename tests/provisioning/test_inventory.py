@@ -135,6 +135,11 @@ def test_no_workers(site: Site) -> None:
     assert message == expected
 
 
+def test_names_that_no_host_can_have(site: Site) -> None:
+    text = GOOD.replace("w1 ", "w\u00f6rker ").replace("w2 ", "-w2 ")
+    assert refused(site, text).startswith("w\u00f6rker, -w2 is no name by which other hosts can")
+
+
 SETTINGS = {
     "openquake_engine_version=3.24.1": "value of openquake_engine_version must be one of: 3.26.2, "
     "3.25.1, 3.23.5, got: 3.24.1",

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,19 @@ def test_the_size_of_one_that_is_removed_just_now(tmp_path: Path) -> None:
     there = journal.size(tmp_path / "calc_1.journal")
     (tmp_path / "calc_1.journal" / "000009.oqj").symlink_to("gone")
     assert journal.size(tmp_path / "calc_1.journal") == there > 0
+
+
+@pytest.mark.parametrize("name", ["head.json", "000000.oqj", detached.NOTE])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_waited_for(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    directory = tmp_path / "calc_1.journal"
+    write(directory, some(3))
+    (directory / name).unlink(missing_ok=True)
+    make(directory / name)
+    if name == detached.NOTE:
+        assert detached.read(directory) is None
+    else:
+        with pytest.raises(JournalError, match=name):
+            Reader(directory)

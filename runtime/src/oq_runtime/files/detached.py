@@ -43,7 +43,8 @@ def read(directory: Path) -> Detached | None:
     """Return what is noted in a journal of this user, if anything is."""
     if private.is_own(directory):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            options, times = json.loads((directory / NOTE).read_bytes())
+            with journal.regular(directory / NOTE) as file:
+                options, times = json.loads(file.read())
             return Detached(tuple(map(str, options)), int(times))
     return None
 

@@ -17,6 +17,7 @@ is read. Not covered: what is done with it (``engine.history``).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -25,6 +26,7 @@ import os
 import queue
 import re
 import shutil
+import stat
 import struct
 import threading
 import time
@@ -32,7 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import xxhash
@@ -57,6 +59,8 @@ SYNC_SECS = 1.0
 WAITING_BYTES = 256 << 20
 #: bytes of the largest event that is read: what a stranger's file may claim
 EVENT_BYTES = 1 << 20
+#: bytes of the head, which names all inputs and parameters
+HEAD_BYTES = 256 << 20
 #: bytes that are copied at a time
 COPY_BYTES = 8 << 20
 
@@ -382,6 +386,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     new.replace(path)
 
 
+def regular(path: Path) -> BinaryIO:
+    """Open a file to read it; raises OSError for what is none, such as a pipe without a writer."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 class Reader:
     """A journal as it was left: its head, and the records that are whole.
 
@@ -412,7 +426,8 @@ class Reader:
     def _read_head(self) -> dict[str, Any]:
         path = self.directory / HEAD
         try:
-            head = json.loads(path.read_bytes())
+            with regular(path) as file:
+                head = json.loads(file.read(HEAD_BYTES))
         except OSError as exc:
             raise JournalError(f"{path}: {exc.strerror}") from exc
         except ValueError as exc:
@@ -426,9 +441,10 @@ class Reader:
 
     def _scan(self, number: int, path: Path) -> bool:
         """Take the whole records of a segment; False when one is not."""
-        at, size = 0, path.stat().st_size
+        at = 0
         self.whole_bytes[number] = 0
-        with open(path, "rb") as file:
+        with regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             while at < size:
                 record = self._record(file, number, at, size)
                 if record is None:
@@ -475,7 +491,7 @@ class Reader:
         if record.nbytes == 0:
             return memoryview(bytearray())
         if record.segment not in self._maps:
-            with open(_segment(self.directory, record.segment), "rb") as file:
+            with regular(_segment(self.directory, record.segment)) as file:
                 self._maps[record.segment] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         end = record.offset + record.nbytes
         with memoryview(self._maps[record.segment]) as whole:
