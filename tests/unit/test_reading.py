@@ -17,6 +17,9 @@ from click.testing import CliRunner
 from oq_runtime.commands import report
 from oq_runtime.engine import reading
 
+#: the first one imports the engine, which numba may have to compile
+pytestmark = pytest.mark.timeout(600)
+
 SECRET = "the secret of the cluster"
 
 
