@@ -112,7 +112,7 @@ def test_odd_journals_are_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "j" / "0 (copy).oqj").touch()
     assert read(tmp_path / "j") == some(2)
     (tmp_path / "j" / "000001.oqj").mkdir()
-    with pytest.raises(JournalError, match=r"000001.oqj: Is a directory"):
+    with pytest.raises(JournalError, match=r"000001.oqj: is no file"):
         Reader(tmp_path / "j")
     (tmp_path / "j" / journal.LOCK).unlink()
     (tmp_path / "j" / journal.LOCK).symlink_to("elsewhere")
