@@ -6,8 +6,9 @@ import json
 
 from tests.system.cluster import USERS, VENV, WORKERS, Cluster
 
-#: The argument of one of four tasks wants 8 GiB where it is unpickled; prints how the job ended.
-#: The task function is one that the workers have.
+#: The argument of one of four tasks wants 8 GiB where it is unpickled, 64 MiB at a time: the kernel
+#: refuses at once what is beyond all its memory. Prints how the job ended. The task function is one
+#: that the workers have.
 DRIVER = """
 import json, logging
 from openquake.baselib import parallel
@@ -15,7 +16,7 @@ from oq_runtime.cluster.debug import die_once
 
 class Eater:
     def __reduce__(self):
-        return eval, ("b'x' * (8 << 30) == b''",)
+        return eval, ("[b'x' * (64 << 20) for _ in range(128)] == []",)
 
 logging.basicConfig(level=logging.INFO)
 try:
