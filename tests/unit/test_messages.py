@@ -7,10 +7,11 @@ import os
 import re
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from oq_runtime.engine import messages
+from oq_runtime.engine import messages, oq
 from oq_runtime.errors import InputError, NoWorkers, WorkerDied
 
 #: the text of an error of a worker, as the engine raises it again in its own process
@@ -199,6 +200,42 @@ def test_the_encoding_that_an_xml_file_does_not_have(tmp_path: Path) -> None:
     file.write_text('<?xml version="1.0" encoding="UTF-8"?><a/>', encoding="utf-16")
     exc = ValueError(f"{file}: 1: encoding specified in XML declaration is incorrect")
     assert f"{file} is UTF-16" in messages.input_text(raised(exc, "baselib/node", str(file)), [])
+
+
+@pytest.mark.parametrize("level", ["ERROR", "CRITICAL"])
+def test_the_last_line_of_a_log_is_what_the_user_can_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    """The WebUI shows that; of an error that nobody had thought of, the engine's traceback."""
+    from openquake.commonlib import logs
+
+    said: list[tuple[object, ...]] = []
+
+    def dbcmd(action: str, *arguments: object) -> object:
+        said.append((action, *arguments))
+        return [SimpleNamespace(level=level)]
+
+    file = tmp_path / "calc_7" / "exposure.csv"
+    file.parent.mkdir()
+    file.write_text("id;lon\n")
+    wrong = raised(ValueError("missing {'id'}"), "risklib/asset", str(file))
+
+    def fail(log: object, exc: Exception) -> None:
+        raise exc
+
+    monkeypatch.setattr(logs, "dbcmd", dbcmd)
+    monkeypatch.setattr(logs, "get_datadir", lambda: str(tmp_path))
+    engine = SimpleNamespace(run_calc=fail)
+    oq.install_run_calc(engine)
+    log = SimpleNamespace(calc_id=7, params={"inputs": {"exposure": [str(file)]}})
+    with pytest.raises(ValueError, match="missing"):
+        engine.run_calc(log, wrong)
+    line = "exposure.csv has columns between semicolons; save it with commas"
+    assert said[-1][:2] + said[-1][3:] == ("log", 7, level, "oq_runtime", line)
+    said.clear()
+    with pytest.raises(KeyError):
+        engine.run_calc(log, KeyError("x"))
+    assert said == []
 
 
 def test_inputs_are_nested() -> None:

@@ -48,8 +48,8 @@ INSTALLERS = {
         ("unzip_rename", "extract_from_zip"),
     ),
     "openquake.engine.engine": (
-        "oq_runtime.engine.queue:install_queue oq_runtime.engine.kept:install_kept "
-        "oq_runtime.engine.oq:install_create_jobs",
+        "oq_runtime.engine.queue:install_queue oq_runtime.engine.oq:install_run_calc "
+        "oq_runtime.engine.kept:install_kept oq_runtime.engine.oq:install_create_jobs",
         ("poll_queue", "run_jobs", "create_jobs", "run_calc"),
     ),
     "openquake.baselib.sap": ("oq_runtime.engine.oq:install_sap", ("run",)),

@@ -171,6 +171,16 @@ def unseen(exc: BaseException, shared_dir: str) -> str:
     return clean(f"{path} is on this machine, but a worker says: {reason}; {remedy}")
 
 
+def of_user(exc: BaseException, inputs: Iterable[str], shared_dir: str) -> str:
+    """Say what the user can do something about, if an error is about that.
+
+    :param inputs: the files of the job
+    """
+    if found := no_room(exc) or unseen(exc, shared_dir):
+        return found
+    return input_text(exc, inputs) if of_input(exc) else ""
+
+
 def of_input(exc: BaseException) -> bool:
     """Whether an error is about what the user gave, as far as its traceback tells.
 

@@ -6,10 +6,12 @@ is raised as a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ from oq_runtime.session import launch
 from oq_runtime.text import clean
 
 FAILED, BAD_INPUT = 1, 2
+#: the level of a traceback in the log, which differs with the series
+LAST = (
+    "SELECT level FROM log WHERE job_id=?x AND level IN ('ERROR', 'CRITICAL') "
+    "ORDER BY id DESC LIMIT 1"
+)
 
 
 def install_sap(sap: Any) -> None:
@@ -54,6 +61,43 @@ def install_create_jobs(engine: Any) -> None:
         return engine_create_jobs(*args, **kwargs)
 
     engine.create_jobs = create_jobs
+
+
+def install_run_calc(engine: Any) -> None:
+    """Log a line behind the traceback of a job that failed by what its user can change.
+
+    It is the last thing of its level, which the WebUI shows.
+
+    :param engine: the module ``openquake.engine.engine``
+    """
+    engine_run_calc = engine.run_calc
+
+    @functools.wraps(engine_run_calc)  # the engine has other processes find it by its name
+    def run_calc(log: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return engine_run_calc(log, *args, **kwargs)
+        except Exception as exc:
+            with contextlib.suppress(Exception):  # the job has failed by another one
+                tell(log, exc)
+            raise
+
+    engine.run_calc = run_calc
+
+
+def tell(log: Any, exc: BaseException) -> None:
+    """Log what the user can do about the end of a job, if there is something.
+
+    :param log: the engine's context of the job
+    """
+    from openquake.baselib import config
+    from openquake.commonlib import logs
+
+    inputs = messages.files(log.params["inputs"])
+    if text := messages.of_user(exc, inputs, config.directory.shared_dir):
+        unpacked = f"{logs.get_datadir()}/calc_{log.calc_id}/"  # an upload
+        [row] = logs.dbcmd(LAST, log.calc_id)
+        said = (row.level, "oq_runtime", text.replace(unpacked, ""))
+        logs.dbcmd("log", log.calc_id, datetime.now(UTC), *said)
 
 
 def install_main(command: Any) -> None:
