@@ -25,8 +25,15 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
-	@echo "make demo         run $(DEMO_JOB) through the runtime"
+	@echo "make demo         a first job: $(DEMO_JOB), from clone to result"
+	@echo "make docs         the documentation for a browser, in build/docs; it begins with docs/README.md"
+	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
+	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
+	@echo "make clean        remove caches, and build/ but for the results in build/oqdata"
+	@echo
 	@echo "make test         all test lanes, a table at the end"
+	@echo "make lint | types | unit | local | cluster | attack    one test lane"
+	@echo "make provisioning checks of the playbooks and roles without hosts"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make resume       SAMPLE=n SEED=n, JOBS="path ...", or ALL=1: how far jobs replay;"
 	@echo "                  RUNS=n SEED=n: kills of the master's processes, then --resume"
@@ -35,15 +42,9 @@ help:
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. BUSY=n (see docs/performance.md)"
 	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
-	@echo "make lint | types | unit | local | cluster | attack    one test lane"
-	@echo "make coverage     which lines and branches these lanes reach, in all their processes"
-	@echo "make provisioning checks of the playbooks and roles without hosts"
+	@echo "make coverage     which lines and branches the lanes reach, in all their processes"
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
 	@echo "make system-test  a cluster of real kernels, row by row (ROWS=expression: some of them)"
-	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
-	@echo "make docs         the documentation for a browser, in build/docs"
-	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
-	@echo "make clean        remove build/ and caches (virtual environments stay)"
 
 # $(1) = directory of the new virtual environment.
 define MAKE_VENV
@@ -196,6 +197,8 @@ system-test: $(STAMP) .venv-provision/.stamp
 	$(if $(KEEP),OQ_SYSTEM_KEEP="$(KEEP)") $(if $(SUITE),OQ_SYSTEM_SUITE="$(SUITE)") $(VENV)/bin/python -m tests.system \
 	  $(if $(ROWS),-k "$(ROWS)")
 
+# Results of make demo stay, and virtual environments.
 clean:
-	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name oqdata -exec rm -rf {} +
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,7 @@ def add_contents(_: Sphinx, name: str, source: list[str]) -> None:
     """Put the pages of the index beside each page, in the order of the index."""
     if name == root_doc:
         pages = re.findall(r"\]\((\w[\w-]*)\.md\)", source[0])
+        pages = list(dict.fromkeys(pages))
         source[0] += "\n\n".join(["", "```{toctree}\n:hidden:\n" + "\n".join(pages) + "\n```\n"])
 
 

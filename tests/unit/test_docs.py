@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import typing
 from collections.abc import Collection, Mapping
 from enum import Enum
@@ -98,6 +100,17 @@ def test_links_lead_somewhere() -> None:
             if not to.exists() or (anchor and anchor not in anchors(to)):
                 dead.append(f"{page.relative_to(ROOT)}: {target}")
     assert dead == []
+
+
+def test_make_clean_keeps_results(tmp_path: Path) -> None:
+    """Those of ``make demo``, as its page and the help say."""
+    for name in ("build/oqdata", "build/docs", "runtime", "tests"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for _ in range(2):
+        subprocess.run(["make", "clean"], cwd=tmp_path, check=True)
+        assert [path.name for path in tmp_path.glob("build/**/*")] == ["oqdata", "file"]
 
 
 def test_every_page_is_in_the_index() -> None:
