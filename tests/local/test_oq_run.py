@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -27,7 +28,8 @@ from .conftest import session_processes
 
 pytestmark = pytest.mark.timeout(240)
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 LIMIT_INTERRUPT_S = 5.0
 
 
@@ -425,6 +427,22 @@ def test_archive_that_lacks_a_file(env: dict[str, str], tmpdir: Path, tmp_path: 
 
 
 # ---- real jobs
+
+
+def test_the_job_of_verify(
+    env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What verify.yml runs on the master takes the answer for a sound job as one."""
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    shutil.copytree(corpus(TINY).parent, tmp_path / "verify")
+    (tmp_path / "verify" / corpus(TINY).name).rename(tmp_path / "verify/job.ini")
+    places = {"prefix": str(tmp_path), "home": "", "config_dir": "", "shared_dir": ""}
+    monkeypatch.setattr(sys, "argv", ["-", "master", json.dumps(places)])
+    verify = runpy.run_path(str(ROOT / "roles/openquake_verify/files/verify.py"))
+    job = verify["job"]
+    job.__globals__["OPENQUAKE"] = ("env", "-i", *(f"{name}={env[name]}" for name in env))
+    assert job().startswith("complete after ")
+    assert {status for _, status, _ in jobs(env)} <= {"deleted"}
 
 
 def test_small_job(env: dict[str, str]) -> None:

@@ -153,7 +153,7 @@ class Cluster:
                 "ANSIBLE_SSH_COMMON_ARGS": f"-F {config}",
                 "ANSIBLE_NOCOLOR": "1",
                 "COLUMNS": "160",
-                "OPENQUAKE_VERIFY_REPORT": str(self.directory / "verify.json"),
+                "PWD": str(self.directory),  # where verify.yml writes its report
             },
             **{"answers": {"BECOME password": image.PASSWORD}, **options},
         )

@@ -121,7 +121,7 @@ ROUNDS = {
 
 def unnamed(cluster: Cluster, played: Played, defects: tuple[Defect, ...]) -> list[str]:
     """The defects of which no line that is printed has the host, the fault and the remedy."""
-    rows = json.loads((cluster.directory / "verify.json").read_text())["checks"]
+    rows = json.loads((cluster.directory / "openquake-verify.json").read_text())["checks"]
     printed = " ".join(played.output.split())
     failed = [row for row in rows if not row["ok"] and row["detail"] in printed]
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
 from pathlib import Path
 
-from oq_runtime.node.forkserver import END_SECS, ForkServer
+from oq_runtime.node.forkserver import END_SECS, ForkServer, refusal
 
 #: more than the watchdog has seconds
 STUCK = 40
+
+
+def test_what_stands_in_the_way_of_a_worker() -> None:
+    assert "raise them" in refusal(OSError(errno.EAGAIN, "Resource temporarily unavailable"))
+    gone = refusal(OSError(errno.ESTALE, "Stale file handle", "/opt/engine/bin/python"))
+    assert gone.endswith("/opt/engine/bin/python: Stale file handle; is it mounted there?")
 
 
 def test_the_ends_of_many_stuck_workers_take_one_time_limit(tmp_path: Path) -> None:

@@ -72,8 +72,8 @@ def ask(*command: str) -> dict[str, Any]:
         raise Wrong(f"{' '.join(command)}: {exc}") from exc
     except ValueError:
         raise Wrong(f"{' '.join(command)}: {reason(done)}") from None
-    if "error" in answer:
-        raise Wrong(f"{' '.join(command)}: {answer['error']}")
+    if error := answer.get("error"):
+        raise Wrong(f"{' '.join(command)}: {error}")
     return answer
 
 

@@ -40,6 +40,8 @@ from oq_runtime.node.channel import read
 
 #: of one message
 MAX_BYTES = 4096
+#: of a fork or a new file, where a limit is reached
+LIMITED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 #: seconds for killed workers to be gone: more only where the kernel waits for a device
 END_SECS = 1.0
 
@@ -76,7 +78,11 @@ decode_exited = msgspec.msgpack.Decoder(Exited).decode
 
 
 def refusal(exc: OSError) -> str:
-    """Say which limit stands in the way of another process."""
+    """Say what stands in the way of another process: a limit, or that its program is not there."""
+    if exc.errno not in LIMITED:
+        return (
+            f"no process for a worker: {exc.filename or ''}: {exc.strerror}; is it mounted there?"
+        )
     return (
         f"no process for a worker: {exc.strerror}; the limits are {cgroups.process_limit()}: "
         "raise them, or use fewer cores"
