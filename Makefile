@@ -21,11 +21,13 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs lint types unit local cluster attack coverage conformance resume reports chaos bench bench-peers simulate \
+.PHONY: help demo demo-cluster demo-cluster-down test docs lint types unit local cluster attack coverage conformance resume reports chaos bench bench-peers simulate \
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
 	@echo "make demo         a first job: $(DEMO_JOB), from clone to result"
+	@echo "make demo-cluster a cluster of containers with a job and the WebUI, PORT=n; needs root;"
+	@echo "                  make demo-cluster-down removes all of it"
 	@echo "make docs         the documentation for a browser, in build/docs; it begins with docs/README.md"
 	@echo "make venv         only the virtual environment (ENGINE=3.23|3.25|3.26)"
 	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
@@ -187,6 +189,13 @@ provisioning: .venv-provision/.stamp
 
 # Clusters of containers, provisioned as an administrator would: SCENARIO=default|home|lifecycle.
 SCENARIO ?= default
+
+# The first of them to look at, with the WebUI on PORT of this machine.
+demo-cluster: .venv-provision/.stamp
+	@PORT="$(PORT)" molecule/demo $@
+
+demo-cluster-down:
+	@molecule/demo $@
 
 molecule: .venv-provision/.stamp
 	@molecule/run test --scenario-name $(SCENARIO)
