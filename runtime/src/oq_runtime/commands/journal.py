@@ -11,6 +11,7 @@ import click
 
 from oq_runtime import config, processes
 from oq_runtime.commands import checks
+from oq_runtime.commands.printing import Group
 from oq_runtime.errors import ConfigError, JournalError
 from oq_runtime.files import detached, journal
 from oq_runtime.files.journal import Consumed, Reader
@@ -21,7 +22,7 @@ EXIT_DAMAGED, EXIT_INPUT = 1, 2
 EXIT_STAYS = 1
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("oq-journal", cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="oq-runtime")
 def main() -> None:
     """Look after the journals of jobs that did not complete; oq-run --resume ID goes on with one.

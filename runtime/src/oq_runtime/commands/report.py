@@ -16,6 +16,7 @@ import click
 
 from oq_runtime import config, processes
 from oq_runtime.commands import checks
+from oq_runtime.commands.printing import Command
 from oq_runtime.engine import jobtable
 from oq_runtime.errors import InputError, OqRuntimeError
 from oq_runtime.report import output
@@ -28,7 +29,9 @@ MOST_CHARACTERS = 1000
 
 
 @click.command(
-    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True}
+    "oq-report",
+    cls=Command,
+    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
 )
 @click.argument("job", metavar="ID")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
@@ -38,7 +41,7 @@ def main(job: str, file: Path | None, error: str) -> None:
     """Write a page about job ID (-1: the last one), or about a datastore (calc_ID.hdf5).
 
     It goes to FILE (-: stdout), or to report_ID.html in this directory: one file with all that is
-    in it. Exit codes: 0 it is written, 2 it could not be.
+    in it. Exit codes: 0 it is written, 2 it could not be (1: on stdout).
     """
     processes.open_standard()
     try:
@@ -56,10 +59,7 @@ def main(job: str, file: Path | None, error: str) -> None:
         if target:
             output.write(target, text)
         else:
-            try:
-                click.echo(text.encode(), nl=False)
-            except OSError as exc:
-                raise InputError(f"stdout: {exc.strerror}") from exc
+            click.echo(text.encode(), nl=False)
     except (OqRuntimeError, checks.BadInput) as exc:
         click.echo(f"oq-report: {clean(str(exc), MOST_CHARACTERS)}", err=True)
         sys.exit(EXIT_INPUT)

@@ -22,6 +22,7 @@ from oq_runtime import processes
 from oq_runtime.cluster.jobs import Job, jobs
 from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable, unreachable
 from oq_runtime.commands import sessions
+from oq_runtime.commands.printing import Group
 from oq_runtime.commands.progress import NARROW_COLUMNS, clock
 from oq_runtime.config import Config, read
 from oq_runtime.errors import ConfigError, NoWorkers, OqRuntimeError
@@ -42,7 +43,7 @@ TOP_SECS = 2.0
 MOST_CHARACTERS = 4000
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("oq-workers", cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="oq-runtime")
 def main() -> None:
     """Look after the workers of the OpenQuake cluster.
