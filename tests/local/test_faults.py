@@ -529,6 +529,8 @@ def test_interrupt_during_start(env: dict[str, str], tmpdir: Path, delay_s: floa
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     took_s = time.monotonic() - started_s
+    if err.startswith("Fatal Python error: init_"):
+        return  # it came while the interpreter began, before there was anything of ours
     # a shell shows 130 as well for a process that SIGINT ended before Python had a handler
     assert process.returncode in (130, -signal.SIGINT), (phase, err)
     assert "Traceback" not in err, (phase, err)
