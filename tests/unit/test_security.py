@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import socket
@@ -193,7 +194,8 @@ def test_a_host_that_refuses_the_methods_is_in_no_cluster(
 def test_an_engine_that_does_not_load_on_such_a_host_is_told_with_the_place(tmp_path: Path) -> None:
     (tmp_path / "openssl.cnf").write_text(FIPS)
     done = subprocess.run(
-        [sys.executable, "-c", "from oq_runtime.engine import job; job.run({}, print)"],
+        [sys.executable, "-c", "from oq_runtime.engine import job; job.run(print)"],
+        input=json.dumps({"session": str(tmp_path)}),
         env=os.environ | {"OPENSSL_CONF": str(tmp_path / "openssl.cnf")},
         capture_output=True,
         text=True,
