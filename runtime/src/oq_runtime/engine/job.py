@@ -1,11 +1,10 @@
 """The engine process of ``oq-run``: create the jobs, run them, say what became of them.
 
 Imports the engine, reads a JSON specification on stdin (``session``, its directory, and the options
-of ``commands.run``), and writes one JSON object per
-line to a descriptor: ``loaded`` (the engine), ``note`` (a line for the user), ``created``,
-``waiting`` (for which jobs) and ``running`` (a job), ``finished`` (its summary), ``skipped`` (one
-that was ended before its turn), ``failed`` (one line on what is wrong), ``survey`` (of a job that
-is not run) and at last ``end`` (the exit code).
+of ``commands.run``), and writes one JSON object per line to a descriptor: ``loaded`` (the engine),
+``note`` (a line for the user), ``created``, ``waiting`` (for which jobs) and ``running`` (a job),
+``finished`` (its summary), ``skipped`` (one that was ended before its turn), ``failed`` (one line
+on what is wrong), ``survey`` (of a job that is not run) and at last ``end`` (the exit code).
 Tracebacks go to the engine's log, which is in the job database.
 """
 

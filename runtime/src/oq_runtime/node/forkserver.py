@@ -79,10 +79,8 @@ decode_exited = msgspec.msgpack.Decoder(Exited).decode
 
 def refusal(exc: OSError) -> str:
     """Say what stands in the way of another process: a limit, or that its program is not there."""
-    if exc.errno not in LIMITED:
-        return (
-            f"no process for a worker: {exc.filename or ''}: {exc.strerror}; is it mounted there?"
-        )
+    if exc.filename and exc.errno not in LIMITED:
+        return f"no process for a worker: {exc.filename}: {exc.strerror}; is it mounted there?"
     return (
         f"no process for a worker: {exc.strerror}; the limits are {cgroups.process_limit()}: "
         "raise them, or use fewer cores"
