@@ -5,8 +5,11 @@
     status    answers everybody who asks what it does
     refuse    takes no work of any broker, for a reason
     die       takes tasks, of which each attempt ends with the death of its worker, for a reason
+    huge      shows its ticket, and then sends a frame of 1 GiB over that connection
+    bomb      the same with a message of 1024 frames of 1 MiB
 
-What it says of itself, and its reasons, are ``WORDS``.
+Of the last two a line "sent" in the log says that the broker has closed the connection. What it
+says of itself, and its reasons, are ``WORDS``.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from oq_runtime.wire.seal import Seal
 FORGED = "192.0.2.9"
 #: clear the screen, set the title, more escapes (C1), turn the direction of writing, new lines
 MARKS = ("\x1b[2J", "\x1b]0;owned\x07", "\x9b31m", "\u202e", f"\n{FORGED}", f"\r{FORGED}")
+#: bytes of each frame of a message
+FRAMES = {"huge": [1 << 30], "bomb": [1 << 20] * 1024}
 WORDS = "".join(MARKS) + "  0/64  up" + "y" * 1_000_000
 
 
@@ -72,6 +77,9 @@ def main() -> None:
                 data.append(transport.Link(sock, link.job, link.epoch, seal=seal))
                 opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
                 data[-1].send(opening, bytes(protocol.PROBE_BYTES))
+                if how in FRAMES:
+                    flood(sock, FRAMES[how])
+                    continue
                 link.send(protocol.Leased(slots=1))
             case protocol.Task(task=task, attempt=attempt):
                 link.send(protocol.Died(task=task, attempt=attempt, reason=WORDS))
@@ -80,6 +88,17 @@ def main() -> None:
                 for each in data:
                     each.send(protocol.Beat())
     gate.stop()
+
+
+def flood(sock: zmq.Socket[Any], sizes: list[int]) -> None:
+    """Send one message of such frames; returns when the other end has closed the connection."""
+    monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    for size in sizes[:-1]:
+        sock.send(bytes(size), zmq.SNDMORE, copy=False)
+    sock.send(bytes(sizes[-1]), copy=False)
+    assert monitor.poll(60_000), "the connection was not closed"
+    sock.disable_monitor()
+    print(f"sent {sum(sizes)} bytes", flush=True)
 
 
 def status() -> bytes:

@@ -11,13 +11,14 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
 import pytest
 
 from oq_runtime.wire.strangers import MOST as STRANGERS
-from tests.cluster.cluster import CTRL_PORT, Cluster
+from tests.cluster.cluster import CTRL_PORT, SLOTS, Cluster
 from tests.cluster.jobs import SHORT_BEATS, broker, drive, result, status, under_way
 from tests.cluster.netns import MASTER, Process
 from tests.cluster.tapped import HOWS
@@ -27,6 +28,7 @@ from tests.leftovers import wait_for
 pytestmark = [pytest.mark.timeout(300), pytest.mark.attack]
 
 ATTACKER = str(Path(__file__).parent / "attacker.py")
+LIAR = str(Path(__file__).parent / "liar.py")
 TAPPED = str(Path(__file__).parent / "tapped.py")
 #: of a million floats each way, see ``driver``
 TAPPED_TASKS, SHARED = 80, 1_000_000
@@ -111,11 +113,17 @@ def sent(attacker: Process) -> int:
     return int(json.loads(out.splitlines()[-1])["sent"])
 
 
-def check_undisturbed(cluster: Cluster, run: Process, attacked: list[Target], over: Path) -> None:
+def check_undisturbed(
+    cluster: Cluster,
+    run: Process,
+    attacked: list[Target],
+    over: Path,
+    nodes: Collection[str] = tuple(SLOTS),
+) -> None:
     assert run.poll() is None, "the job has not lasted as long as the attack"
     for target in attacked:
         target.check()
-    assert all(row["state"] == "up" for row in status(cluster).values())
+    assert all(row["state"] == "up" for node, row in status(cluster).items() if node in nodes)
     over.touch()
     found = result(run)
     assert found.get("value", {}).get("sum") == sum(range(TASKS)), found
@@ -190,7 +198,7 @@ def test_silent_connections_beyond_the_limit_of_open_files(
             target.admit(limit)
 
 
-def test_frame_of_a_gibibyte(cluster: Cluster, over: Path) -> None:
+def test_frame_of_a_gibibyte_of_a_stranger(cluster: Cluster, over: Path) -> None:
     run = serve(cluster, over)
     attacked = targets(cluster, run)
     for target in attacked:
@@ -198,15 +206,34 @@ def test_frame_of_a_gibibyte(cluster: Cluster, over: Path) -> None:
     check_undisturbed(cluster, run, attacked, over)
 
 
-def test_message_of_many_frames(cluster: Cluster, over: Path, attacks: Attacks) -> None:
+@pytest.mark.parametrize("how", ["large", "bomb"])
+def test_message_that_fills_an_agent(
+    cluster: Cluster, over: Path, attacks: Attacks, how: str
+) -> None:
     run = serve(cluster, over)
-    attacked = targets(cluster, run)
-    attackers = [attack(cluster, "bomb", target, 1200) for target in attacked]
-    for attacker in attackers:
-        sent(attacker)
-    for target in attacked:
-        attacks.tried(1, target.grown() >= GROWTH_BYTES)
-    check_undisturbed(cluster, run, attacked, over)
+    agent, _ = targets(cluster, run)
+    sent(attack(cluster, how, agent, 1200))
+    attacks.tried(1, agent.grown() >= GROWTH_BYTES)
+    check_undisturbed(cluster, run, [agent], over)
+
+
+@pytest.mark.parametrize("how", ["huge", "bomb"])
+def test_message_that_fills_a_broker(
+    no_agents: Cluster, over: Path, attacks: Attacks, how: str
+) -> None:
+    """A node, which has a ticket, sends it; the others serve the job."""
+    no_agents.configure(preload="")
+    no_agents.start_agent("node3")
+    run = serve(no_agents, over)
+    attacked = targets(no_agents, run)
+    said = no_agents.log / "agent-node1.log"
+    before = said.stat().st_size if said.exists() else 0
+    no_agents.start_agent("node1", program=[LIAR, how])
+    assert wait_for(lambda: said.read_text()[before:], ATTACK_LIMIT_S), "nothing was sent"
+    assert f"sent {1 << 30} bytes" in said.read_text()[before:]
+    attacks.tried(1, attacked[1].grown() >= GROWTH_BYTES)
+    no_agents.stop_agent("node1")
+    check_undisturbed(no_agents, run, attacked, over, nodes=["node3"])
 
 
 @pytest.mark.slow
