@@ -9,11 +9,14 @@ import re
 import shutil
 import subprocess
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import click
+
+from oq_runtime.commands import journal, report, run, workers
 from oq_runtime.core import attempts, scheduler
 from oq_runtime.session import peer
 from oq_runtime.settings import KEYS, Key
@@ -25,6 +28,10 @@ PAGE, SETTINGS = DOCS / "protocol.md", DOCS / "configuration.md"
 BLOCK = re.compile(r"```mermaid\n.*?```", re.DOTALL)
 #: of a link to a file of this repository
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
+PROGRAMS: dict[str, click.Command] = {
+    "oq-run": run.main, "oq-report": report.main, "oq-journal": journal.main,
+    "oq-workers": workers.main,
+}  # fmt: skip
 TABLE = re.compile(r"^\| key \| default \|.*?\n(?=\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -100,6 +107,62 @@ def test_links_lead_somewhere() -> None:
             if not to.exists() or (anchor and anchor not in anchors(to)):
                 dead.append(f"{page.relative_to(ROOT)}: {target}")
     assert dead == []
+
+
+def said() -> Iterator[tuple[str, list[str]]]:
+    """Each command on a page of ours, in a line of its own or within one, and where."""
+    for page in pages():
+        text = page.read_text()
+        for line in re.findall(r"^    (.+)$", text, re.MULTILINE) + re.findall("`(.+?)`", text):
+            words = re.split(r"\s+", re.sub(r"(^|\s)#.*|[\[\]]|\.\.\.", "", line).strip())
+            if words[0] == "sudo":
+                del words[0]
+            if not words or not words[0]:
+                continue
+            yield f"{page.relative_to(ROOT)}: {line}", [Path(words[0]).name, *words[1:]]
+
+
+def test_commands_and_their_options_are_there() -> None:
+    wrong = []
+    for where, (program, *words) in said():
+        if program in PROGRAMS:
+            main = PROGRAMS[program]
+            named = words.pop(0) if words and not words[0].startswith("-") else ""
+            found = [main]
+            if isinstance(main, click.Group) and named:
+                found = [main.commands[one] for one in named.split("|") if one in main.commands]
+            known = {name for one in found for option in one.params for name in option.opts}
+            options = {word for word in words if re.match("--?[a-z]", word)} - {"--help", "-h"}
+            wrong += [where] * (not found or not options <= known)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_targets_of_make_and_their_variables_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w. -]+):(?!=)", makefile, re.MULTILINE))
+    targets = {name for names in targets for name in names.split()}
+    wrong = []
+    for where, (program, *words) in said():
+        if program == "make":
+            values = [word.partition("=")[0] for word in words if "=" in word]
+            wrong += [where for name in values if f"$({name})" not in makefile]
+            names = [word for word in words if re.fullmatch(r"[a-z][\w.-]+|\.[\w.-]+", word)]
+            wrong += [where for name in names if name not in targets]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_playbooks_and_their_variables_are_there() -> None:
+    code = [path for way in ("*.yml", "*.j2") for path in ROOT.glob(f"*/**/{way}")]
+    variables = set(re.findall(r"openquake_\w+", "".join(path.read_text() for path in code)))
+    books = {path.stem for path in ROOT.glob("playbooks/*.yml")} | {"site"}
+    wrong = []
+    for page in pages():
+        text = page.read_text()
+        named = set(re.findall(r"(?:playbooks/|openquake_cluster\.)([a-z_]+)(?:\.yml|\b)", text))
+        wrong += [f"{page.relative_to(ROOT)}: {name}" for name in named - books - {"README"}]
+        for name in set(re.findall(r"\bopenquake_[a-z_0-9]+", text)) - variables:
+            wrong.append(f"{page.relative_to(ROOT)}: {name}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_make_clean_keeps_results(tmp_path: Path) -> None:
