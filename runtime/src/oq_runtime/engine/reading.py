@@ -56,7 +56,8 @@ def is_elsewhere(group: h5py.Group, found: Any) -> bool:
         made = found.id.get_create_plist()
         if made.get_layout() == h5py.h5d.VIRTUAL or made.get_external_count():
             return True
-    return bool(h5py.h5o.get_info(found.id).fileno != h5py.h5o.get_info(group.id).fileno)
+    # h5o.get_info would walk through the chunks of a dataset, and has failed beside a write
+    return bool(h5py.h5f.get_name(found.id) != h5py.h5f.get_name(group.id))
 
 
 def install_gsim_lt(gsim_lt: Any) -> None:
