@@ -53,6 +53,11 @@ def raised(exc: BaseException, module: str, file: str = __file__) -> BaseExcepti
         ),
         (InputError("job.ini is empty"), "job.ini is empty"),
         (SystemExit("Cannot do it: zero hazard"), "Cannot do it: zero hazard"),
+        (ValueError(["a1", "a2"]), "ValueError: ['a1', 'a2']"),
+        (
+            OSError(r"No such file: /job/.\sites.csv"),
+            r"No such file: /job/.\sites.csv (folders are parted by / here)",
+        ),
         (ValueError("red \x1b[31m and \u202e back"), r"red \x1b[31m and \u202e back"),
     ],
 )
@@ -183,6 +188,10 @@ def test_the_file_that_is_not_utf8(tmp_path: Path) -> None:
         (b"\x1f\x8b\x08\0", "is compressed, not text; unpack it"),
         (b"id;lon\n1;10,5\n", "has columns between semicolons; save it with commas"),
         (b"id\tlon\n", "has columns between tabs; save it with commas"),
+        (b"\xef\xbb\xbfsep=,\nid,lon\n", "begins with sep=, which only spreadsheets read; remove"),
+        (b"<!DOCTYPE html>\n<html>", "is a web page, not a table; get the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS; git lfs pull"),
+        (b" \n", "is empty"),
         (b"id,lon\n", ": missing {'id'}"),
     ],
 )
@@ -195,11 +204,55 @@ def test_the_table_that_is_none(tmp_path: Path, data: bytes, words: str) -> None
     assert text.startswith(str(file)) and words in text
 
 
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"# made today\nid,lon\n\n", " has a header and no rows"),
+        (b"10,-20\n", ": AttributeError: array (read in"),
+        (b"lon,lat\n1,10\n", ": AttributeError: array (read in"),
+    ],
+)
+def test_the_table_without_rows(tmp_path: Path, data: bytes, words: str) -> None:
+    file = tmp_path / "sites.csv"
+    file.write_bytes(data)
+    found = raised(AttributeError("array"), "openquake/commonlib/readinput", str(file))
+    assert messages.input_text(found, []).startswith(f"{file}{words}")
+
+
 def test_the_encoding_that_an_xml_file_does_not_have(tmp_path: Path) -> None:
     file = tmp_path / "model.xml"
     file.write_text('<?xml version="1.0" encoding="UTF-8"?><a/>', encoding="utf-16")
     exc = ValueError(f"{file}: 1: encoding specified in XML declaration is incorrect")
     assert f"{file} is UTF-16" in messages.input_text(raised(exc, "baselib/node", str(file)), [])
+
+
+def test_the_xml_file_that_is_none(tmp_path: Path) -> None:
+    """The parser only says where: another encoding than the declared one, or no XML at all."""
+    good, bad = tmp_path / "good.xml", tmp_path / "bad.xml"
+    good.write_bytes('<?xml version="1.0" encoding="ISO-8859-1"?><a b="é"/>'.encode("latin-1"))
+    bad.write_bytes('<?xml version="1.0"?><a b="é"/>'.encode("latin-1"))
+    inputs = [str(good), str(bad)]
+    exc = ValueError(f"{bad}: 1: not well-formed (invalid token)")
+    assert f"{bad} is not UTF-8 at byte 27 (line 1); save it" in messages.encoding(exc, inputs)
+    assert messages.encoding(exc, [str(good)]) == ""
+    good.write_text(good.read_text("latin-1").replace("ISO-8859-1", "UTF-16"), encoding="utf-16")
+    assert messages.encoding(exc, [str(good)]) == ""
+    bad.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    exc = ValueError(f"{bad}: 1: syntax error")
+    assert f"{bad} is a pointer of Git LFS; git lfs pull" in messages.encoding(exc, inputs)
+
+
+def test_the_file_of_the_error_below(tmp_path: Path) -> None:
+    """The engine names the logic tree where a source model in it is wrong."""
+    sources, tree = tmp_path / "sources.xml", tmp_path / "tree.xml"
+    sources.write_text("<a>")
+    tree.write_text("<a/>")
+    try:
+        raise raised(ValueError("no element found"), "hazardlib/nrml", str(sources))
+    except ValueError:
+        exc = raised(ValueError(f"{tree}, line 6: no element found"), "hazardlib/lt", str(tree))
+    expected = f"{sources}: {tree}, line 6: no element found"
+    assert messages.input_text(exc, []) == expected
 
 
 @pytest.mark.parametrize("level", ["ERROR", "CRITICAL"])

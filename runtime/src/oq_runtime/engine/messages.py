@@ -17,6 +17,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from oq_runtime.errors import OqRuntimeError
@@ -35,7 +36,7 @@ NOT_THERE = f"{os.strerror(errno.ENOENT)}|{os.strerror(errno.EACCES)}"
 #: errors whose text alone says nothing: the engine met what nobody had thought of
 UNFORESEEN = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError,
-    RecursionError, TypeError, UnboundLocalError,
+    RecursionError, StopIteration, TypeError, UnboundLocalError,
 )  # fmt: skip
 #: modules of the engine that read what a user has written
 READERS = (
@@ -72,16 +73,26 @@ MARKS = {
 }
 #: what begins a file that is taken for a table and is none
 NO_TABLES = {
-    b"PK\3\4": "an archive or a spreadsheet, not text; save it as CSV (UTF-8, with commas)",
-    b"\x1f\x8b": "compressed, not text; unpack it",
+    b"PK\3\4": "is an archive or a spreadsheet, not text; save it as CSV (UTF-8, with commas)",
+    b"\x1f\x8b": "is compressed, not text; unpack it",
+    b"<!doctype html": "is a web page, not a table; get the file itself",
+    b"<html": "is a web page, not a table; get the file itself",
+    b"sep=": "begins with sep=, which only spreadsheets read; remove that line",
 }
-#: errors about the encoding of a file. A worker's UnicodeDecodeError cannot be raised again with a
-#: text, which is a TypeError
+#: what begins a file that lies elsewhere, as a clone without Git LFS has it
+POINTER = b"version https://git-lfs"
+#: errors that may come of the encoding of a file. A worker's UnicodeDecodeError cannot be raised
+#: again with a text, which is a TypeError
 ENCODING = re.compile(
     "codec can't decode|function takes exactly 5 arguments|encoding specified in XML declaration"
+    r"|not well-formed \(invalid token\)|syntax error"
 )
+#: of an XML file that says itself that it is not UTF-8, which the engine reads
+DECLARED = re.compile(rb"""<\?xml[^>]*encoding=["'](?!utf-8)""", re.IGNORECASE)
 #: of an XML file in which the names of others are looked for
 MOST_BYTES = 4 << 20
+#: a number among the columns of a table
+NUMBER = re.compile(rb"(^|[,;\t])\s*[-+.]?\d")
 FILE_NAME = re.compile(r"[^\s<>\"']+\.(?:csv|hdf5|xml)")
 FRAME = re.compile(r'^  File "(.+)", line \d+, in (.+)\n(?:    (.*)\n)?', re.MULTILINE)
 
@@ -117,7 +128,9 @@ def explain(exc: BaseException) -> str:
     text = re.sub(r"(\S+ does not end with \S+)", r"\1 (a blank ends a file name here)", text)
     text = re.sub(r"\[Errno \d+\] (.+?): '([^']+)'", r"\2: \1", text)
     text = " ".join(text.split())
-    if isinstance(exc, UNFORESEEN) or not text:
+    if "No such file" in text and "\\" in text:
+        text += " (folders are parted by / here)"
+    if isinstance(exc, UNFORESEEN) or not text or text.startswith(("[", "{")):  # values alone
         text = f"{name}: {text}" if text else name
     if unforeseen(text) and (trace := in_engine(exc)):
         own = [frame for frame in trace if "/baselib/" not in frame.file]  # a library of its own
@@ -207,6 +220,8 @@ def input_text(exc: BaseException, inputs: Iterable[str]) -> str:
     if wrong := no_table(Path(near)) or encoding(exc, (*found, *inputs)):
         return wrong
     text = explain(exc)
+    if unforeseen(text) and has_no_rows(Path(near)):
+        return clean(f"{near} has a header and no rows")
     if near and Path(near).name not in text:
         return clean(f"{near}: {text}", MOST_CHARACTERS)
     return text
@@ -222,7 +237,7 @@ def encoding(exc: BaseException, inputs: Iterable[str]) -> str:
             for path in (given, *named_in(given)):
                 if not (path.suffix in TEXTS and os.path.isfile(path)):
                     continue
-                if wrong := not_utf8(path, path.read_bytes()):
+                if wrong := no_text(path, path.read_bytes()):
                     return clean(wrong)
     return ""
 
@@ -230,7 +245,10 @@ def encoding(exc: BaseException, inputs: Iterable[str]) -> str:
 def open_in(exc: BaseException) -> list[str]:
     """Return the files that the functions of a traceback were about, the innermost first."""
     found: dict[str, None] = {}
-    for frame, _ in reversed(list(traceback.walk_tb(exc.__traceback__))):
+    walked: list[FrameType] = []
+    for link in chain(exc):  # of an error in a source model the engine names the logic tree
+        walked += [frame for frame, _ in traceback.walk_tb(link.__traceback__)]
+    for frame in reversed(walked):
         if "/openquake/" not in frame.f_code.co_filename:
             continue
         for value in frame.f_locals.values():
@@ -270,6 +288,15 @@ def no_file(inputs: Iterable[str]) -> str:
     return ""
 
 
+def no_text(path: Path, data: bytes) -> str:
+    """Say why the engine cannot read the text of a file; nothing when it can."""
+    if data.startswith(POINTER):
+        return f"{path} is a pointer of Git LFS; git lfs pull gets the file itself"
+    # a wide encoding has zeros between the letters of this line
+    declared = path.suffix == ".xml" and DECLARED.search(data[:400].replace(b"\0", b""))
+    return "" if declared else not_utf8(path, data)
+
+
 def not_utf8(path: Path, data: bytes) -> str:
     """Say where a text file is not UTF-8 and how to convert it; nothing when it is."""
     if wide := next((name for mark, name in MARKS.items() if data.startswith(mark)), ""):
@@ -296,14 +323,25 @@ def no_table(path: Path) -> str:
     if path.suffix != ".csv":
         return ""
     data = path.read_bytes()
+    begin = data[:80].removeprefix(codecs.BOM_UTF8).lower()
     for mark, what in NO_TABLES.items():
-        if data.startswith(mark):
-            return clean(f"{path} is {what}")
+        if begin.startswith(mark.lower()):
+            return clean(f"{path} {what}")
+    if not data.strip():
+        return clean(f"{path} is empty")
     head = data.partition(b"\n")[0]
     for mark, what in ((b";", "semicolons"), (b"\t", "tabs")):
         if mark in head and b"," not in head:
             return clean(f"{path} has columns between {what}; save it with commas")
-    return clean(not_utf8(path, data))
+    return clean(no_text(path, data))
+
+
+def has_no_rows(path: Path) -> bool:
+    """Whether a table has nothing but names of columns."""
+    if path.suffix != ".csv":
+        return False
+    lines = [line for line in path.read_bytes().splitlines() if line.strip() and line[:1] != b"#"]
+    return len(lines) == 1 and not NUMBER.search(lines[0])
 
 
 def unknown(names: list[str], known: Iterable[str]) -> str:
