@@ -23,18 +23,29 @@ case "$*" in
 *install*engine*) echo begin >>packages/log; sleep 1; echo end >>packages/log ;;
 esac
 """
+#: in place of sync: notes whether it comes before the mark
+SYNC = """#!/bin/sh
+[ ! -e .complete ] || exit 1
+echo synced >>packages/log
+"""
 
 
 def test_two_builds_of_one_environment(tmp_path: Path) -> None:
+    """It is marked as complete when all of it is on the disk."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages/engine-3.26.txt").touch()
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
+    sync = tmp_path / "programs/sync"
+    sync.parent.mkdir()
+    sync.write_text(SYNC)
+    sync.chmod(0o755)
+    env = os.environ | {"PATH": f"{sync.parent}:{os.environ['PATH']}"}
     command = ["sh", str(SCRIPT), str(python), str(tmp_path)]
-    builds = [subprocess.Popen(command) for _ in range(3)]
+    builds = [subprocess.Popen(command, env=env) for _ in range(3)]
     assert [build.wait() for build in builds] == [0, 0, 0]
-    assert (tmp_path / "packages/log").read_text() == "begin\nend\n"
+    assert (tmp_path / "packages/log").read_text() == "begin\nend\nsynced\n"
     assert (tmp_path / ".complete").exists()
 
 

@@ -69,4 +69,6 @@ rm -rf packages/home
 
 ln -sf ../openquake.cfg openquake.cfg # the settings are the same for all environments
 rm -rf packages/wheelhouse
+# after a power cut, too, one that is complete has all its files
+sync -f .
 touch .complete
