@@ -76,23 +76,33 @@ def test_refused_without_a_yes_and_while_a_job_runs(cluster: Machines) -> None:
     assert cluster.sh(TRACES) == before
 
 
+#: its agent cannot be stopped
+STAYS = r"""
+mkdir -p /run/systemd/system/openquake-worker.service.d
+printf '[Unit]\nRefuseManualStop=yes\n' >/run/systemd/system/openquake-worker.service.d/stays.conf
+systemctl daemon-reload
+"""
+
+
 def test_taken_down(cluster: Machines) -> None:
     """An empty job database, which a first run has left that was killed, runs no job.
 
-    The administrator's own file is spared. A dead worker stops nobody, and its turn comes.
+    Where something fails nobody else is stopped, also where that is all workers, nor by a dead one;
+    and their turn comes. The administrator's own file is spared.
     """
-    cluster.sh("echo mine >/etc/openquake/openquake.cfg", "w2")
-    there = cluster["w2"].sh(TRACES)
+    cluster.sh(f"echo mine >/etc/openquake/openquake.cfg; {STAYS}", "w1", "w2")
+    there = cluster.sh(TRACES, "w1", "w2")
+    done = cluster.play(RESET, *YES)
+    assert "w1, w2: did not answer, or something failed there" in done.stdout, done.stdout
+    assert cluster.sh(TRACES) == {"m1": "", **there}
+    assert cluster["m1"].can(f"test -e {DATABASE}", "openquake")
+    cluster["w1"].sh("rm -r /run/systemd/system/openquake-*; systemctl daemon-reload")
     cluster.cut("w2")
     done = cluster.play(RESET, *YES)
     assert "w2: did not answer, or something failed there" in done.stdout, done.stdout
-    assert cluster.sh(TRACES) == {"m1": "", "w1": "", "w2": there}
-    cluster.join("w2")
-    done = cluster.play(RESET, *YES)
-    assert done.returncode == 0, done.stdout
-    assert cluster.sh(TRACES) == {"m1": "", "w1": "", "w2": "/etc/openquake"}
-    assert cluster["w2"].sh("ls /etc/openquake") == "openquake.cfg"
-    assert cluster["m1"].can(f"test -e {DATABASE}", "openquake")
+    assert done.stdout.count("failed=0") == 4, done.stdout
+    assert cluster.sh(TRACES) == {"m1": "", "w1": "/etc/openquake", "w2": there["w2"]}
+    assert cluster["w1"].sh("ls /etc/openquake") == "openquake.cfg"
 
 
 def test_account_that_still_has_processes(cluster: Machines) -> None:
