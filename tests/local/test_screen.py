@@ -164,6 +164,7 @@ def test_a_detached_job(
     screen = one.until(ENDED.search)
     said = re.search(r"^job (\d+) runs detached; watch it with oq-run --watch \1", screen, re.M)
     assert said and ENDED.findall(screen) == ["0"], screen
+    assert re.search(r"^running .*job\.ini", screen[: said.start()], re.M), "it waited silently"
     one.record("detach", *COLUMNS)
     number = int(said[1])
     one("kill-server")

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import selectors
 import subprocess
 import sys
@@ -360,7 +361,8 @@ def explained(number: int, as_json: bool) -> NoReturn:
 def run_detached(folder: Path, as_json: bool) -> NoReturn:
     """Run this command without a terminal, and return when its first job has a number.
 
-    It is in a session of its own, so that the end of this one does not reach it.
+    It is in a session of its own, so that the end of this one does not reach it. What it says until
+    then, that it loads the engine or waits for another job, is said here as well.
 
     :param folder: for what it says
     """
@@ -378,16 +380,19 @@ def run_detached(folder: Path, as_json: bool) -> NoReturn:
     )
     os.close(stream)
     os.close(number_out)
-    try:
-        with os.fdopen(number_in) as numbers:
-            number = numbers.readline().strip()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        number = ""
     output = Path(name)
+    with os.fdopen(number_in) as numbers, output.open(errors="replace") as saying:
+        try:
+            while not select.select([numbers], [], [], STATUS_SECS)[0]:
+                if not as_json:  # its one line may be the last word
+                    click.echo(saying.read(), nl=False, err=True)
+            number = numbers.readline().strip()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            number = ""
+        code = 0 if number else process.wait()
+        said = [] if number else saying.read().splitlines()
     if not number:  # there is no job: what it says is all that there is
-        code = process.wait()
-        said = output.read_text(errors="replace").splitlines()
         output.unlink()
         for line in said:
             click.echo(line, err=not (as_json and line == said[-1]))
