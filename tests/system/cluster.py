@@ -61,6 +61,8 @@ class Cluster:
         self.master = self.hosts[MASTER]
         self.inventory = directory / "inventory.ini"
         self._made = directory / "provisioned"
+        if self.tasks:
+            self.read_inventory()
 
     def __enter__(self) -> Cluster:
         host.remove_dead()
@@ -128,6 +130,14 @@ class Cluster:
     @tasks.setter
     def tasks(self, number: int) -> None:
         self._made.write_text(str(number))
+
+    def read_inventory(self) -> None:
+        """Take the workers and the settings of the run that made what is on the disks."""
+        lines = self.inventory.read_text().splitlines()
+        workers, variables = lines.index("[workers]"), lines.index("[all:vars]")
+        self.workers = [line.split()[0] for line in lines[workers + 1 : variables] if line]
+        pairs = [line.split("=", 1) for line in lines[variables + 1 :] if line]
+        self.settings = {name: json.loads(value) for name, value in pairs}
 
     def write_inventory(self) -> None:
         """The inventory of the workers and settings of now."""

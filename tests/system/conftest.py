@@ -69,7 +69,7 @@ def hosts() -> Iterator[Cluster]:
     if not kept:
         shutil.rmtree(directory, ignore_errors=True)
     with Cluster(directory, image.wanted()) as cluster:
-        cluster.start()
+        cluster.start(one.name for one in cluster.members)
         cluster.make_people()
         yield cluster
         if kept:
