@@ -134,4 +134,10 @@ class Terminal:
 
     def _fits(self, columns: int, table: bool) -> bool:
         lines = [line.rstrip() for line in self("capture-pane", "-p", "-J").splitlines()]
-        return all(len(line) <= columns or not (table or IN_COLUMNS.search(line)) for line in lines)
+        return all(
+            # where an older, longer line was folded, tmux joins rows that fill the new width
+            re.match(r"\S.*?\S {2,}\S", line[at : at + columns])
+            for line in lines
+            if len(line) > columns and (table or IN_COLUMNS.search(line))
+            for at in range(0, len(line), columns)
+        )
