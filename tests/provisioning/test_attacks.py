@@ -95,7 +95,10 @@ def test_shared_directory_is_only_where_root_alone_writes(
 
 
 def test_directories_are_only_where_root_alone_writes(machine: Machine, attacks: Attacks) -> None:
-    """A link of root's, to where alice may write, is no better; one to elsewhere is."""
+    """A link of root's, to where alice may write, is no better; one to elsewhere is.
+
+    But none to what is mounted, or has the environments.
+    """
     machine.sh(
         "install -d -o alice /srv/hers /srv/hers/deep; install -d -m 0775 -g alice /srv/both"
     )
@@ -115,9 +118,13 @@ def test_directories_are_only_where_root_alone_writes(machine: Machine, attacks:
     done = machine.play(ways, host="w1", openquake_shared_dir="/srv/hers/results")
     attacks.tried(successes=done.returncode == 0)
     assert "/srv/hers/results: /srv/hers (alice, mode 755)" in str(failures(done.stdout))
-    good = {"openquake_prefix": "/srv/good/oq", "openquake_custom_tmp": "/var/tmp"}
+    good = {"openquake_home": "/srv/good/home", "openquake_custom_tmp": "/var/tmp"}
     done = machine.play(ways, **good)
     assert done.returncode == 0, done.stdout
+    for host, name in ("m1", "openquake_prefix"), ("w1", "openquake_shared_dir"):
+        done = machine.play(ways, host=host, **{name: "/srv/good/oq"})
+        [message] = failures(done.stdout)
+        assert message.startswith("/srv/good/oq is /opt/oq here, by a link; put a directory in")
 
 
 def test_accounts_link_for_what_verify_looks_at(machine: Machine, attacks: Attacks) -> None:

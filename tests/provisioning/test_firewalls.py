@@ -71,6 +71,30 @@ def test_ufw(machine: Machine) -> None:
     check(machine, "LC_ALL=C ufw show added", 10)
 
 
+#: stands in for ufw: its table is a file, and while there is /run/refused it takes one rule only
+UFW = """\
+#!/bin/sh
+touch /run/rules
+case $* in
+status) echo 'Status: active' ;;
+'show added') cat /run/rules ;;
+'delete allow '*) sed -i "/^ufw allow from $6 to any port ${10} /d" /run/rules ;;
+*)
+    [ ! -e /run/refused ] || [ ! -s /run/rules ] || exit 1
+    echo "ufw allow from $5 to any port $9 proto tcp comment 'openquake'" >>/run/rules
+    ;;
+esac
+"""
+
+
+def test_what_a_run_has_opened_that_failed_is_closed(machine: Machine) -> None:
+    machine.sh("cat >/usr/sbin/ufw; chmod +x /usr/sbin/ufw; touch /run/refused", stdin=UFW)
+    for wanted, left in (["192.0.2.2 1908", "192.0.2.3 1908"], 1), ([], 0):
+        given = ("-e", json.dumps({"__openquake_firewall_wanted": wanted}))
+        done = machine.play(role("openquake_firewall", "openings"), args=given)
+        assert len(machine.sh("cat /run/rules").splitlines()) == left, done.stdout
+
+
 #: as docker and a list of bans have them
 OTHERS = """
 table ip nat_like_docker {

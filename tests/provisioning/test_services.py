@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.provisioning.machine import Machine, role
-from tests.provisioning.roles import failures
+from tests.provisioning.roles import ROOT, failures
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -31,6 +33,35 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         yield made
     finally:
         made.close()
+
+
+#: stands in for systemctl: a unit that was started at a moment
+SYSTEMCTL = """\
+#!/bin/sh
+case $* in
+*ActiveState*) echo active ;;
+*NeedDaemonReload*) echo no ;;
+*) date --utc --date='{}' '+%a %F %T.%6N UTC' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("started", "told"), [("now", ""), ("1 hour", "served.service\n")])
+def test_service_that_started_while_the_clock_was_ahead(
+    tmp_path: Path, started: str, told: str
+) -> None:
+    """Nothing is newer than it for an hour, so it is started anew."""
+    program = tmp_path / "systemctl"
+    program.write_text(SYSTEMCTL.format(started))
+    program.chmod(0o755)
+    done = subprocess.run(
+        ["sh", ROOT / "roles/openquake/files/stale.sh", "served.service"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == told
 
 
 def count(machine: Machine, what: str) -> int:
@@ -260,13 +291,18 @@ def test_rpcbind_is_shut_on_a_worker_too_until_its_last_mount_goes(machine: Mach
     assert rpcbind(machine) == "static"
 
 
+START = "systemctl start rpcbind; systemctl is-active rpcbind"
+
+
 @pytest.mark.parametrize("name", ["openquake_nfs_client", "openquake_nfs_server"])
 def test_what_the_roles_have_masked_is_unmasked_and_nothing_else(
     machine: Machine, name: str
 ) -> None:
     machine.sh("touch /usr/sbin/mount.nfs4")
     machine.sh(NFS)
-    machine.sh("ln -s /dev/null /etc/systemd/system/rpc-statd.service")  # by its administrator
+    # by its administrator
+    machine.sh("ln -s /dev/null /etc/systemd/system/rpc-statd.service")
+    machine.sh("cp /usr/lib/systemd/system/rpcbind.service /etc/systemd/system")
     make, host = role(name), "m1"
     if name == "openquake_nfs_client":
         make, host = role(name, "mount"), "w1"
@@ -274,8 +310,10 @@ def test_what_the_roles_have_masked_is_unmasked_and_nothing_else(
         for _ in range(2):  # the second notes nothing else
             machine.play(make, host=host)
         assert rpcbind(machine) == "masked"
+        assert not machine.can(START, "root")
         machine.play(undo, host=host, **settings)
         assert rpcbind(machine) == "static"
+        assert machine.can(f"{START}; systemctl stop rpcbind", "root")
         assert machine.sh("readlink /etc/systemd/system/rpc-statd.service") == "/dev/null"
 
 

@@ -162,14 +162,31 @@ def test_change(cluster: Machines) -> None:
     assert left == ["venv-building", "venv-new", "venv-old", "venv-used"]
 
 
+#: no agent starts with the environment
+NO_AGENT = """
+mkdir /etc/systemd/system/openquake-worker.service.d
+printf '[Service]\\nExecStartPre=test ! -e /opt/openquake/venv/bin/no-agent\\n' \
+    >/etc/systemd/system/openquake-worker.service.d/wants.conf
+systemctl daemon-reload
+touch /opt/openquake/venv-new/bin/no-agent
+ln -sfn venv-new /opt/openquake/venv
+"""
+
+
 def test_environment_that_does_not_work_is_taken_back(cluster: Machines) -> None:
+    """Also where all workers fail, with which Ansible ends a playbook."""
     cluster.sh("touch /opt/openquake/venv-new/bin/oq-workers.broken")
-    done = cluster.play(UPGRADE)
-    assert done.returncode != 0
-    assert "192.0.2.2, 192.0.2.3 does not answer (no answer)" in done.stdout
-    assert "the cluster runs venv-old again" in done.stdout
-    assert (environment(cluster), database(cluster)) == ("venv-old", (500, ""))
+    silent = cluster.play(UPGRADE)
+    assert "192.0.2.2, 192.0.2.3 does not answer (no answer)" in silent.stdout, silent.stdout
     assert running(cluster, *ALL) == ALL
+    cluster.sh(f"rm /opt/openquake/venv-new/bin/oq-workers.broken; {NO_AGENT}", "w1", "w2")
+    refused = cluster.play(UPGRADE)
+    assert "w1, w2 do not start with it" in refused.stdout, refused.stdout
+    assert running(cluster, "m1") == ["m1"]
+    for done in silent, refused:
+        assert done.returncode != 0
+        assert "the cluster runs venv-old again" in done.stdout
+    assert (environment(cluster), database(cluster)) == ("venv-old", (500, ""))
 
 
 def test_job_database_is_not_replaced_by_an_old_copy(cluster: Machines) -> None:
