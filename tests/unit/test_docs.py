@@ -114,12 +114,11 @@ def said() -> Iterator[tuple[str, list[str]]]:
     for page in pages():
         text = page.read_text()
         for line in re.findall(r"^    (.+)$", text, re.MULTILINE) + re.findall("`(.+?)`", text):
-            words = re.split(r"\s+", re.sub(r"(^|\s)#.*|[\[\]]|\.\.\.", "", line).strip())
-            if words[0] == "sudo":
+            words = re.sub(r"(^|\s)#.*|[\[\]]|\.\.\.", "", line).split()
+            if words[:1] == ["sudo"]:
                 del words[0]
-            if not words or not words[0]:
-                continue
-            yield f"{page.relative_to(ROOT)}: {line}", [Path(words[0]).name, *words[1:]]
+            if words:
+                yield f"{page.relative_to(ROOT)}: {line}", [Path(words[0]).name, *words[1:]]
 
 
 def test_commands_and_their_options_are_there() -> None:

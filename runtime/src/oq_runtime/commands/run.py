@@ -390,13 +390,13 @@ def run_detached(folder: Path, as_json: bool) -> NoReturn:
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             number = ""
-        code = 0 if number else process.wait()
-        said = [] if number else saying.read().splitlines()
-    if not number:  # there is no job: what it says is all that there is
-        output.unlink()
-        for line in said:
-            click.echo(line, err=not (as_json and line == said[-1]))
-        sys.exit(code)
+        if not number:  # there is no job: what it says is all that there is
+            code = process.wait()
+            output.unlink()
+            said = saying.read().splitlines()
+            for line in said:
+                click.echo(line, err=not (as_json and line == said[-1]))
+            sys.exit(code)
     output = output.rename(folder / OUTPUT.format(number))
     if as_json:
         print_json(0, "", [{"job": int(number), "state": "created", "output": str(output)}])
