@@ -33,8 +33,8 @@ TAPPED = str(Path(__file__).parent / "tapped.py")
 #: of a million floats each way, see ``driver``
 TAPPED_TASKS, SHARED = 80, 1_000_000
 RECEIVER_PORT = 1912
-#: bytes by which an agent or a broker may grow
-GROWTH_BYTES = 200 << 20
+#: bytes by which an agent or a broker may grow: 96 MiB, and what comes until it has looked
+GROWTH_BYTES = 256 << 20
 ATTACK_LIMIT_S = 240
 #: that a process may have open on a host with small limits
 OPEN_FILES = 1024

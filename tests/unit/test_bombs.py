@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Iterator
@@ -35,6 +36,27 @@ def context(monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
     assert not watching.thread.is_alive()
 
 
+def connect(url: str) -> socket.socket:
+    """Return a connection to a router over which a message can begin."""
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), LIMIT_S)
+    connection.sendall(OPENING + b"\x04" + bytes([len(READY)]) + READY)
+    return connection
+
+
+def test_what_came_before_the_first_look_counts(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bombs, "GROWTH_BYTES", 1 << 40)  # no look yet
+    server = transport.router(context, "tcp://127.0.0.1:*")
+    with connect(server.getsockopt_string(zmq.LAST_ENDPOINT)) as bad:
+        for _ in range(20):  # far more than the buffers of the two ends hold
+            bad.sendall(MORE_LONG + struct.pack(">Q", len(MIB)) + MIB)
+        monkeypatch.setattr(bombs, "GROWTH_BYTES", -(1 << 40))
+        with contextlib.suppress(ConnectionError):
+            while bad.recv(1 << 16):  # what the router says at the beginning
+                pass
+
+
 def test_a_message_must_end(context: Context) -> None:
     server = transport.router(context, "tcp://127.0.0.1:*")
     url = server.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -55,8 +77,7 @@ def test_a_message_must_end(context: Context) -> None:
         sent += 1
         return False
 
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), LIMIT_S) as bad:
-        bad.sendall(OPENING + b"\x04" + bytes([len(READY)]) + READY)
+    with connect(url) as bad:
         assert wait_for(cut_off, LIMIT_S)
     assert 8 <= sent < 100
     assert Change.CLOSED not in [event.change for event in monitor.events()]

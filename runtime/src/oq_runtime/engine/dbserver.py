@@ -28,7 +28,7 @@ from oq_runtime.descriptors import raise_limit
 from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.engine.unpickler import Names, Refused, Section, check_size, loads
 from oq_runtime.node.memory import Resident
-from oq_runtime.wire import bombs
+from oq_runtime.wire import bombs, transport
 from oq_runtime.wire.bombs import Bombs
 from oq_runtime.wire.strangers import Strangers
 
@@ -158,9 +158,10 @@ def proxy(frontend: Any, backend: Any) -> None:
                 for source, _ in poller.poll():
                     if source == woken.fileno():
                         woken.recv(4096)  # the handlers of what has come have been called by now
-                    else:
-                        other = backend if source is frontend else frontend
-                        other.send_multipart(source.recv_multipart(copy=False), copy=False)
+                    elif source is backend:
+                        frontend.send_multipart(backend.recv_multipart(copy=False), copy=False)
+                    elif frames := transport.receive_frames(frontend):
+                        backend.send_multipart(frames, copy=False)
         finally:
             signal.set_wakeup_fd(before)
 
