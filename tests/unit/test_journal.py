@@ -186,6 +186,21 @@ def test_ends_at_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert len(caplog.records) == 1
 
 
+def test_syncs_also_while_something_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "SYNC_SECS", 0.0)
+    waited = []
+
+    def sync(descriptor: int) -> None:
+        waited.append(writer._queue.qsize())
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    writer = Writer(tmp_path / "calc_1.journal", {}, budget_bytes=1 << 30)
+    for event, body in some(1000):
+        writer.put(event, body)
+    writer.close()
+    assert max(waited) > 10
+
+
 def test_slow_disk_ends_it_and_not_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "WAITING_BYTES", 1000)
     writer = Writer(tmp_path / "j", HEAD, budget_bytes=GB)

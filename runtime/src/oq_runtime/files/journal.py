@@ -315,8 +315,10 @@ class Writer:
             while True:
                 wait_s = None
                 if dirty_since_s is not None:
-                    wait_s = max(0.0, dirty_since_s + SYNC_SECS - time.monotonic())
+                    wait_s = dirty_since_s + SYNC_SECS - time.monotonic()
                 try:
+                    if wait_s is not None and wait_s <= 0:  # also where something waits always
+                        raise queue.Empty
                     item = self._queue.get(timeout=wait_s)
                 except queue.Empty:
                     os.fdatasync(self._file.fileno())
