@@ -84,11 +84,18 @@ systemctl daemon-reload
 """
 
 
+#: an environment of another installer
+ANOTHERS = """
+install -D /dev/null /opt/openquake/venv/bin/oq
+ln -s /opt/openquake/venv/bin/oq /usr/bin/oq
+"""
+
+
 def test_taken_down(cluster: Machines) -> None:
     """An empty job database, which a first run has left that was killed, runs no job.
 
     Where something fails nobody else is stopped, also where that is all workers, nor by a dead one;
-    and their turn comes. The administrator's own file is spared.
+    and their turn comes. The administrator's own file and another's environment are spared.
     """
     cluster.sh(f"echo mine >/etc/openquake/openquake.cfg; {STAYS}", "w1", "w2")
     there = cluster.sh(TRACES, "w1", "w2")
@@ -98,10 +105,13 @@ def test_taken_down(cluster: Machines) -> None:
     assert cluster["m1"].can(f"test -e {DATABASE}", "openquake")
     cluster["w1"].sh("rm -r /run/systemd/system/openquake-*; systemctl daemon-reload")
     cluster.cut("w2")
+    cluster["m1"].sh(ANOTHERS)
     done = cluster.play(RESET, *YES)
     assert "w2: did not answer, or something failed there" in done.stdout, done.stdout
     assert done.stdout.count("failed=0") == 4, done.stdout
-    assert cluster.sh(TRACES) == {"m1": "", "w1": "/etc/openquake", "w2": there["w2"]}
+    left = {"m1": "/opt/openquake\n/usr/bin/oq", "w1": "/etc/openquake", "w2": there["w2"]}
+    assert cluster.sh(TRACES) == left
+    assert cluster["m1"].sh("find /opt/openquake -type f") == "/opt/openquake/venv/bin/oq"
     assert cluster["w1"].sh("ls /etc/openquake") == "openquake.cfg"
 
 
