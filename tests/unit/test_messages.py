@@ -37,6 +37,23 @@ def raised(exc: BaseException, module: str, file: str = __file__) -> BaseExcepti
 
 
 @pytest.mark.parametrize(
+    "named, there",
+    [
+        ("Sites.csv", " (there is sites.csv)"),
+        ("gmf-2.csv", " (there is gmf_2.csv)"),
+        ("sites.csv", ""),
+        ("exposure.xml", ""),
+        ("nowhere/sites.csv", ""),
+    ],
+)
+def test_a_file_that_is_called_almost_so(tmp_path: Path, named: str, there: str) -> None:
+    for name in "sites.csv", "gmf_2.csv", "job.ini":
+        (tmp_path / name).touch()
+    text = f"{tmp_path}/job.ini: No such file: {tmp_path}/{named}"
+    assert messages.explain(OSError(text)) == text + there
+
+
+@pytest.mark.parametrize(
     "exc, text",
     [
         (ValueError("\nOne thing must hold,\nand another.\n"), "One thing must hold, and another."),
@@ -47,6 +64,15 @@ def raised(exc: BaseException, module: str, file: str = __file__) -> BaseExcepti
         ),
         (KeyError("PGA"), "KeyError: 'PGA'"),
         (AssertionError(), "AssertionError"),
+        (
+            AssertionError("<ImtWeight {'weight': 0.3}> in branchset bs1"),
+            "gsim_logic_tree_file: the weights of branch set bs1 add up to 0.3, not 1",
+        ),
+        (
+            ValueError("tmap.risk_id {'XX', 'Y'} not in the CompositeRiskModel"),
+            "the vulnerability or fragility files have no function for 'XX', 'Y'; add it, or name "
+            "another for that taxonomy in a taxonomy_mapping_csv",
+        ),
         (
             OSError(errno.ENOENT, "No such file or directory", "/a/b"),
             "/a/b: No such file or directory",

@@ -94,6 +94,24 @@ MOST_BYTES = 4 << 20
 #: a number among the columns of a table
 NUMBER = re.compile(rb"(^|[,;\t])\s*[-+.]?\d")
 FILE_NAME = re.compile(r"[^\s<>\"']+\.(?:csv|hdf5|xml)")
+#: what the engine says for what a user has to know
+REWORDED = (
+    (r"(\S+ does not end with \S+)", r"\1 (a blank ends a file name here)"),
+    (r"\[Errno \d+\] (.+?): '([^']+)'", r"\2: \1"),
+    (
+        r"<ImtWeight \{'weight': ([\d.e-]+).*?\}> in branchset (\S+)",
+        r"gsim_logic_tree_file: the weights of branch set \2 add up to \1, not 1",
+    ),
+    (
+        r"tmap\.risk_id \{(.+?)\} not in the CompositeRiskModel",
+        r"the vulnerability or fragility files have no function for \1; add it, or name another "
+        "for that taxonomy in a taxonomy_mapping_csv",
+    ),
+)
+#: what begins a text that is values alone
+VALUES = ("[", "{")
+#: one that an error names: from the root on
+PATH = re.compile(r"/[^\s'\"<>:;,()]+")
 FRAME = re.compile(r'^  File "(.+)", line \d+, in (.+)\n(?:    (.*)\n)?', re.MULTILINE)
 
 
@@ -125,18 +143,30 @@ def explain(exc: BaseException) -> str:
     name = type(exc).__name__
     while text.startswith(f"{name}: "):
         text = text.removeprefix(f"{name}: ")
-    text = re.sub(r"(\S+ does not end with \S+)", r"\1 (a blank ends a file name here)", text)
-    text = re.sub(r"\[Errno \d+\] (.+?): '([^']+)'", r"\2: \1", text)
-    text = " ".join(text.split())
-    if "No such file" in text and "\\" in text:
-        text += " (folders are parted by / here)"
-    if isinstance(exc, UNFORESEEN) or not text or text.startswith(("[", "{")):  # values alone
+    said = text = " ".join(text.split())
+    for pattern, words in REWORDED:
+        text = re.sub(pattern, words, text)
+    if "No such file" in text:
+        text += " (folders are parted by / here)" if "\\" in text else similar(text)
+    if (isinstance(exc, UNFORESEEN) and text == said) or not text or text.startswith(VALUES):
         text = f"{name}: {text}" if text else name
     if unforeseen(text) and (trace := in_engine(exc)):
         own = [frame for frame in trace if "/baselib/" not in frame.file]  # a library of its own
         path, function, line = (own or trace)[-1]
         text += f" ({function} in {path.rpartition('/openquake/')[2]}: {line})"
     return clean(text, MOST_CHARACTERS)
+
+
+def similar(text: str) -> str:
+    """Name a file that is there beside one that a text says is not, and is called almost so."""
+    for found in PATH.findall(text):
+        path = Path(found)
+        with contextlib.suppress(OSError):
+            there = {name.lower(): name for name in os.listdir(path.parent)}
+            near = difflib.get_close_matches(path.name.lower(), there, 1, 0.8)
+            if near and there[near[0]] != path.name:
+                return f" (there is {there[near[0]]})"
+    return ""
 
 
 def unforeseen(text: str) -> bool:
