@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,25 +136,26 @@ def test_whose_fault(exc: BaseException, verdict: bool) -> None:
     assert messages.of_input(exc) is verdict
 
 
-def test_checks_before_the_calculation_are_about_the_input(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "function, statement, verdict",
+    [
+        ("pre_execute", "raise RuntimeError('Wrong')", True),
+        ("pre_execute", "1 / 0", False),
+        ("execute", "raise RuntimeError('The sites are far from all sources')", True),
+        ("execute", "raise RuntimeError('The events have duplicates')", False),
+    ],
+)
+def test_what_the_engine_raises_on_purpose(
+    tmp_path: Path, function: str, statement: str, verdict: bool
+) -> None:
     path = tmp_path / "openquake" / "calculators" / "base.py"
     path.parent.mkdir(parents=True)
-    path.write_text(
-        textwrap.dedent(
-            """
-            def pre_execute(purpose):
-                if purpose:
-                    raise RuntimeError("The sites are far from all sources")
-                1 / 0
-            """
-        )
-    )
-    namespace: dict[str, object] = {}
+    path.write_text(f"def {function}():\n    {statement}\n")
+    namespace: dict[str, Callable[[], None]] = {}
     exec(compile(path.read_text(), str(path), "exec"), namespace)
-    for purpose in (True, False):
-        with pytest.raises((RuntimeError, ZeroDivisionError)) as error:
-            namespace["pre_execute"](purpose)  # type: ignore[operator]
-        assert messages.of_input(error.value) is purpose
+    with pytest.raises((RuntimeError, ZeroDivisionError)) as error:
+        namespace[function]()
+    assert messages.of_input(error.value) is verdict
 
 
 @pytest.mark.parametrize(

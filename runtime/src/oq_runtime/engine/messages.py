@@ -57,6 +57,11 @@ READERS = (
 )
 #: errors of the engine that are raised for nothing else
 OF_INPUT = ("DuplicatedID", "DuplicatedPoint", "InvalidFile", "SiteAssociationError")
+#: what the engine says on purpose, after it has calculated, about what it was given
+LATE = re.compile(
+    "far from|maximum_distance|minimum_intensity|investigation time|max_sites_disagg|collect_rlzs"
+    "|binning"
+)
 #: of a parameter of the engine that once was of help
 IGNORED = (
     "ignore_encoding_errors = true leaves out such characters in engine 3.23, not in 3.25 and 3.26"
@@ -106,6 +111,10 @@ REWORDED = (
         r"tmap\.risk_id \{(.+?)\} not in the CompositeRiskModel",
         r"the vulnerability or fragility files have no function for \1; add it, or name another "
         "for that taxonomy in a taxonomy_mapping_csv",
+    ),
+    (
+        "(sites are far from all seismic sources included in the hazard model)",
+        r"\1; look at their longitudes and latitudes, and at maximum_distance",
     ),
 )
 #: what begins a text that is values alone
@@ -227,8 +236,8 @@ def of_user(exc: BaseException, inputs: Iterable[str], shared_dir: str) -> str:
 def of_input(exc: BaseException) -> bool:
     """Whether an error is about what the user gave, as far as its traceback tells.
 
-    Then it comes from where the engine reads that, or the engine raised it on purpose before it
-    calculated.
+    Then it comes from where the engine reads that, or the engine raised it on purpose: before it
+    calculated, or with words of ``LATE``.
     """
     if isinstance(exc, (OqRuntimeError, MemoryError)) or no_room(exc):
         return False
@@ -237,8 +246,10 @@ def of_input(exc: BaseException) -> bool:
     trace = in_engine(exc)
     if any(frame.file.endswith(READERS) for frame in trace):
         return True
+    if not trace or "/calculators/" not in trace[-1].file:
+        return False
     early = any(frame.function == "pre_execute" for frame in trace)
-    return early and trace[-1].line.startswith("raise ") and "/calculators/" in trace[-1].file
+    return trace[-1].line.startswith("raise ") and (early or bool(LATE.search(str(exc))))
 
 
 def input_text(exc: BaseException, inputs: Iterable[str]) -> str:
