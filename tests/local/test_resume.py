@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -117,6 +118,31 @@ def test_job_that_runs_is_not_begun_again(env: dict[str, str], undisturbed: Path
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert compare(undisturbed, done(out)[1]) == []
+
+
+def test_reuse(env: dict[str, str]) -> None:
+    """What does not matter to a task costs none; what matters is computed, and all is right."""
+    job = corpus("disagg/case_1/job.ini")
+    code, out, err = run(env, job, "--reuse", "--json")
+    assert code == 0 and "no complete job has results" in err, err
+    [first] = json.loads(out)["jobs"]
+    number, kept = first["job"], results(env, first["job"])
+    assert number not in journal.numbers(datadir(env))
+    code, _, err = run(env, "--resume", number)
+    assert code == 2 and f"job {number} is complete" in one_line(err), err
+    for change, least, most in (
+        ("description=again", kept, kept),
+        ("poes_disagg=0.2", kept // 2, kept - 1),  # of the second of two calculations
+        ("truncation_level=2", 0, 0),
+    ):
+        code, out, err = run(env, job, "-p", change, "--reuse", "--json")
+        assert code == 0, err
+        found = re.search(r"took over the results of (\d+) tasks", err)
+        assert least <= int(found.group(1) if found else 0) <= most, err
+        undisturbed = run(env, job, "-p", change, "--no-journal", "--json")[1]
+        assert compare(done(undisturbed)[1], done(out)[1]) == []
+    code, _, err = run(env, job, "--reuse", "--no-journal")
+    assert code == 2 and "--reuse needs a journal" in one_line(err)
 
 
 def detached_runs(env: dict[str, str]) -> list[psutil.Process]:

@@ -20,7 +20,7 @@ from oq_runtime.commands import journal as commands_journal
 from oq_runtime.errors import ConfigError, JournalError
 from oq_runtime.files import detached, journal
 from oq_runtime.files.detached import Detached
-from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Slots, Submitted, Writer
+from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Slots, Submitted, Used, Writer
 
 GB = 1 << 30
 HEAD = {"job": 7, "facts": {"the input a": "01"}}
@@ -66,7 +66,8 @@ def some(n: int, seed: int = 1) -> list[tuple[Event, bytes]]:
 def events() -> st.SearchStrategy[Event]:
     number = st.integers(0, 1 << 40)
     submitted = st.builds(Submitted, number, number, st.text(), st.binary(max_size=16))
-    return st.one_of(submitted, st.builds(Consumed, number, number), st.builds(Slots, number))
+    used = st.builds(Used, st.lists(st.text()).map(tuple), number, number)
+    return st.one_of(submitted, st.builds(Consumed, number, number), st.builds(Slots, number), used)
 
 
 @given(st.lists(st.tuples(events(), st.binary(max_size=300))))
@@ -256,6 +257,56 @@ def test_makes_room(tmp_path: Path) -> None:
     assert journal.numbers(tmp_path) == [1, 2, 5]  # 3 has no head, 4 was deleted
     assert journal.make_room(tmp_path, size + 1, 5, lambda _: False) == [1]
     assert journal.numbers(tmp_path) == [2, 5]
+
+
+def test_of_complete_jobs(tmp_path: Path) -> None:
+    """They cannot go on, are kept by their last use, and make room for others first."""
+    for number in range(1, 6):
+        write(tmp_path / f"calc_{number}.journal", some(20))
+        if number < 4:
+            journal.set_complete(tmp_path / f"calc_{number}.journal")
+            os.utime(tmp_path / f"calc_{number}.journal" / journal.COMPLETE, (number, number))
+    size = journal.size(tmp_path / "calc_1.journal")
+    assert journal.complete(tmp_path) == [3, 2, 1]
+    assert journal.numbers(tmp_path) == [4, 5]
+    assert journal.find(tmp_path, "2") == 2
+    journal.set_complete(tmp_path / "calc_1.journal")  # used
+    assert journal.complete(tmp_path) == [1, 3, 2]
+    assert journal.make_room(tmp_path, 2 * size, 5, lambda _: False) == []
+    assert journal.everything(tmp_path) == [1, 4, 5]
+    assert journal.make_room(tmp_path, 0, 5, lambda _: False) == [4]
+    (tmp_path / "calc_5.journal" / journal.COMPLETE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        journal.set_complete(tmp_path / "calc_5.journal")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("events", [0, 1, 2, 29, 40, 60])
+def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: int) -> None:
+    """Of several segments; goes on under another head, and the first one stays as it is."""
+    monkeypatch.setattr(journal, "SEGMENT_BYTES", 5000)
+    items = some(30)
+    write(tmp_path / "j", [*items[:30], (Cut(20), b""), *items[30:]])
+    kept = [*items[:20], *items[30:]]
+    assert len(journal.segments(tmp_path / "j")) > 3
+    source = Reader(tmp_path / "j")
+    events = min(events, len(kept))
+    claimed = journal.copy(source, events, tmp_path / "k", HEAD | {"job": 8})
+    assert Reader(tmp_path / "k").head == HEAD | {"job": 8}
+    Reader(tmp_path / "k").cut_tail()
+    assert Reader(tmp_path / "k").records == source.records[:events]
+    write(tmp_path / "k", items[:5], claimed=claimed)
+    assert read(tmp_path / "k") == [*kept[:events], *items[:5]]
+    assert read(tmp_path / "j") == kept
+
+
+def test_copy_of_one_that_is_removed_just_now(tmp_path: Path) -> None:
+    write(tmp_path / "j", some(3))
+    source = Reader(tmp_path / "j")
+    journal.segments(tmp_path / "j")[0].unlink()
+    with pytest.raises(OSError):
+        journal.copy(source, 6, tmp_path / "k", HEAD)
+    assert not (tmp_path / "k").exists()
 
 
 def test_a_job_goes_on_by_itself_three_times(

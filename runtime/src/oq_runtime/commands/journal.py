@@ -1,4 +1,4 @@
-"""``oq-journal``: what is kept of jobs that did not complete, so that they can go on."""
+"""``oq-journal``: what is kept of jobs, so that they can go on or others begin with it."""
 
 from __future__ import annotations
 
@@ -60,13 +60,14 @@ def directory_of(number: str) -> Path:
 @main.command()
 def show() -> None:
     """List the journals of this user: job, results, size, whether it runs, files."""
-    for number in journal.numbers(where := datadir()):
+    for number in journal.everything(where := datadir()):
         directory = journal.directory_of(where, number)
         try:
             reader = Reader(directory)
             files = " ".join(map(str, reader.head.get("spec", {}).get("files", ())))
             what = f"{reader.results} results, {journal.size(directory) / 1e6:.1f} MB, "
-            what += f"{'runs' if journal.claimed(directory) else 'can go on'}, {clean(files)}"
+            state = "is complete" if journal.is_complete(directory) else "can go on"
+            what += f"{'runs' if journal.claimed(directory) else state}, {clean(files)}"
         except JournalError as exc:
             what = clean(str(exc))
         click.echo(f"job {number}: {what}")
@@ -131,7 +132,7 @@ def prune(numbers: tuple[str, ...], everything: bool) -> None:
     """Remove journals of jobs that are not to go on."""
     if bool(numbers) == everything:
         leave("give the numbers of jobs, or --all alone", EXIT_INPUT)
-    for directory in map(directory_of, numbers or map(str, journal.numbers(datadir()))):
+    for directory in map(directory_of, numbers or map(str, journal.everything(datadir()))):
         if journal.remove(directory):
             click.echo(f"removed {directory}")
         else:

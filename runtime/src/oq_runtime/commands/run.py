@@ -125,6 +125,11 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
 @click.option(
     "--resume", metavar="ID", help="Go on with a job that did not complete; -1: last one."
 )
+@click.option(
+    "--reuse",
+    is_flag=True,
+    help="Begin with the results of a complete job, as far as they hold; keep those of this one.",
+)
 @click.option("--no-journal", is_flag=True, help="Keep nothing to go on from after a crash.")
 @click.option("--run", is_flag=True, hidden=True)  # as oq engine has it
 @click.option(
@@ -189,6 +194,7 @@ EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and -
 def main(
     files: tuple[str, ...],
     resume: str | None,
+    reuse: bool,
     no_journal: bool,
     run: bool,
     hc: str | None,
@@ -234,12 +240,13 @@ def main(
     target = None if report is None else check_report(report, export_dir, files, dry_run)
     if bool(files) == bool(resume):
         raise BadInput("give a job file, or --resume ID alone")
-    if resume and (hc or params or exports or export_dir or dry_run):
-        raise BadInput("--resume goes on as the job was begun: leave out --hc, -p, -e")
+    if resume and (hc or params or exports or export_dir or dry_run or reuse):
+        raise BadInput("--resume goes on as the job was begun: leave out --hc, -p, -e, --reuse")
     spec: dict[str, Any] = {
         "files": [checks.check_file(name) for name in files],
         "hc": hc,
         "resume": None,
+        "reuse": reuse,
         "params": (given := parse_params(params)),
         "exports": exports or given.pop("exports", ""),
         "export_dir": str(checks.absolute(export_dir)) if export_dir else None,
@@ -266,8 +273,9 @@ def main(
         raise BadInput(f"--{exc}" if ours else str(exc)) from exc
     spec["cluster"] = settings.cluster is not None
     spec["journal_bytes"] = 0 if no_journal else settings.journal_bytes
-    if resume and not spec["journal_bytes"]:
-        raise BadInput("--resume needs a journal: leave out --no-journal, and set journal_gb")
+    if (resume or reuse) and not spec["journal_bytes"]:
+        option = "--resume" if resume else "--reuse"
+        raise BadInput(f"{option} needs a journal: leave out --no-journal, and set journal_gb")
     if resume:
         spec |= earlier(datadir, resume)
     if detach:
@@ -420,6 +428,8 @@ def earlier(datadir: Path, number: str) -> dict[str, Any]:
         directory = journal.directory_of(datadir, found)
         if journal.claimed(directory):
             raise BadInput(f"--resume {number}: job {found} runs; watch it with --watch {found}")
+        if journal.is_complete(directory):
+            raise BadInput(f"--resume {number}: job {found} is complete; --reuse begins with it")
         reader = Reader(directory)
     except JournalError as exc:
         raise BadInput(f"--resume {number}: {exc}") from exc

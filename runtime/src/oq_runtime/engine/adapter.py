@@ -23,6 +23,7 @@ import numpy
 from oq_runtime.engine import versions
 from oq_runtime.engine.history import History
 from oq_runtime.engine.inbox import SCHEME, Inbox, PoolSockets
+from oq_runtime.engine.reads import Request
 from oq_runtime.engine.records import Records
 from oq_runtime.session.client import Session, Unchanged
 from oq_runtime.wire import payload
@@ -102,6 +103,8 @@ class Receiver:
         history = History.current()
         number = starmap.task_no
         held = history is not None and history.submitting(self.map, number, func, args, unchanged)
+        if history is not None and history.collector is not None:
+            starmap.monitor.looks = Request()
         task, (_, *sizes) = Session.current().submit(
             self.map,
             name,
@@ -177,8 +180,8 @@ class Receiver:
                     starmap.log_percent()
                     if result.msg == "TASK_ENDED":
                         starmap.busytime += {result.workerid: result.mon.duration}
-                        if history is not None and history.replaying:
-                            history.saved_s += result.mon.duration
+                        if history is not None:
+                            history.ended(self.map, number, result.mon)
                         operation = result.mon.operation.removeprefix("total ")
                         if operation == "split_task":  # of engine 3.23
                             operation = f"{starmap.name}:{operation}"

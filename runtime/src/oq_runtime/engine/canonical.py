@@ -3,7 +3,8 @@
 Some objects differ between two runs without meaning anything to a task: the engine's monitors with
 their clocks, and open files. Fixed marks stand in their places. What a mark is missing for makes
 two digests differ, which costs a task that is computed again, never a result that is wrong; so
-marks are for objects that are the task's surroundings and never its input.
+marks are for objects that are the task's surroundings and never its input. Parameters are compared
+apart (``resume``, ``reads``), so an ``OqParam`` has a mark too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import numpy
 import xxhash
 
+from oq_runtime.engine.reads import CARRIED
+
 #: classes of which every object is as good as another, by module and name
 SURROUNDINGS = frozenset(
     {
@@ -23,8 +26,11 @@ SURROUNDINGS = frozenset(
         ("openquake.commonlib.datastore", "DataStore"),
         ("openquake.baselib.hdf5", "File"),
         ("h5py._hl.files", "File"),
+        ("openquake.commonlib.oqvalidation", "OqParam"),
     }
 )
+#: which carries parameters of its own
+CARRIER = ("openquake.hazardlib.contexts", "ContextMaker")
 
 
 def mark(name: str) -> None:
@@ -38,7 +44,10 @@ class Canonical(pickle.Pickler):
         # numpy's own generator, begun by chance in each process, which every scipy distribution has
         if obj is numpy.random.mtrand._rand:
             return mark, ("RandomState",)
-        return (mark, (name,)) if (name := _surroundings(obj.__class__)) else NotImplemented
+        if _carrier(cls := obj.__class__):
+            state = {name: value for name, value in vars(obj).items() if name not in CARRIED}
+            return mark, (cls.__qualname__,), state
+        return (mark, (name,)) if (name := _surroundings(cls)) else NotImplemented
 
 
 @functools.cache
@@ -48,6 +57,11 @@ def _surroundings(cls: type) -> str:
         if (one.__module__, one.__qualname__) in SURROUNDINGS:
             return one.__qualname__
     return ""
+
+
+@functools.cache
+def _carrier(cls: type) -> bool:
+    return any((one.__module__, one.__qualname__) == CARRIER for one in cls.__mro__)
 
 
 def digest(obj: Any) -> bytes:

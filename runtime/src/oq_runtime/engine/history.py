@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from oq_runtime.engine.canonical import digest
+from oq_runtime.engine.reads import Collector
 from oq_runtime.files.journal import (
     Consumed,
     Cut,
@@ -26,6 +27,7 @@ from oq_runtime.files.journal import (
     Record,
     Slots,
     Submitted,
+    Used,
     Writer,
 )
 from oq_runtime.session.client import Session, Unchanged
@@ -38,17 +40,26 @@ class History:
     """The history of the job that this process runs.
 
     :param writer: of its journal
-    :param before: its journal as an earlier run has left it; None for a new job
+    :param before: its journal as an earlier run, or another job, has left it; None: there is none
     :param tell: is given a line for the user when the replay has ended
+    :param collector: of the parameters that are looked at, where these are kept too
     """
 
     _current: History | None = None
 
-    def __init__(self, writer: Writer, before: Reader | None, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        before: Reader | None,
+        tell: Callable[[str], None],
+        collector: Collector | None = None,
+    ) -> None:
         self.pid = os.getpid()
         self.writer = writer
         self.before = before
         self.tell = tell
+        self.collector = collector
+        self.used: set[str] = set()  # by the engine, as far as it is in the journal
         self.rest: deque[Record] = deque(before.records if before else ())
         self.replaying = bool(self.rest)
         self.events = 0  # of this run: those of the journal that hold for it
@@ -76,6 +87,7 @@ class History:
 
         :param found: host, busy slots and slots of each node
         """
+        self._skip()
         if self.replaying and self.rest and isinstance(event := self.rest[0].event, Slots):
             self.rest.popleft()
             self.events += 1
@@ -99,6 +111,7 @@ class History:
             func=f"{getattr(func, '__module__', '')}.{getattr(func, '__qualname__', func)}",
             digest=self._digest(args),
         )
+        self._skip()
         if self.replaying and self.rest and self.rest[0].event == found:
             self.rest.popleft()
             self.events += 1
@@ -150,6 +163,7 @@ class History:
 
     def _next(self, map_: int) -> Record | None:
         """Return what the engine was given next then; None when the replay is over."""
+        self._skip()
         if not self.rest:
             self._end("")
             return None
@@ -165,6 +179,7 @@ class History:
 
     def consumed(self, task: int, body: Buffer) -> None:
         """Note an attempt that is given to the engine, and what it has brought."""
+        self._note_used()
         self.last = self.events
         map_, number = self.names.pop(task)
         del self.tasks[map_, number]
@@ -179,9 +194,31 @@ class History:
 
     # ---- both
 
+    def ended(self, map_: int, number: int, monitor: Any) -> None:
+        """Take what a task has taken of time, and the parameters that it has looked at."""
+        if self.replaying:
+            self.saved_s += monitor.duration
+        elif names := getattr(monitor, "looks", ()):
+            self._note(Used(tuple(names), self.maps[map_], number))
+
+    def _skip(self) -> None:
+        """Pass by what is known of the parameters that were looked at."""
+        while self.rest and isinstance(event := self.rest[0].event, Used):
+            self.rest.popleft()
+            self.events += 1
+            if event.map < 0:
+                self.used.update(event.names)
+
     def _note(self, event: Event, body: Buffer = b"") -> None:
+        self._note_used()
         self.writer.put(event, body)
         self.events += 1
+
+    def _note_used(self) -> None:
+        if self.collector is not None and (new := self.collector.names - self.used):
+            self.used |= new
+            self.writer.put(Used(tuple(sorted(new))))
+            self.events += 1
 
     def _end(self, why: str) -> None:
         """Compute from here on; what was held is sent.

@@ -44,8 +44,8 @@ INSTALLERS = {
         ("GsimLogicTree", "shutil", "tempfile"),
     ),
     "openquake.commonlib.readinput": (
-        "oq_runtime.engine.archives:install_readinput",
-        ("unzip_rename", "extract_from_zip"),
+        "oq_runtime.engine.archives:install_readinput oq_runtime.engine.reads:install_readinput",
+        ("unzip_rename", "extract_from_zip", "get_oqparam"),
     ),
     "openquake.engine.engine": (
         "oq_runtime.engine.queue:install_queue oq_runtime.engine.oq:install_run_calc "

@@ -30,7 +30,7 @@ from typing import Any
 
 from oq_runtime import processes
 from oq_runtime.config import SESSION_VARIABLE
-from oq_runtime.engine import archives, jobtable, messages, queue, resume, survey
+from oq_runtime.engine import archives, jobtable, messages, queue, reads, resume, survey
 from oq_runtime.engine.history import History
 from oq_runtime.engine.hook import activate
 from oq_runtime.engine.jobtable import JobTable, Status
@@ -43,7 +43,7 @@ from oq_runtime.errors import (
     UnsupportedEngine,
 )
 from oq_runtime.files import compiling, detached, journal
-from oq_runtime.files.journal import Reader, Writer
+from oq_runtime.files.journal import Consumed, Reader, Writer
 from oq_runtime.session.client import Session
 from oq_runtime.text import clean
 
@@ -102,6 +102,7 @@ class Jobs:
         self.rest: list[Any] = []  # the engine's contexts of the jobs that are not at their end
         self.retried = 0  # attempts of the jobs that are
         self.facts: list[dict[str, str]] = []  # of each job, which must be the same to go on
+        self.values: list[dict[str, str]] = []  # and of its parameters
         self.before: Reader | None = None  # the journal that the first job goes on from
         self.place = ""  # where the job database is
         self.claimed: int | None = None  # and what keeps others from it
@@ -128,6 +129,7 @@ class Jobs:
                     resume.facts(one, resume.inputs(one, oq))
                     for one, oq in zip(params, checked, strict=True)
                 ]
+                self.values = [resume.values(oq) if oq else {} for oq in checked]
             if self.before is not None:
                 parent = resume.of_parent(self.table, self.parent)
                 resume.check(self.before, self.facts[0] | parent)
@@ -451,8 +453,11 @@ class Jobs:
             History.begin(None)
             if history is not None:
                 history.close()
-                if complete or not history.results:
-                    shutil.rmtree(history.writer.directory, ignore_errors=True)
+                directory = history.writer.directory
+                if complete and history.results and history.collector is not None:
+                    journal.set_complete(directory)
+                elif complete or not history.results:
+                    shutil.rmtree(directory, ignore_errors=True)
 
     def begin_history(self, job: Any) -> History | None:
         datadir = Path(self.logs.get_datadir())
@@ -463,6 +468,7 @@ class Jobs:
         spec |= {"files": self.spec["files"][number:], "hc": hazard and str(hazard)}
         facts = self.facts[number] | resume.of_parent(self.table, hazard)
         head = {"job": job.calc_id, "database": self.place, "spec": spec, "facts": facts}
+        head["values"] = self.values[number]
         before, self.before = self.before, None
 
         def deleted(other: int) -> bool:  # a row may be in another database
@@ -476,20 +482,51 @@ class Jobs:
             free_bytes = shutil.disk_usage(datadir).free
             # of what is there already the disk need not have room
             budget_bytes = min(most_bytes, journal.size(directory) + free_bytes // 2)
+            claimed = self.claimed if before is not None else None
+            if self.spec["reuse"] and head["values"]:
+                before, claimed = self.take_over(directory, head, budget_bytes)
             if before is not None:
                 before.cut_tail()
-            claimed = self.claimed if before is not None else None
             writer = Writer(directory, head, budget_bytes=budget_bytes, claimed=claimed)
             if self.spec["detached"] is None:
                 detached.forget(directory)
             else:
                 detached.note(directory, tuple(self.spec["detached"]))
         except (ConfigError, JournalError, OSError) as exc:
-            if before is not None:
+            if self.spec["resume"]:
                 raise InputError(f"--resume {job.calc_id}: {exc}") from exc
             self.note(f"the job runs without a journal, and cannot be resumed: {exc}")
             return None
-        return History(writer, before, self.note)
+        return History(
+            writer, before, self.note, reads.begin(job=True) if self.spec["reuse"] else None
+        )
+
+    def take_over(
+        self, directory: Path, head: dict[str, Any], most_bytes: int
+    ) -> tuple[Reader | None, int | None]:
+        """Make a journal of what holds for a job of that of a complete one, if there is such.
+
+        :param directory: of the journal, with what is to be in its ``head``
+        :returns: the journal, and what keeps others from it
+        """
+        datadir, file = directory.parent, head["spec"]["files"][0]
+        most, events, reader = 0, 0, None
+        for number in journal.complete(datadir):
+            try:
+                one = Reader(journal.directory_of(datadir, number))
+                hold = resume.usable(one, head["facts"], file, head["values"])
+            except (JournalError, LookupError, TypeError):  # damaged, or of another version
+                continue
+            results = sum(isinstance(record.event, Consumed) for record in one.records[:hold])
+            if results > most and journal.size(one.directory) <= most_bytes:
+                most, events, reader = results, hold, one
+        if reader is None:
+            self.note("no complete job has results for this one")
+            return None, None
+        self.note(f"beginning with the results of job {reader.head['job']}")
+        claimed = journal.copy(reader, events, directory, head)
+        journal.set_complete(reader.directory)
+        return Reader(directory), claimed
 
 
 def created_in(exc: BaseException) -> set[int]:

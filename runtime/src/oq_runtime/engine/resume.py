@@ -1,8 +1,9 @@
 """Whether a job can go on from the results of an earlier run: what must be the same in both.
 
 Versions, parameters and the bytes of all inputs, each by a name for people. The digests of tasks
-would tell most differences as well (``history``), but only as that of a task. Not covered: the
-journal itself (``files.journal``).
+would tell most differences as well (``history``), but only as that of a task. A job may also begin
+with the results of another, complete one: its parameters may differ, and then the results count
+until one of those is looked at (``reads``). Not covered: the journal itself (``files.journal``).
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from typing import Any
 import xxhash
 
 from oq_runtime.engine import messages, versions
+from oq_runtime.engine.canonical import digest
 from oq_runtime.engine.jobtable import JobTable
+from oq_runtime.engine.reads import ALL
 from oq_runtime.errors import InputError
-from oq_runtime.files.journal import Reader
+from oq_runtime.files.journal import Consumed, Reader, Used
 
 #: packages whose version may change what the engine submits, or what a result is
 PACKAGES = ("oq-runtime", "numpy", "scipy", "pandas", "h5py", "numba", "shapely")
 #: parameters that change neither tasks nor results, or are looked at in another way
 OTHERS = ("inputs", "base_path", "exports", "export_dir", "hazard_calculation_id")
+#: how what must be the same of parameters and inputs is called
+PARAMETER, INPUT = "the parameter", "the input"
 #: bytes of a file that are read at a time
 PIECE_BYTES = 8 << 20
 
@@ -45,9 +50,9 @@ def facts(params: Mapping[str, Any], files: Iterable[Path]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[f"the version of {name}"] = importlib.metadata.version(name)
     for name in sorted(params.keys() - set(OTHERS)):
-        found[f"the parameter {name}"] = str(params[name])
+        found[f"{PARAMETER} {name}"] = str(params[name])
     for path in sorted(set(files)):
-        found[f"the input {path}"] = _digest(path)
+        found[f"{INPUT} {path}"] = _digest(path)
     return found
 
 
@@ -94,6 +99,42 @@ def check(reader: Reader, now: Mapping[str, str]) -> None:
             f"--resume {reader.head['job']}: not the same as then: {'; '.join(changed)}; "
             f"run it anew: oq-run {files}"
         )
+
+
+def values(oqparam: Any) -> dict[str, str]:
+    """Return a digest of the value of each parameter, as the engine has made them."""
+    found = {name: value for name, value in vars(oqparam).items() if name not in OTHERS}
+    # the job file itself has nothing else
+    found["inputs"] = {k: v for k, v in oqparam.inputs.items() if k != "job_ini"}
+    return {name: digest(value).hex() for name, value in found.items()}
+
+
+def usable(reader: Reader, facts: Mapping[str, str], job_file: str, now: Mapping[str, str]) -> int:
+    """Return how many events of a complete job's journal hold for a job with other parameters.
+
+    :param facts: what must be the same, see ``facts`` and ``of_parent``
+    :param job_file: of the job
+    :param now: the ``values`` of its parameters
+    """
+
+    def others(found: Mapping[str, str], file: str) -> dict[str, str]:
+        own = f"{INPUT} {Path(file).resolve()}"
+        return {k: v for k, v in found.items() if not k.startswith(PARAMETER) and k != own}
+
+    head = reader.head
+    if others(head["facts"], head["spec"]["files"][0]) != others(facts, job_file):
+        return 0
+    changed = set(differences(head["values"], now))
+    if changed:
+        changed.add(ALL)
+    at: dict[tuple[int, int], int] = {}
+    for number, record in enumerate(reader.records):
+        event = record.event
+        if isinstance(event, Consumed):
+            at[event.map, event.task] = number
+        elif isinstance(event, Used) and changed.intersection(event.names):
+            return at.get((event.map, event.task), number)
+    return len(reader.records)
 
 
 def _digest(path: Path) -> str:

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 HEAD, LOCK = "head.json", "lock"
+#: of the journal of a job that is complete, kept for others; its time is that of the last use
+COMPLETE = "complete"
 MAGIC = 0x314A514F  # "OQJ1"
 HEADER = struct.Struct("<IIQQ16s16s")
 PREFIX = struct.Struct("<IIQQ")
@@ -93,7 +95,15 @@ class Cut(msgspec.Struct, frozen=True, tag="cut", array_like=True):
     events: int
 
 
-Event = Slots | Submitted | Consumed | Cut
+class Used(msgspec.Struct, frozen=True, tag="used", array_like=True):
+    """Parameters that were looked at for the first time, by the engine or by a task of a map."""
+
+    names: tuple[str, ...]
+    map: int = -1
+    task: int = -1
+
+
+Event = Slots | Submitted | Consumed | Cut | Used
 _encode = msgspec.msgpack.Encoder().encode
 _decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 KIND = 1  # of all records as yet
@@ -116,6 +126,20 @@ def directory_of(datadir: Path, number: int) -> Path:
 
 
 def numbers(datadir: Path) -> list[int]:
+    """Return the calculations of this user that can go on, in their order."""
+    return [n for n in everything(datadir) if not is_complete(directory_of(datadir, n))]
+
+
+def complete(datadir: Path) -> list[int]:
+    """Return the complete calculations of this user with a journal, the last used first."""
+    found = {}
+    for number in everything(datadir):
+        with contextlib.suppress(FileNotFoundError):
+            found[number] = os.lstat(directory_of(datadir, number) / COMPLETE).st_mtime_ns
+    return sorted(found, key=lambda number: (found[number], number), reverse=True)
+
+
+def everything(datadir: Path) -> list[int]:
     """Return the calculations of this user that have a journal, in their order."""
     found = [
         int(path.stem.removeprefix("calc_"))
@@ -123,6 +147,20 @@ def numbers(datadir: Path) -> list[int]:
         if path.stem.removeprefix("calc_").isdecimal() and private.is_own(path)
     ]
     return sorted(found)
+
+
+def is_complete(directory: Path) -> bool:
+    return os.path.lexists(directory / COMPLETE)
+
+
+def set_complete(directory: Path) -> None:
+    """Keep the journal of a job that is complete for others, or note that one has used it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(directory / COMPLETE, flags, 0o600)
+    try:
+        os.utime(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find(datadir: Path, number: str) -> int:
@@ -135,7 +173,7 @@ def find(datadir: Path, number: str) -> int:
     kept = numbers(datadir)
     if number == "-1" and kept:
         return kept[-1]
-    if re.fullmatch("[0-9]{1,18}", number) and int(number) in kept:
+    if re.fullmatch("[0-9]{1,18}", number) and int(number) in everything(datadir):
         return int(number)
     there = f"there is one of job {', '.join(map(str, kept))}" if kept else "there is none"
     raise JournalError(
@@ -201,11 +239,14 @@ def make_room(
 ) -> list[int]:
     """Delete the oldest journals until all others together have so many bytes at most.
 
+    Those of complete jobs go first, beginning with the one that was not used for the longest time.
+
     :param but: the calculation whose journal stays
     :param deleted: whether a calculation is no more, so that its journal is of no use
     :returns: the calculations that cannot go on any more
     """
-    directories = {n: directory_of(datadir, n) for n in numbers(datadir) if n != but}
+    spare = complete(datadir)[::-1]
+    directories = {n: directory_of(datadir, n) for n in (*spare, *numbers(datadir)) if n != but}
     for number, directory in list(directories.items()):
         # without a head: its process was killed when it began
         useless = not (directory / HEAD).exists() or deleted(number)
@@ -216,7 +257,8 @@ def make_room(
     for number, directory in directories.items():
         if sum(sizes.values()) > most_bytes and remove(directory):
             del sizes[number]
-            removed.append(number)
+            if number not in spare:
+                removed.append(number)
     return removed
 
 
@@ -227,6 +269,46 @@ def segments(directory: Path) -> list[Path]:
 
 def _segment(directory: Path, number: int) -> Path:
     return directory / f"{number:06d}.oqj"
+
+
+def copy(source: Reader, events: int, directory: Path, head: dict[str, Any]) -> int:
+    """Make a journal of the first events of another one.
+
+    :param head: of the new one
+    :returns: a descriptor that keeps others from it, as ``claim``
+
+    Raises what ``Writer`` does.
+    """
+    private.own(directory, "free space there, or let this user write there")
+    claimed = claim(directory)
+    for path in segments(directory):  # of a job that had this number before
+        path.unlink()
+    write_atomically(directory / HEAD, _head_text(head))
+    try:
+        if events:
+            last = source.records[events - 1]
+            for number in range(last.segment + 1):
+                most = source.whole_bytes[number]
+                if number == last.segment:
+                    most = last.offset + last.nbytes
+                    most += -most % ALIGN
+                _copy(_segment(source.directory, number), _segment(directory, number), most)
+    except (JournalError, OSError):
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(claimed)
+        raise
+    return claimed
+
+
+def _copy(source: Path, target: Path, nbytes: int) -> None:
+    """Copy the beginning of a file to a new one; where the file system can, it is shared."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with regular(source) as read, os.fdopen(os.open(target, flags, 0o600), "wb") as written:
+        while nbytes > 0:
+            copied = os.copy_file_range(read.fileno(), written.fileno(), min(nbytes, COPY_BYTES))
+            if not copied:
+                raise JournalError(f"{source} has become shorter")
+            nbytes -= copied
 
 
 def _header(event: bytes, nbytes: int, digest: bytes) -> bytes:

@@ -1,0 +1,112 @@
+"""What counts as looking at a parameter, with the engine's own classes.
+
+Not covered: what is made of it (``unit/test_resume``, ``local/test_resume``).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(120)
+
+#: an OqParam, and what was looked at since the last question
+BEGIN = """
+import copy, pickle
+import oq_runtime.activate
+from openquake.baselib import hdf5
+from openquake.commonlib import readinput
+from openquake.hazardlib.contexts import ContextMaker
+from oq_runtime.engine import reads
+from oq_runtime.engine.canonical import digest
+
+def read(**other):
+    return readinput.get_oqparam(dict(
+        calculation_mode="classical", description="a job", sites="0 0", inputs={},
+        intensity_measure_types_and_levels='{"PGA": [0.1, 0.2]}', investigation_time="50",
+        maximum_distance="100", truncation_level="3", reference_vs30_value="760",
+        reference_vs30_type="measured", reference_depth_to_2pt5km_per_sec="5",
+        reference_depth_to_1pt0km_per_sec="100", rupture_mesh_spacing="2",
+        width_of_mfd_bin="1", area_source_discretization="10",
+        gsim="SadighEtAl1997") | other)
+
+job = reads.begin(job=True)
+
+def looked():
+    found = job.names & {"*"} or set(job.names)
+    job.names.clear()
+    return found
+
+oq = read(poes="0.1")
+"""
+LOOKS = {
+    "checking them all": ("read(poes='0.2')", set()),
+    "one": ("oq.poes", {"poes"}),
+    "whether there is one": ("hasattr(oq, 'poes')", {"poes"}),
+    "in the dictionary": ("vars(oq)['poes']", {"poes"}),
+    "whether it is in it": ("'poes' in vars(oq)", {"poes"}),
+    "as part of a text": ("'%(poes)s' % vars(oq)", {"poes"}),
+    "all": ("sorted(vars(oq).items())", {"*"}),
+    "all, as arguments": ("dict(**vars(oq))", {"*"}),
+    "writing all down": ("hdf5.dumps(vars(oq))", set()),
+    "pickling": ("pickle.loads(pickle.dumps(oq))", set()),
+    "pickling what was looked into": ("vars(oq); pickle.loads(pickle.dumps(oq))", set()),
+    "copies": ("copy.copy(oq), copy.deepcopy(oq)", set()),
+    "a copy": ("copy.copy(oq).poes", {"poes"}),
+    "a loaded one": ("pickle.loads(pickle.dumps(oq)).poes", {"poes"}),
+    "digest": ("assert digest([oq]) == digest([read(poes='0.2')])", set()),
+}
+
+
+def check(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_looks() -> None:
+    lines = [
+        f"{code}\nassert (found := looked()) == {names or 'set()'}, ({what!r}, found)\n"
+        for what, (code, names) in LOOKS.items()
+    ]
+    check("".join(lines))
+
+
+def test_what_others_carry() -> None:
+    """A ContextMaker has a copy of some: they count when it is asked, and not in its digest."""
+    check("""
+from openquake.hazardlib import valid
+gsim = valid.gsim("SadighEtAl1997")
+other = read(poes="0.2")
+makers = [ContextMaker("*", [gsim], one) for one in (oq, other)]
+assert "poes" not in (found := looked()), found
+assert "truncation_level" in found, found
+assert [maker.poes for maker in makers] == [[0.1], [0.2]]
+assert looked() == {"poes"}
+assert digest(makers[0]) == digest(makers[1])
+third = ContextMaker("*", [gsim], read(poes="0.1", truncation_level="2"))
+assert digest(makers[0]) != digest(third)
+assert pickle.loads(pickle.dumps(makers[0])).poes == [0.1]
+assert "poes" not in vars(ContextMaker("*", [gsim], dict(imtls={"PGA": [1.0]})))
+""")
+
+
+def test_tasks(tmp_path: Path) -> None:
+    """A request begins where it is loaded; in the process of the job it changes nothing."""
+    request = tmp_path / "request"
+    check(f"""
+open({str(request)!r}, "wb").write(pickle.dumps([reads.Request(), oq]))
+oq.sites
+pickle.loads(pickle.dumps(reads.Request()))
+oq.poes
+assert looked() == {{"sites", "poes"}}
+""")
+    check(f"""
+reads._current = None
+for name in "poes", "sites":
+    collector, oq = pickle.load(open({str(request)!r}, "rb"))
+    getattr(oq, name)
+    assert pickle.loads(pickle.dumps(collector)) == (name,), collector.names
+""")
