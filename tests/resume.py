@@ -5,6 +5,8 @@
 One table row per calculation mode: jobs, those that replayed to the end, and results replayed of
 those that were kept; then each job that did not, with the reason, and each whose results differ
 from those of the first run. Exit code 1 when results differ or a job fails in the replay only.
+Then for each mode its parameters that do not matter from the start: what ``oq-run --reuse`` can
+take over for other values, up to which function, in the job of the mode where that is least.
 Not covered: jobs that are killed (``tests/local/test_resume.py``).
 """
 
@@ -16,6 +18,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from oq_runtime.engine.reads import ALL
+from oq_runtime.files.journal import Consumed, Reader, Submitted, Used
 from tests.conformance.__main__ import Row, Side, choose, parser_of_jobs, with_parents
 from tests.conformance.compare import compare
 from tests.conformance.corpus import Job, list_jobs
@@ -32,6 +36,33 @@ def verdict(job: Job, first: Side, again: Side) -> str:
     if row["replayed"] < first.rows[job.key]["results"]:
         return "; ".join(row["told"]) or row["stopped"]
     return ""
+
+
+def matters(directory: Path) -> dict[str, tuple[float, str]]:
+    """Return of each parameter of a job how many of its results it does not matter to.
+
+    :returns: as a part of all results, and the function of the last of these
+    """
+    reader = Reader(directory)
+    events = [record.event for record in reader.records]
+    names = {name for name in reader.head["values"] if not name.startswith("_")}
+    all_results = reader.results
+    funcs = {
+        (event.map, event.task): event.func for event in events if isinstance(event, Submitted)
+    }
+    found: dict[str, tuple[float, str]] = {}
+    given: dict[tuple[int, int], tuple[float, str]] = {}  # before each result
+    now = 0.0, ""
+    for event in events:
+        if isinstance(event, Consumed):
+            key = event.map, event.task
+            given[key] = now
+            now = (len(given) / all_results, funcs[key].rpartition(".")[2])
+        elif isinstance(event, Used):
+            at = given.get((event.map, event.task), now)
+            for name in names if ALL in event.names else names.intersection(event.names):
+                found[name] = min(found.get(name, at), at)
+    return {name: (1.0, "all") for name in names} | found
 
 
 def main() -> int:
@@ -68,6 +99,17 @@ def main() -> int:
         whole = sum(not row["wrong"] for row in rows)
         replayed, kept = (sum(row[name] for row in rows) for name in ("replayed", "results"))
         print(f"{mode}: {whole} of {len(rows)} jobs to the end, {replayed} of {kept} results")
+    print("parameters, and the results of their calculation mode that hold for other values:")
+    for mode in sorted({job.mode for job in chosen}):
+        found: dict[str, tuple[float, str]] = {}
+        for job in chosen:
+            if job.mode == mode and first.rows[job.key]["results"]:
+                for name, part in matters(journals / job.key).items():
+                    found[name] = min(found.get(name, part), part)
+        for until in dict.fromkeys(sorted(found.values(), reverse=True)):
+            names = sorted(name for name, part in found.items() if part == until)
+            if until[0]:
+                print(f"{mode}, {until[1]} ({until[0]:.0%}): {', '.join(names)}")
     whole = sum(not row["wrong"] for rows in modes.values() for row in rows)
     print(f"jobs={len(chosen)} replayed_to_the_end={whole} wrong={bad}")
     return 1 if bad else 0

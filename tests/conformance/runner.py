@@ -29,17 +29,22 @@ Report = Callable[[dict[str, Any]], None]
 BUDGET_BYTES = 4 << 30
 
 
-def begin(directory: Path, replay: bool, told: list[str]) -> Any:
-    """Return the history of a job.
+def begin(job: Any, directory: Path, replay: bool, told: list[str]) -> Any:
+    """Return the history of a job, with the parameters that are looked at.
 
+    :param job: the engine's context
     :param directory: of its journal
     :param told: gets what the user is told
     """
+    from oq_runtime.engine import reads, resume
     from oq_runtime.engine.history import History
-    from oq_runtime.files.journal import Reader, Writer
+    from oq_runtime.files.journal import Reader, Writer, claim
 
     before = Reader(directory) if replay else None
-    history = History(Writer(directory, {}, budget_bytes=BUDGET_BYTES), before, told.append)
+    head = {"values": resume.values(job.get_oqparam())}
+    claimed = claim(directory) if replay else None
+    writer = Writer(directory, head, budget_bytes=BUDGET_BYTES, claimed=claimed)
+    history = History(writer, before, told.append, reads.begin(job=True))
     History.begin(history)
     return history
 
@@ -76,7 +81,7 @@ def run_all(
             job.params["exports"] = ""
             ids[key] = job.calc_id
             told: list[str] = []
-            history = begin(journals / key, replay, told) if journals else None
+            history = begin(job, journals / key, replay, told) if journals else None
             try:
                 engine.run_jobs([job])
             finally:
