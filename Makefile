@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-cluster demo-cluster-down test docs lint types unit local cluster attack coverage conformance resume reports chaos bench bench-peers simulate \
+.PHONY: help demo demo-cluster demo-cluster-down test docs lint types unit local cluster attack coverage conformance resume reuse reports chaos bench bench-peers simulate \
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
 	@echo "make resume       SAMPLE=n SEED=n, JOBS="path ...", or ALL=1: how far jobs replay;"
 	@echo "                  RUNS=n SEED=n: kills of the master's processes, then --resume"
+	@echo "make reuse        SAMPLE=n SEED=n CHANGES=n: jobs that begin with the results of another one"
 	@echo "make reports      pages about twelve jobs of the corpus, held against the engine's exports"
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. BUSY=n (see docs/performance.md)"
@@ -151,6 +152,11 @@ conformance: $(STAMP)
 
 resume: $(STAMP)
 	$(VENV)/bin/python -m $(if $(RUNS),tests.kills --runs $(RUNS),tests.resume) \
+	  $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
+
+reuse: $(STAMP)
+	$(VENV)/bin/python -m tests.reuse $(if $(CHANGES),--changes $(CHANGES)) \
 	  $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(JOBS),--jobs "$(JOBS)") $(if $(ALL),--all)
 
