@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from openquake.baselib import config
 
 from oq_runtime.engine import resume
 from oq_runtime.files.journal import Consumed, Event, Reader, Slots, Submitted, Used, Writer
@@ -80,6 +81,17 @@ def test_all_are_looked_at(tmp_path: Path, reader: Reader) -> None:
     other = Reader(tmp_path / "k")
     assert resume.usable(other, FACTS, JOB, VALUES | {"description": "4"}) == 3
     assert resume.usable(other, FACTS, JOB, VALUES) == len(EVENTS) + 1
+
+
+def test_what_the_engine_takes_from_its_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    then = resume.facts({}, [])
+    monkeypatch.setenv("OQ_SAMPLE_SITES", ".1")
+    monkeypatch.setenv("OQ_DATADIR", "/elsewhere")
+    monkeypatch.setitem(config.performance, "pointsource_distance", "50")
+    assert resume.differences(then, resume.facts({}, [])) == [
+        "[performance] pointsource_distance of openquake.cfg",
+        "the variable OQ_SAMPLE_SITES",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,14 @@ PACKAGES = ("oq-runtime", "numpy", "scipy", "pandas", "h5py", "numba", "shapely"
 OTHERS = ("inputs", "base_path", "exports", "export_dir", "hazard_calculation_id")
 #: how what must be the same of parameters and inputs is called
 PARAMETER, INPUT = "the parameter", "the input"
+#: variables of the engine, by how they begin, that say where something is or who computes it; the
+#: others, such as OQ_SAMPLE_SITES, may change results
+PLACES = (
+    "OQ_CONFIG_FILE", "OQ_DATABASE", "OQ_DATADIR", "OQ_DISTRIBUTE", "OQ_NUM_CORES", "OQ_RUNTIME_",
+)  # fmt: skip
+#: sections of openquake.cfg that may do so too, and what in them only ends jobs
+SECTIONS = ("memory", "performance")
+LIMITS = ("limit", "soft_mem_limit", "hard_mem_limit")
 #: bytes of a file that are read at a time
 PIECE_BYTES = 8 << 20
 
@@ -41,11 +49,19 @@ def facts(params: Mapping[str, Any], files: Iterable[Path]) -> dict[str, str]:
     :param params: of the engine
     :param files: all inputs
     """
+    from openquake.baselib import config
+
     found = {
         "the engine's version": versions.installed(),
         "the version of Python": platform.python_version(),
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", ""),
     }
+    for name, value in os.environ.items():
+        if name.startswith("OQ_") and not name.startswith(PLACES):
+            found[f"the variable {name}"] = value
+    for section in SECTIONS:
+        for name in config.get(section, {}).keys() - set(LIMITS):
+            found[f"[{section}] {name} of openquake.cfg"] = str(config[section][name])
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[f"the version of {name}"] = importlib.metadata.version(name)
