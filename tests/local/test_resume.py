@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -143,6 +144,26 @@ def test_reuse(env: dict[str, str]) -> None:
         assert compare(done(undisturbed)[1], done(out)[1]) == []
     code, _, err = run(env, job, "--reuse", "--no-journal")
     assert code == 2 and "--reuse needs a journal" in one_line(err)
+
+
+def test_reuse_of_one_hazard_by_three_risks(env: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(corpus("classical_risk/case_4"), tmp_path / "job")
+    hazard, risk = (tmp_path / "job" / name for name in ("job_haz.ini", "job_risk.ini"))
+    kept = 0
+    for steps in "5", "2", "1":
+        text = risk.read_text().replace(
+            "lrem_steps_per_interval = 5", f"lrem_steps_per_interval = {steps}"
+        )
+        one = risk.with_name(f"risk_{steps}.ini")
+        one.write_text(text)
+        code, out, err = run(env, hazard, one, "--reuse", "--json")
+        assert code == 0, err
+        first, second = json.loads(out)["jobs"]
+        if kept:
+            assert f"took over the results of {kept} tasks" in err, err
+        kept = results(env, first["job"])
+        undisturbed = run(env, "--hc", first["job"], one, "--no-journal", "--json")[1]
+        assert compare(done(undisturbed)[1], Path(second["datastore"])) == []
 
 
 def detached_runs(env: dict[str, str]) -> list[psutil.Process]:
