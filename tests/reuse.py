@@ -98,8 +98,10 @@ def main() -> int:
             if not possible:
                 print(f"{job.name}: needs another job, or nothing in it can be changed")
                 continue
-            if run(env, job, "--reuse")[0] is None:
-                print(f"{job.name}: does not complete by itself")
+            begun, said = run(env, job, "--reuse")
+            if begun is None:
+                wrong += run(env, job, "--no-journal")[0] is not None
+                print(f"{job.name}: {said}")
                 continue
             for change in rng.sample(possible, min(args.changes, len(possible))):
                 said, good = held_against(env, job, change)

@@ -442,7 +442,10 @@ class Jobs:
     def history(self, job: Any) -> Iterator[History | None]:
         """Keep the history of a job while it runs, and the journal when it does not complete."""
         # what is unpacked of an archive is elsewhere each time, and so the tasks are not the same
-        kept = self.spec["journal_bytes"] and "input_zip" not in job.params["inputs"]
+        archive = "input_zip" in job.params["inputs"]
+        kept = self.spec["journal_bytes"] and not archive
+        if self.spec["reuse"] and archive:
+            self.note("--reuse is of no use here: what comes in an archive has no journal")
         history = self.begin_history(job) if kept else None
         History.begin(history)
         complete = False
