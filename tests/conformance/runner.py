@@ -44,7 +44,7 @@ def begin(job: Any, directory: Path, replay: bool, told: list[str]) -> Any:
     head = {"values": resume.values(job.get_oqparam())}
     claimed = claim(directory) if replay else None
     writer = Writer(directory, head, budget_bytes=BUDGET_BYTES, claimed=claimed)
-    history = History(writer, before, told.append, reads.begin(job=True))
+    history = History(writer, before, told.append, reads.begin())
     History.begin(history)
     return history
 

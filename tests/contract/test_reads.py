@@ -33,7 +33,7 @@ def read(**other):
         width_of_mfd_bin="1", area_source_discretization="10",
         gsim="SadighEtAl1997") | other)
 
-job = reads.begin(job=True)
+job = reads.begin()
 
 def looked():
     found = job.names & {"*"} or set(job.names)
@@ -94,19 +94,23 @@ assert "poes" not in vars(ContextMaker("*", [gsim], dict(imtls={"PGA": [1.0]})))
 
 
 def test_tasks(tmp_path: Path) -> None:
-    """A request begins where it is loaded; in the process of the job it changes nothing."""
-    request = tmp_path / "request"
+    """A request begins where it is loaded, for all tasks of a job; in its own process it is one."""
+    requests = tmp_path / "requests"
     check(f"""
-open({str(request)!r}, "wb").write(pickle.dumps([reads.Request(), oq]))
 oq.sites
-pickle.loads(pickle.dumps(reads.Request()))
+other = reads.Collector("of another job")
+first, second = (pickle.dumps([reads.Request(one), oq]) for one in (job, other))
+open({str(requests)!r}, "wb").write(pickle.dumps([first, second]))
+pickle.loads(first)
 oq.poes
 assert looked() == {{"sites", "poes"}}
 """)
     check(f"""
-reads._current = None
-for name in "poes", "sites":
-    collector, oq = pickle.load(open({str(request)!r}, "rb"))
+first, second = pickle.load(open({str(requests)!r}, "rb"))
+for request, name, names in (
+    (first, "poes", ("poes",)), (first, "sites", ("poes", "sites")), (second, "sites", ("sites",))
+):
+    collector, oq = pickle.loads(request)
     getattr(oq, name)
-    assert pickle.loads(pickle.dumps(collector)) == (name,), collector.names
+    assert pickle.loads(pickle.dumps(collector)) == names, collector.names
 """)

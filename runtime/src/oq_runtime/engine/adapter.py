@@ -104,7 +104,7 @@ class Receiver:
         number = starmap.task_no
         held = history is not None and history.submitting(self.map, number, func, args, unchanged)
         if history is not None and history.collector is not None:
-            starmap.monitor.looks = Request()
+            starmap.monitor.looks = Request(history.collector)
         task, (_, *sizes) = Session.current().submit(
             self.map,
             name,

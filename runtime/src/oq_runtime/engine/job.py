@@ -500,9 +500,7 @@ class Jobs:
                 raise InputError(f"--resume {job.calc_id}: {exc}") from exc
             self.note(f"the job runs without a journal, and cannot be resumed: {exc}")
             return None
-        return History(
-            writer, before, self.note, reads.begin(job=True) if self.spec["reuse"] else None
-        )
+        return History(writer, before, self.note, reads.begin() if self.spec["reuse"] else None)
 
     def take_over(
         self, directory: Path, head: dict[str, Any], most_bytes: int

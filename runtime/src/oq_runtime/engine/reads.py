@@ -12,7 +12,7 @@ begins to collect with; a collector is pickled as the names it has.
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType, ModuleType
@@ -37,13 +37,16 @@ _current: Collector | None = None
 
 
 class Collector:
-    """Collects names of parameters from ``begin`` on until another one begins.
+    """Collects the names of parameters that this process looks at for a job.
 
-    :param pid: of the process that runs the job, where it collects for the whole of it
+    What a task has found, others that the process runs later may find in its caches. So it goes on
+    collecting for all tasks of a job.
+
+    :param job: by which collectors of one job are known
     """
 
-    def __init__(self, pid: int = 0) -> None:
-        self.pid = pid
+    def __init__(self, job: str) -> None:
+        self.job = job
         self.names: set[str] = set()
         self.paused = 0
 
@@ -56,16 +59,22 @@ class Collector:
 
 
 class Request:
-    """Pickled, what has the process that loads it collect."""
+    """Pickled, what has the process that loads it collect.
+
+    :param collector: of the job
+    """
+
+    def __init__(self, collector: Collector) -> None:
+        self.job = collector.job
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return begin, ()
+        return begin, (self.job,)
 
 
-def begin(*, job: bool = False) -> Collector:
+def begin(job: str = "") -> Collector:
     """Collect the names of the parameters that this process looks at from now on.
 
-    :param job: for a whole job: a task that is run in this process meanwhile belongs to it
+    :param job: of a task; without it, another one begins
     """
     from openquake.commonlib.oqvalidation import OqParam
     from openquake.hazardlib import contexts
@@ -77,8 +86,8 @@ def begin(*, job: bool = False) -> Collector:
             if isinstance(cls, type) and cls.__name__.endswith("Maker"):
                 for name in CARRIED:
                     setattr(cls, name, Carried(name))
-    if job or _current is None or _current.pid != os.getpid():
-        _current = Collector(os.getpid() if job else 0)
+    if _current is None or _current.job != job:
+        _current = Collector(job or secrets.token_hex(8))
     return _current
 
 
