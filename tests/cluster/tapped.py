@@ -125,9 +125,9 @@ class Tap:
             each.thread.start()
 
     def tamper(self, way: Way, message: Message) -> Iterator[Message]:
-        """What comes in the place of a message."""
+        """What comes in the place of a message; where the connection ends before, it is next."""
         (flags, header), (last, payload) = message
-        match how := self.left.pop(0):
+        match how := self.left[0]:
             case "flip":
                 yield [(flags, header), (last, flipped(payload))]
             case "cut":
@@ -150,6 +150,7 @@ class Tap:
             case "hello":
                 hello = protocol.encode(protocol.Hello(pid=1, role="agent", ticket=bytes(16)))
                 yield [(MORE, hello), (LONG, bytes(protocol.PROBE_BYTES))]
+        self.left.remove(how)
         self.old = message
         with open(self.notes, "a") as file:
             print(how, file=file)
