@@ -496,7 +496,7 @@ class Jobs:
             else:
                 detached.note(directory, tuple(self.spec["detached"]))
         except (ConfigError, JournalError, OSError) as exc:
-            if self.spec["resume"]:
+            if self.spec["resume"] and before is not None:  # not of the jobs after the one resumed
                 raise InputError(f"--resume {job.calc_id}: {exc}") from exc
             self.note(f"the job runs without a journal, and cannot be resumed: {exc}")
             return None

@@ -15,7 +15,7 @@ import contextlib
 import secrets
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
 #: stands for all parameters
@@ -91,7 +91,7 @@ def begin(job: str = "") -> Collector:
     return _current
 
 
-def install_readinput(readinput: ModuleType) -> None:
+def install_readinput(readinput: Any) -> None:
     """Have parameters that are checked not count: what comes of it is among them, and compared."""
     get_oqparam: Callable[..., Any] = readinput.get_oqparam
 
@@ -99,7 +99,7 @@ def install_readinput(readinput: ModuleType) -> None:
         with _pause():
             return get_oqparam(*args, **kwargs)
 
-    readinput.get_oqparam = checked  # type: ignore[attr-defined]
+    readinput.get_oqparam = checked
 
 
 @contextlib.contextmanager
