@@ -41,9 +41,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CTRL_PORT, DATA_PORT = 21909, 21912
 #: agents of a process: each takes five descriptors
 PER_PROCESS = 500
-#: seconds that a task is held by a node, and for which an idle broker is watched
-HOLD_S, IDLE_S = 3.0, 10.0
+#: seconds for which an idle broker is watched
+IDLE_S = 10.0
+#: seconds that a task is held by a node
+HOLD_S = 3.0
 LIMIT_S = 180.0
+UNITS = {"leased": "s", "idle": "%", "first": "s", "lost": "s", "back": "s", "memory": "MiB"}
 
 BROKER = """
 import json, sys
@@ -157,7 +160,7 @@ def collect(session: Session, map_: int, count: int) -> None:
         assert error is None and list(objects) == ["done"], error
 
 
-def measure(count: int) -> dict[str, float]:
+def measure(count: int, idle_s: float = IDLE_S, hold_s: float = HOLD_S) -> dict[str, float]:
     """Return the figures for so many nodes."""
     secret = secrets.token_urlsafe(32)
     with contextlib.ExitStack() as stack:
@@ -165,7 +168,7 @@ def measure(count: int) -> dict[str, float]:
         memory = private.memory_name(directory)
         private.add_memory(directory, memory)
         stack.callback(private.remove, directory, memory)
-        nodes = Nodes(secret, HOLD_S)
+        nodes = Nodes(secret, hold_s)
         stack.callback(nodes.close)
         for first in range(0, count - 1, PER_PROCESS):
             nodes.start(first, min(PER_PROCESS, count - 1 - first))
@@ -176,8 +179,8 @@ def measure(count: int) -> dict[str, float]:
         assert wait_for(lambda: leased(session) == count, LIMIT_S), leased(session)
         found = {"leased": time.monotonic() - began_s}
         before_s = cpu_s(process)
-        time.sleep(IDLE_S)  # what is measured is that nothing happens
-        found["idle"] = 100 * (cpu_s(process) - before_s) / IDLE_S
+        time.sleep(idle_s)  # what is measured is that nothing happens
+        found["idle"] = 100 * (cpu_s(process) - before_s) / idle_s
         began_s = time.monotonic()
         submit(session, 1, count)
         found["first"] = max(nodes.first_tasks(count)) - began_s
@@ -198,8 +201,7 @@ def measure(count: int) -> dict[str, float]:
 
 def main() -> None:
     counts = [int(word) for word in sys.argv[1:]] or [20, 200, 2000]
-    units = {"leased": "s", "idle": "%", "first": "s", "lost": "s", "back": "s", "memory": "MiB"}
-    table = Table("nodes", *(f"{name} ({unit})" for name, unit in units.items()), box=None)
+    table = Table("nodes", *(f"{name} ({unit})" for name, unit in UNITS.items()), box=None)
     console = Console()
     for count in counts:
         try:
@@ -207,7 +209,7 @@ def main() -> None:
         except (AssertionError, TimeoutError) as exc:
             table.add_row(str(count), f"failed: {exc}")
             continue
-        table.add_row(str(count), *(f"{found[name]:.2f}" for name in units))
+        table.add_row(str(count), *(f"{found[name]:.2f}" for name in UNITS))
     console.print(table)
 
 

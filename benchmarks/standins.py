@@ -11,6 +11,7 @@ time (s, monotonic) when its first task came. Ends with its stdin.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import json
 import os
@@ -20,12 +21,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import xxhash
 import zmq
 
-from oq_runtime import facts
+from oq_runtime import descriptors, facts
 from oq_runtime.core.limits import DEFAULTS
 from oq_runtime.wire import payload, protocol, security, transport
+from oq_runtime.wire.seal import Seal
 
 #: sockets of a context: libzmq's own limit is 1,023
 MAX_SOCKETS = 20_000
@@ -73,22 +74,18 @@ class Crowd:
         self.epoll = select.epoll()
         self.by_fd: dict[int, StandIn] = {}
         self.body = body()
-        self.digest = xxhash.xxh3_128(self.body).digest()
         for number in numbers:
             url = f"tcp://{address(number)}:{port}"
             control = transport.router(self.context, url, secure=self._server)
             agent = self.agents[number] = StandIn(number, control)
             # the descriptor of a socket tells of changes, see zmq_getsockopt(3), ZMQ_FD
-            descriptor = control.getsockopt(zmq.FD)
+            descriptor = int(control.getsockopt(zmq.FD))
             self.by_fd[descriptor] = agent
             self.epoll.register(descriptor, select.EPOLLIN | select.EPOLLET)
         self.epoll.register(sys.stdin.fileno(), select.EPOLLIN)
 
     def _server(self, socket: zmq.Socket[Any]) -> None:
         security.secure_server(socket, self.keys)
-
-    def _client(self, socket: zmq.Socket[Any]) -> None:
-        security.secure_client(socket, self.keys)
 
     def run(self) -> None:
         next_beat_s = time.monotonic()
@@ -134,9 +131,12 @@ class Crowd:
                 continue
             assert link.accepts(message), message
             match message:
-                case protocol.Lease(ticket=ticket, data_url=url):
-                    data = transport.dealer(self.context, url, secure=self._client)
-                    agent.data = transport.Link(data, link.job, link.epoch)
+                case protocol.Lease(ticket=ticket, data_url=url, terms=terms):
+                    assert terms is not None, "not encrypted"
+                    show = functools.partial(security.show_ticket, ticket=ticket)
+                    data = transport.dealer(self.context, url, again=False, secure=show)
+                    seal = Seal(terms, link.job, link.epoch, broker=False)
+                    agent.data = transport.Link(data, link.job, link.epoch, seal=seal)
                     opening = protocol.Hello(pid=os.getpid(), role="agent", ticket=ticket)
                     agent.data.send(opening, bytes(protocol.PROBE_BYTES))
                     link.send(protocol.Leased(slots=1))
@@ -158,7 +158,6 @@ class Crowd:
                     attempt=attempt,
                     parts=1,
                     nbytes=len(self.body),
-                    digest=self.digest,
                     body=self.body,
                 )
             )
@@ -173,6 +172,7 @@ class Crowd:
 
 def main() -> None:
     first, count, port, hold_s = sys.argv[1:5]
+    descriptors.raise_limit()
     keys = security.Keys.derive(sys.stdin.readline().strip().encode())
     numbers = range(int(first), int(first) + int(count))
     crowd = Crowd(numbers, int(port), float(hold_s), keys)

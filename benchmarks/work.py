@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 #: elements of the result of ``array`` and of the argument of ``total``: 8 and 16 MB
 RESULT_FLOATS, ARGUMENT_FLOATS = 1_000_000, 2_000_000
@@ -24,20 +25,20 @@ def nothing(number: int) -> int:
     return number
 
 
-def array(number: int) -> np.ndarray:
+def array(number: int) -> NDArray[np.float64]:
     return np.full(RESULT_FLOATS, float(number))
 
 
-def argument() -> np.ndarray:
+def argument() -> NDArray[np.float64]:
     return np.arange(ARGUMENT_FLOATS, dtype=float)
 
 
-def total(common: np.ndarray, number: int) -> float:
+def total(common: NDArray[np.float64], number: int) -> float:
     """A number that only the whole array can give, without computing for long."""
     return float(common[::PAGE_FLOATS].sum()) + number
 
 
-def ramp(number: int, floats: int) -> np.ndarray:
+def ramp(number: int, floats: int) -> NDArray[np.float64]:
     """An array that starts with the number; no two of its pages are the same."""
     return np.arange(number, number + floats, dtype=float)
 

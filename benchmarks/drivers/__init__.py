@@ -98,7 +98,7 @@ class Rows:
     def flood(self, tasks: int, pause_s: float) -> dict[str, Any]:
         """Results for which the consumer is too slow at first: it pauses after the first one."""
         start = time.perf_counter()
-        numbers = []
+        numbers: list[int] = []
         for result in self.run(work.array, [(n,) for n in range(tasks)]):
             if not numbers:
                 time.sleep(pause_s)

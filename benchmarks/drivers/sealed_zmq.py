@@ -26,7 +26,7 @@ def send(address: str, key: bytes, tasks: int) -> None:
     cipher, numbers = AESGCM(key), iter(range(1 << 32))
     socket = zmq.Context().socket(zmq.PUSH)
     socket.connect(address)
-    data = memoryview(work.array(1)).cast("B")
+    data = memoryview(work.array(1).data).cast("B")
     for _ in range(tasks):
         for start in range(0, len(data), MESSAGE_BYTES):
             nonce = next(numbers).to_bytes(NONCE_BYTES, "big")
