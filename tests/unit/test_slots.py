@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from oq_runtime.core.limits import Limits
@@ -12,6 +16,7 @@ from oq_runtime.core.slots import (
     Died,
     DrainAsked,
     Effect,
+    Event,
     Fewer,
     GrantLease,
     Heard,
@@ -212,10 +217,10 @@ def test_alone_waits_for_an_empty_node_and_keeps_it() -> None:
     assert node.handle(TaskGiven("k", 9, 2, True), 0.0) == [], "another job's task is under way"
     assert node.handle(TaskGiven("j", 2, 1), 0.0) == [], "no new one beside it"
     effects = node.handle(WorkerFree(1), 1.0)
-    assert effects == [Kill(1)]
-    assert node.handle(GONE_1, 1.0) == [Spawn(3, "k")]
-    assert node.handle(WorkerReady(3), 2.0) == [Kill(2), RunOn(3, "k", 9, 2)], "idle memory as well"
-    assert node.handle(WorkerGone(2, ""), 2.0) == [], "nor another one beside it"
+    assert effects == [Kill(2)], "the one that has been idle for longest"
+    assert node.handle(WorkerGone(2, ""), 1.0) == [Spawn(3, "k")]
+    assert node.handle(WorkerReady(3), 2.0) == [Kill(1), RunOn(3, "k", 9, 2)], "idle memory as well"
+    assert node.handle(GONE_1, 2.0) == [], "nor another one beside it"
     assert node.handle(WorkerFree(3), 3.0) == [Spawn(4, "j")]
     assert node.handle(WorkerReady(4), 4.0) == [RunOn(4, "j", 2, 1)]
 
@@ -403,6 +408,37 @@ def test_a_worker_whose_end_is_known_gets_no_other_task() -> None:
     assert node.handle(WorkerFree(1, 0, True), 1.0) == [Kill(1)]
     assert node.handle(WorkerGone(1, "killed by SIGKILL"), 1.0) == [Spawn(2, "j")]
     assert node.handle(WorkerReady(2), 2.0) == [RunOn(2, "j", 1, 1)]
+
+
+def steps(node: Slots, events: Sequence[Event]) -> int:
+    """Return how many lines of Python a node needs for these events."""
+    count = 0
+
+    def step(*_: Any) -> Any:
+        nonlocal count
+        count += 1
+        return step
+
+    before = sys.gettrace()  # of coverage
+    sys.settrace(step)
+    try:
+        for event in events:
+            node.handle(event, 1.0)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_task_costs_the_same_on_a_large_node() -> None:
+    counts = set()
+    for slots in (3, 200):
+        node = leased(slots)
+        for task in range(2 * slots):
+            node.handle(TaskGiven("j", task, 1), 0.0)
+        assert len(busy(node)) == slots
+        counts.add(steps(node, [WorkerFree(1), TaskGiven("j", 2 * slots, 1), Heard("j")]))
+        node.check_invariants()
+    assert len(counts) == 1, counts
 
 
 # ---- workers for which there is no process

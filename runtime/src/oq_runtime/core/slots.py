@@ -301,6 +301,8 @@ class Slots:
         self.limits = limits
         self.leases: dict[str, Lease] = {}
         self.workers: dict[int, Worker] = {}
+        # the same by their states: a task costs as much on a node of 2 slots as on one of 200
+        self.those: dict[WorkerState, dict[int, Worker]] = {state: {} for state in WorkerState}
         self.spawned = 0
         self.draining = False
         self.memory = MemoryUsed(0, 1)
@@ -311,15 +313,20 @@ class Slots:
     @property
     def stuck(self) -> int:
         """Workers that were killed and do not end."""
-        return sum(w.told for w in self.workers.values())
+        return sum(w.told for w in self.those[WorkerState.ENDING].values())
 
     @property
     def busy(self) -> int:
-        return sum(w.state is WorkerState.BUSY for w in self.workers.values())
+        return len(self.those[WorkerState.BUSY])
+
+    @property
+    def alone(self) -> bool:
+        """Whether a task runs beside which no other may."""
+        return self.busy == 1 and next(iter(self.those[WorkerState.BUSY].values())).alone
 
     def running(self, job: str) -> int:
         """Return how many attempts of a job run."""
-        return sum(w.job == job and w.state is WorkerState.BUSY for w in self.workers.values())
+        return sum(w.job == job for w in self.those[WorkerState.BUSY].values())
 
     @property
     def closed(self) -> bool:
@@ -334,7 +341,7 @@ class Slots:
     @property
     def ready(self) -> int:
         """Workers that have started."""
-        return sum(w.state in (WorkerState.IDLE, WorkerState.BUSY) for w in self.workers.values())
+        return len(self.those[WorkerState.IDLE]) + self.busy
 
     def beat_age_s(self, now: float) -> float | None:
         """Return the longest silence of a broker, None without a lease."""
@@ -391,10 +398,12 @@ class Slots:
                 self._take_back(job, task, attempt, now, effects)
             case WorkerReady(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
-                    found.state, found.start_bytes = WorkerState.IDLE, nbytes
+                    found.start_bytes = nbytes
+                    self._change(found, WorkerState.IDLE)
             case WorkerFree(worker, nbytes, last):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
-                    found.state, found.task, found.attempt = WorkerState.IDLE, -1, -1
+                    found.task = found.attempt = -1
+                    self._change(found, WorkerState.IDLE)
                     if last or nbytes - found.start_bytes > GROWTH_BYTES:
                         self._kill(found, now, effects)
             case WorkerGone():
@@ -414,14 +423,26 @@ class Slots:
             w for w in self.workers.values() if w.job == job and w.state is not WorkerState.ENDING
         ]
 
+    def _change(self, worker: Worker, state: WorkerState) -> None:
+        self.those[worker.state].pop(worker.id, None)
+        worker.state = state
+        self.those[state][worker.id] = worker
+
+    def _ended(self, worker: int) -> Worker | None:
+        """Forget a worker, and return it; None when it is not known."""
+        if found := self.workers.pop(worker, None):
+            del self.those[found.state][worker]
+        return found
+
     def _spawn(self, lease: Lease, effects: list[Effect]) -> None:
         self.spawned += 1
-        self.workers[self.spawned] = Worker(self.spawned, lease.job)
+        new = self.workers[self.spawned] = Worker(self.spawned, lease.job)
+        self._change(new, WorkerState.STARTING)
         effects.append(Spawn(self.spawned, lease.job))
 
     def _staff(self, effects: list[Effect]) -> None:
         """Start the workers that leases lack of their shares, as far as slots are empty."""
-        if any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
+        if self.alone:
             return
         for lease in self.leases.values():
             missing = lease.slots - len(self._of(lease.job))
@@ -430,8 +451,8 @@ class Slots:
 
     def _kill(self, worker: Worker, now: float, effects: list[Effect]) -> None:
         """Kill a worker whose death is wanted and charged to nobody."""
-        worker.state, worker.since_s = WorkerState.ENDING, now
-        worker.task = worker.attempt = -1
+        self._change(worker, WorkerState.ENDING)
+        worker.since_s, worker.task, worker.attempt = now, -1, -1
         effects.append(Kill(worker.id))
 
     def _share(self, effects: list[Effect]) -> None:
@@ -463,25 +484,24 @@ class Slots:
         leases = [lease for lease in self.leases.values() if lease.pending]
         if leases and len(self.leases) > 1:
             self._interrupt(leases, now, effects)
-        ending = [w for w in self.workers.values() if w.state is WorkerState.ENDING]
+        ending = self.those[WorkerState.ENDING]
         free = self.slots - self.busy - len(ending)
         if not leases or free <= 0 or self.short:
             return
-        # the lease that is furthest below its share comes first
-        leases.sort(key=lambda one: self.running(one.job) - one.slots)
+        if len(leases) > 1:  # the one that is furthest below its share comes first
+            leases.sort(key=lambda one: self.running(one.job) - one.slots)
         alone = [one for one in leases if one.pending[0].alone]
-        if alone or any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
+        if alone or self.alone:
             if self.busy:
                 return
             leases, free = alone[:1], 1
         for lease in leases:
-            for worker in self._of(lease.job):
-                idle = worker.state is WorkerState.IDLE
-                if free > 0 and lease.pending and idle and not self.short:
+            for worker in [*self.those[WorkerState.IDLE].values()]:
+                if free > 0 and lease.pending and worker.job == lease.job and not self.short:
                     self._start(worker, lease, now, effects)
                     free -= 1
-            starting = sum(w.state is WorkerState.STARTING for w in self._of(lease.job))
-            coming = starting + sum(not w.told for w in ending)
+            starting = sum(w.job == lease.job for w in self.those[WorkerState.STARTING].values())
+            coming = starting + len(ending) - self.stuck
             for _ in range(min(len(lease.pending) - coming, free - starting)):
                 if len(self.workers) < self.slots:
                     self._spawn(lease, effects)
@@ -492,7 +512,8 @@ class Slots:
         given = lease.pending.popleft()
         worker.task, worker.attempt = given.task, given.attempt
         worker.alone, worker.firm = given.alone, given.firm
-        worker.state, worker.since_s = WorkerState.BUSY, now
+        worker.since_s = now
+        self._change(worker, WorkerState.BUSY)
         if worker.alone:
             for other in [w for w in self.workers.values() if w is not worker]:
                 if other.state is not WorkerState.ENDING:
@@ -506,7 +527,7 @@ class Slots:
         if not heavy:
             return
         heavy.sort(key=lambda lease: -lease.weight)
-        starting = sum(w.state is WorkerState.STARTING for w in self.workers.values())
+        starting = len(self.those[WorkerState.STARTING])
         coming = self.slots - self.busy - starting - self.stuck  # slots that are empty, or will be
         for lease in heavy:
             workers = self._of(lease.job)
@@ -527,14 +548,14 @@ class Slots:
             for one in self.leases.values()
             if one.weight < weight and self.running(one.job) > one.slots
         }
-        found = [w for w in self.workers.values() if w.job in above and not (w.alone or w.firm)]
-        busy = [w for w in found if w.state is WorkerState.BUSY]
-        return max(busy, key=lambda w: (w.since_s, w.id), default=None)
+        busy = self.those[WorkerState.BUSY].values()
+        found = [w for w in busy if w.job in above and not (w.alone or w.firm)]
+        return max(found, key=lambda w: (w.since_s, w.id), default=None)
 
     def _make_room(self, lease: Lease, now: float, effects: list[Effect]) -> bool:
         """End an idle worker of another lease, whose slot is then empty; False if there is none."""
-        for worker in self.workers.values():
-            if worker.state is WorkerState.IDLE and worker.job != lease.job:
+        for worker in self.those[WorkerState.IDLE].values():
+            if worker.job != lease.job:
                 self._kill(worker, now, effects)
                 return True
         return False
@@ -572,11 +593,11 @@ class Slots:
                 lease.served_s = max(lease.served_s, self.served_s)
 
     def _kill_newest(self, now: float, effects: list[Effect]) -> None:
-        busy = [w for w in self.workers.values() if w.state is WorkerState.BUSY]
+        busy = self.those[WorkerState.BUSY]
         if not busy:
             return
         self.killed_s = now
-        newest = max(busy, key=lambda w: (w.since_s, w.id))
+        newest = max(busy.values(), key=lambda w: (w.since_s, w.id))
         figures = self._figures(self.memory.workers.get(newest.id, 0))
         limit = self.limits.memory_hard_percent
         reason = f"killed to free memory: {figures}, the limit is {limit:g}%"
@@ -595,7 +616,7 @@ class Slots:
 
     def _gone(self, gone: WorkerGone, effects: list[Effect]) -> bool:
         """Take note of an end; return whether others may follow on that slot without a task."""
-        worker = self.workers.pop(gone.worker, None)
+        worker = self._ended(gone.worker)
         if worker is None:
             return False
         if worker.state is WorkerState.ENDING:
@@ -619,7 +640,7 @@ class Slots:
 
     def _refused(self, worker: int, reason: str, effects: list[Effect]) -> None:
         """Do with the workers that there are; without any, the task that waits has to fail."""
-        found = self.workers.pop(worker, None)
+        found = self._ended(worker)
         if found is None or found.state is WorkerState.ENDING:
             return
         if self.workers:
@@ -653,6 +674,8 @@ class Slots:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
         assert len(self.workers) <= self.slots, self.workers
         assert sum(lease.slots for lease in self.leases.values()) <= self.slots, self.leases
+        for state, those in self.those.items():
+            assert those == {w: one for w, one in self.workers.items() if one.state is state}, state
         running = []
         for number, worker in self.workers.items():
             assert number == worker.id <= self.spawned, worker
@@ -661,8 +684,8 @@ class Slots:
             if worker.task >= 0:
                 running.append((worker.job, worker.task, worker.attempt))
         assert len(running) == len(set(running)), "an attempt runs twice"
-        if any(w.alone and w.state is WorkerState.BUSY for w in self.workers.values()):
-            assert len(running) == 1, "not alone"
+        if any(w.alone for w in self.those[WorkerState.BUSY].values()):
+            assert self.alone, "not alone"
         for job, lease in self.leases.items():
             assert job == lease.job and all(given.job == job for given in lease.pending), lease
             waiting = [(job, given.task, given.attempt) for given in lease.pending]
