@@ -232,7 +232,9 @@ def worker_dies_at_a_point(drill: Drill) -> None:
 
 def kill_agent(drill: Drill) -> None:
     drill.start()
-    drill.cluster.agents[drill.node()].kill()
+    agent = drill.cluster.agents[drill.node()]
+    agent.kill()
+    agent.wait()  # else it may count as one that runs
 
 
 def restart_agent(drill: Drill) -> None:
