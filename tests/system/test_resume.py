@@ -1,4 +1,7 @@
-"""A detached job goes on by itself after a power cut of the master, where the site wants that."""
+"""A detached job goes on by itself after a power cut of the master, where the site wants that.
+
+And it outlives the log-in of its user, also where systemd ends what users leave.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +44,40 @@ def test_a_detached_job_goes_on_after_a_power_cut(
     datastore = f"/home/{user}/oqdata/calc_{number}.hdf5"
     found = cluster.fetch(user, datastore, tmp_path / "risk.hdf5")
     assert not compare(embedded["risk"], found)
+
+
+def test_a_detached_job_outlives_its_users_log_in(
+    cluster: Cluster, embedded: dict[str, Path], tmp_path: Path
+) -> None:
+    user, master = OWNER["risk"], cluster.master
+    folder = "/etc/systemd/logind.conf.d"
+    master.run(
+        f"mkdir -p {folder} && printf '[Login]\nKillUserProcesses=yes\n' > {folder}/kill.conf && "
+        "systemctl restart systemd-logind"
+    )
+    try:
+        file = cluster.give_example(user, "risk")
+        told = master.run(f"oq-run --json --detach {file}", user)
+        lost = json.loads(told.stdout)["jobs"][0]["job"]
+        assert f"loginctl enable-linger {user}" in told.stderr, told.stderr
+
+        master.run(f"loginctl enable-linger {user}")
+        told = master.run(f"oq-run --json --detach {file}", user)
+        kept = json.loads(told.stdout)["jobs"][0]["job"]
+        assert not told.stderr, told.stderr
+
+        def ended() -> bool:
+            return cluster.jobs()[kept] in ("complete", "failed", "aborted")
+
+        assert wait_for(ended, JOB_LIMIT_S, 2.0)
+        said = master.out(f"cat /home/{user}/oqdata/oq-run_{kept}.log", user)
+        assert cluster.jobs()[kept] == "complete", said
+        datastore = f"/home/{user}/oqdata/calc_{kept}.hdf5"
+        found = cluster.fetch(user, datastore, tmp_path / "risk.hdf5")
+        assert not compare(embedded["risk"], found)
+        assert cluster.jobs()[lost] != "complete", "the log-in's end has ended it"
+    finally:
+        master.run(
+            f"loginctl disable-linger {user}; rm {folder}/kill.conf; "
+            "systemctl restart systemd-logind"
+        )

@@ -30,7 +30,7 @@ import click
 from rich.console import Console
 
 from oq_runtime import cgroups, config, descriptors, processes
-from oq_runtime.commands import checks, sessions
+from oq_runtime.commands import checks, logout, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.lines import describe, exports, next_steps, place, reported, surveyed
 from oq_runtime.commands.notice import Notice
@@ -378,8 +378,10 @@ def run_detached(folder: Path, as_json: bool) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     number_in, number_out = os.pipe()
     stream, name = tempfile.mkstemp(".log", "oq-run_", folder)
+    under, unkept = logout.outlive()
+    command = processes.python("oq_runtime.commands.run", f"--tell={number_out}", *arguments)
     process = subprocess.Popen(
-        processes.python("oq_runtime.commands.run", f"--tell={number_out}", *arguments),
+        [*under, *command],
         stdin=subprocess.DEVNULL,
         stdout=stream,
         stderr=stream,
@@ -411,6 +413,8 @@ def run_detached(folder: Path, as_json: bool) -> NoReturn:
     else:
         ways = f"watch it with oq-run --watch {number}, end it with oq abort {number}"
         click.echo(f"job {number} runs detached; {ways}; its output is in {output}")
+    if unkept:
+        click.echo(unkept, err=True)
     sys.exit(0)
 
 
