@@ -4,7 +4,8 @@
 
 The word "shared" stands for one array of ones, the same object for all tasks, "own" for another
 array for each of them.
-PRIORITY, in the environment, is that of the job. Prints one JSON object: the sums of the results,
+PRIORITY, in the environment, is that of the job; KEPT a file for what became of its attempts, as a
+datastore has it. Prints one JSON object: the sums of the results,
 when the tasks were handed over, and how many attempts were lost or interrupted; or the error.
 """
 
@@ -16,12 +17,14 @@ import os
 import sys
 import time
 
+import h5py
 import numpy
 import tasks  # type: ignore[import-not-found]  # on the path of the cluster
 from openquake.baselib import config, parallel
 from openquake.baselib.general import AccumDict
 
 from oq_runtime.config import SESSION_VARIABLE, Config
+from oq_runtime.engine import kept
 from oq_runtime.priority import Priority
 from oq_runtime.session import launch
 from oq_runtime.session.client import Session
@@ -42,12 +45,17 @@ def main() -> None:
         directory = launch.start(Config.from_sections(config), os.getpid(), priority)
         os.environ[SESSION_VARIABLE] = str(directory)
         session = Session.current()
-        began = time.time()
+        session.call_it("calculation 1")
+        began, began_s = time.time(), time.monotonic()
         value = parallel.Starmap(function, arguments).reduce(acc=AccumDict())
         sums = {
             name: getattr(found, "sum", lambda found=found: found)()
             for name, found in value.items()
         }
+        if path := os.environ.get("KEPT"):
+            facts = dict(format=1, state="complete", seconds=time.monotonic() - began_s, replayed=0)
+            with h5py.File(path, "w") as file:
+                kept.write(file, session.attempts("calculation 1"), began_s, facts)
         phases = session.state().phases
         counts = {
             name: sum(getattr(phase, name) for phase in phases) for name in ("retries", "preempted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import signal
 import subprocess
@@ -62,6 +63,33 @@ def crash(x: Any, monitor: Any) -> dict[str, Any]:
 
 def slow(x: Any, seconds: Any, monitor: Any) -> dict[str, Any]:
     time.sleep(seconds)
+    return {"sum": x}
+
+
+def spin(x: Any, seconds: Any, monitor: Any) -> dict[str, Any]:
+    """Compute for so many seconds of a CPU, PACE times as many where that is set."""
+    end_s = time.thread_time() + seconds * float(os.environ.get("PACE", "1"))
+    while time.thread_time() < end_s:
+        pass
+    return {"sum": x}
+
+
+def reads(x: Any, path: Any, monitor: Any) -> dict[str, Any]:
+    """Wait for the file server, which a FIFO is: until somebody has written and closed it."""
+    with open(path) as file:
+        return {"sum": len(file.read()) + x}
+
+
+def swaps(x: Any, path: Any, seconds: Any, monitor: Any) -> dict[str, Any]:
+    """Read pages of a file that the kernel has just put away, for so many seconds."""
+    faults, end_s = 0, time.monotonic() + seconds
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        pages.madvise(mmap.MADV_RANDOM)
+        while time.monotonic() < end_s:
+            pages.madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for at in range(0, len(pages), 16 * mmap.PAGESIZE):
+                faults += pages[at]
     return {"sum": x}
 
 

@@ -1,0 +1,63 @@
+"""What a node or the network did to a job is named: by the attempts of real nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from oq_runtime.core.explain import Cause
+from oq_runtime.report.words import explained
+from tests.cluster.cluster import Cluster
+from tests.cluster.jobs import broker_status, drive, result
+from tests.cluster.netns import Process
+
+
+def told(run: Process, kept: Path) -> dict[str, Any]:
+    found = result(run)
+    assert "value" in found, found
+    return explained(kept)
+
+
+def line_of(found: dict[str, Any], cause: Cause) -> str:
+    """The line that names a cause, which is there."""
+    assert cause.name.lower() in found["causes"], found
+    [line] = [one for one in found["lines"] if cause in one]
+    return str(line)
+
+
+def done(run: Process) -> int:
+    """How many tasks are done."""
+    status = broker_status(run)
+    return sum(phase.done for phase in status.phases) if status else 0
+
+
+def test_a_slow_node_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.stop_agent("node2")
+    cluster.start_agent("node2", PACE="4")
+    try:
+        run = drive(cluster, "spin", [(x, 0.1) for x in range(40)], KEPT=str(tmp_path / "kept"))
+        line = line_of(told(run, tmp_path / "kept"), Cause.SLOW_NODE)
+    finally:
+        cluster.stop_agent("node2")  # the next test starts it as it was
+    assert cluster.net.address["node2"] in line, line
+
+
+def test_a_node_that_joins_late_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.stop_agent("node3")
+    arguments = [(x, 0.5) for x in range(40)]
+    run = drive(cluster, "slow", arguments, KEPT=str(tmp_path / "kept"))
+    assert cluster.wait_for(lambda: done(run) >= 15, 60), result(run)  # 2.5 s on three slots
+    cluster.start_agent("node3")
+    line = line_of(told(run, tmp_path / "kept"), Cause.LATE_NODE)
+    assert cluster.net.address["node3"] in line, line
+
+
+def test_results_that_are_too_big_for_the_network_are_named(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    for node in cluster.slots:
+        cluster.net.netem(node, loss_percent=1, delay_ms=40)
+    arguments = [(x, 1_000_000) for x in range(sum(cluster.slots.values()))]
+    run = drive(cluster, "array", arguments, KEPT=str(tmp_path / "kept"))
+    line = line_of(told(run, tmp_path / "kept"), Cause.BIG_RESULTS)
+    assert "were on their way to the engine" in line, line
