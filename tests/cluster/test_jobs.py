@@ -12,6 +12,7 @@ import pytest
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import (
     EXAMPLE,
+    JOB_LIMIT_S,
     SHORT_BEATS,
     calculate,
     check_calculation,
@@ -22,6 +23,7 @@ from tests.cluster.jobs import (
     under_way,
 )
 from tests.cluster.netns import MASTER
+from tests.conformance.compare import compare
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS)]
 
@@ -40,6 +42,17 @@ def test_node_that_joins_gets_tasks(cluster: Cluster) -> None:
     cluster.start_agent("node3")
     under_way(cluster, run, "node3")
     check_stream(run, 30)
+
+
+def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
+    """Its command has ended, with a number; who watches it hears of its end."""
+    [row] = result(calculate(cluster, "--detach"), 60)["jobs"]
+    watching = cluster.run(["-m", "oq_runtime.commands.run", "--watch", str(row["job"])], {})
+    out, _ = watching.communicate(timeout=JOB_LIMIT_S)
+    said = Path(row["output"]).read_text()
+    assert out == f"job {row['job']} is complete\n", (watching.log.read_text(), said)
+    datastore = cluster.datadir / f"calc_{row['job']}.hdf5"
+    assert not compare(undisturbed, datastore), said
 
 
 def test_big_argument_and_results(cluster: Cluster) -> None:
