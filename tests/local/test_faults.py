@@ -665,6 +665,9 @@ def parent(env: dict[str, str], number: int) -> int:
 
 def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
     export = ["--exports", "csv", "--export-dir", tmp_path / "out"]
+    last = row(env, os.getpid(), "failed")
+    old = Path(env["OQ_DATADIR"], f"calc_{last + 2}.hdf5")  # of another database
+    old.write_bytes(b"")
     started_s = time.monotonic()
     fault = {"OQ_RUNTIME_FAULT": "before_end:0:1"}  # the first task of the hazard
     # and two more, of which one is deleted and one is aborted before its turn
@@ -672,20 +675,21 @@ def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
     assert process.stderr is not None
     assert any(" running " in line for line in process.stderr), "there is no job"
     with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
-        last = jobs(env)[-1][0]
-        db.execute("DELETE FROM job WHERE id=?", (last - 1,))
-        db.execute("UPDATE job SET status='aborted' WHERE id=?", (last,))
+        db.execute("DELETE FROM job WHERE id=?", (last + 4,))
+        db.execute("UPDATE job SET status='aborted' WHERE id=?", (last + 5,))
     out, err = process.communicate(timeout=200)
     took_s = time.monotonic() - started_s
     assert process.returncode == 130, (out, err)
     result = json.loads(out)
     hazard, risk, third, fourth = result["jobs"]
+    assert (hazard["job"], risk["job"]) == (last + 1, last + 3)
     assert [job["state"] for job in (hazard, risk)] == ["complete", "complete"]
     assert third["state"] == "deleted" and third["job"] not in [row for row, *_ in jobs(env)]
     assert fourth["state"] == state(env, fourth["job"])[0] == "aborted"
     assert result["error"] == (
-        f"job {last - 1} was deleted before its turn; job {last} was aborted before its turn"
+        f"job {last + 4} was deleted before its turn; job {last + 5} was aborted before its turn"
     )
+    old.unlink()
     assert parent(env, risk["job"]) == hazard["job"]
     assert (hazard["retries"], risk["retries"]) == (1, 0), "each job has its own"
     assert hazard["seconds"] + risk["seconds"] < took_s - IMPORT_S

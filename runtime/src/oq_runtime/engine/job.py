@@ -361,8 +361,8 @@ class Jobs:
         """Give each job a number."""
         spec = self.spec
         datadir = Path(self.logs.get_datadir())
-        self.table.skip_old_results(datadir)
         for one in params:
+            self.table.skip_old_results(datadir)
             if self.before is not None and not self.rest:
                 one["job_id"] = number = self.before.head["job"]
                 for path in datadir.glob(f"calc_{number}[._]*hdf5"):
