@@ -557,14 +557,19 @@ def test_a_job_is_of_the_connection_that_has_called(here: Stage) -> None:
     assert here.ended(1) == [{"sum": 9}]
 
 
-def test_a_crowd_of_jobs_is_refused(here: Stage) -> None:
+def test_a_crowd_of_jobs_is_refused(here: Stage, caplog: pytest.LogCaptureFixture) -> None:
     other = Peer(transport.dealer(here.context, here.url))
+    unlike = protocol.Facts(engine="y")
+    transport.send(other.socket, protocol.Hello(job="jx", pid=1, role="broker", facts=unlike))
     for number in range(MOST_JOBS):
         hello = protocol.Hello(job=f"j{number}", pid=1, role="broker", facts=FACTS)
         transport.send(other.socket, hello)
-    assert wait_for(lambda: len(other.read()) == MOST_JOBS)
-    last, _ = other.come[-1]
-    assert isinstance(last, protocol.Refused) and "200 other jobs" in last.reason
+    assert wait_for(lambda: len(other.read()) == MOST_JOBS + 1)
+    (first, _), *_, (last, _) = other.come
+    assert isinstance(first, protocol.Refused) and isinstance(last, protocol.Refused)
+    assert "200 other jobs" in last.reason
+    told = [line for line in caplog.messages if line.startswith("refused")]
+    assert told == [f"refused jx: {first.reason}", f"refused j199: {last.reason}"], "without a user"
     here.give(1, "square", 3)
     assert here.ended(1) == [{"sum": 9}]
 
@@ -615,6 +620,9 @@ def test_the_death_of_a_worker_is_told_in_a_sentence(
     assert wait_for(lambda: f"lease of {JOB} of anna ended: released" in caplog.messages)
     here.lease()
     assert wait_for(lambda: f"lease of {JOB} of anna granted: 1 slot" in caplog.messages)
+    here.user = ""
+    here.lease()
+    assert wait_for(lambda: f"lease of {JOB} granted: 1 slot" in caplog.messages)
 
 
 def test_a_stopped_worker_is_killed_and_its_slot_used_again(here: Stage) -> None:

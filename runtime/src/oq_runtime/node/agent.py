@@ -159,7 +159,7 @@ class JobIO:
 
     @property
     def whose(self) -> str:
-        return f" of {self.user}" if self.user else ""
+        return _of(self.user)
 
     def about(self, name: str) -> str:
         """Say which job this is, and whose."""
@@ -597,13 +597,13 @@ class Agent:
         if not link.accepts(hello):
             return
         if different := facts.difference(hello.facts, self.own_facts):
-            who = f"{hello.job} of {hello.user}"
+            who = f"{hello.job}{_of(hello.user)}"
             log.warning(f"refused {who}: {different}", extra=about(f"{who}: {different}"))
             self._answer(peer, link.numbered(protocol.Refused(reason=different)))
             return
         if len(self.jobs) >= MOST_JOBS:
             reason = f"it has {MOST_JOBS} other jobs, which is the most"
-            log.warning(f"refused {hello.job} of {hello.user}: {reason}", extra=about("jobs"))
+            log.warning(f"refused {hello.job}{_of(hello.user)}: {reason}", extra=about("jobs"))
             self._answer(peer, link.numbered(protocol.Refused(reason=reason)))
             return
         slots = 0 if self.slots.draining else self.slots.slots
@@ -999,6 +999,11 @@ class Agent:
         except OSError as exc:
             log.warning(f"{path}: {exc.strerror}", extra=about("log"))
             return Path(os.devnull).open("wb")
+
+
+def _of(user: str) -> str:
+    """Say whose a job is, where its broker has said so."""
+    return f" of {user}" if user else ""
 
 
 def _events(channel: Channel) -> int:
