@@ -25,7 +25,7 @@ import h5py
 import pytest
 
 from oq_runtime import processes
-from oq_runtime.engine import abort, jobtable, queue
+from oq_runtime.engine import abort, job, jobtable, queue
 from oq_runtime.engine.jobtable import DatabaseError, JobTable, Outside, Status
 from oq_runtime.errors import InputError
 from oq_runtime.files import private
@@ -41,13 +41,12 @@ TITLED = "import sys, setproctitle, time; setproctitle.setproctitle(sys.argv[1])
 class Database:
     """A job database of the engine's, and its actions on it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait_s: float = 5.0) -> None:
         from openquake.commonlib import dbapi
 
         self.path = path
-        self.db = dbapi.Db(
-            sqlite3.connect, str(path), isolation_level=None, detect_types=sqlite3.PARSE_DECLTYPES
-        )
+        how = {"isolation_level": None, "detect_types": sqlite3.PARSE_DECLTYPES, "timeout": wait_s}
+        self.db = dbapi.Db(sqlite3.connect, str(path), **how)
 
     def call(self, action: str, *arguments: Any) -> Any:
         from openquake.server.db import actions
@@ -501,6 +500,61 @@ def test_old_results_are_skipped_at_once(database: Database, table: JobTable) ->
     assert table.job(first + 5) is None
     table.skip_old_results(database.path.parent)
     assert database.job() == first + 7
+
+
+# ---- the jobs of an oq-run
+
+
+def of_oq_run(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> tuple[job.Jobs, dict[str, Any], list[dict[str, Any]]]:
+    """The jobs of an ``oq-run`` in this process, parameters of one, and what will be reported."""
+    from openquake.commonlib import dbapi
+
+    monkeypatch.setattr(dbapi, "db", database.db)
+    monkeypatch.setenv("OQ_DATABASE", "127.0.0.1")
+    monkeypatch.setenv("OQ_DATADIR", str(database.path.parent))
+    file = database.path.parent / "job.ini"
+    file.write_text("[general]\ndescription = a test\ncalculation_mode = classical\n")
+    spec = {"params": {}, "exports": "", "export_dir": "", "log_level": "info", "log_file": None}
+    told: list[dict[str, Any]] = []
+    found = job.Jobs(spec, told.append)
+    found.place = str(database.path)
+    return found, found.read(file), told
+
+
+def test_a_job_that_the_engine_could_not_create_has_failed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, params, _ = of_oq_run(database, monkeypatch)
+    database.job("complete")
+    gone = database.job("complete")
+    database.db(
+        "DELETE FROM job WHERE id=?x", gone
+    )  # the next number is that after it all the same
+    results(database, gone + 1)
+    with pytest.raises(RuntimeError, match="pre-existing file"):
+        jobs.create([params], "")
+    assert database.status(gone + 1) == "failed"
+
+
+def test_a_database_that_is_locked_is_one_line_at_the_start(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, params, told = of_oq_run(Database(database.path, wait_s=0.1), monkeypatch)
+    monkeypatch.setitem(jobs.config.dbserver, "file", str(database.path))
+    jobs.create([params], "")
+    database.job(pid=no_process())
+    with contextlib.closing(sqlite3.connect(database.path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(InputError) as mended:
+            jobs.open_table()
+        with pytest.raises(sqlite3.OperationalError) as created:
+            jobs.create([params], "")
+        assert jobs.failed(created.value) == job.FAILED
+    words = "database is locked; another program has it open: end that, or try again"
+    text = f"the job database {database.path}: {words}"
+    assert (str(mended.value), told[-1]["error"]) == (text, text)
 
 
 # ---- without the engine

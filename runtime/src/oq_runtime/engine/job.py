@@ -173,10 +173,11 @@ class Jobs:
 
     def finish(self, status: Status) -> None:
         """Give the jobs that have not come to their end their last status."""
-        for job in self.rest:
-            found = self.table.job(job.calc_id)
-            if found is not None and found.status not in jobtable.COMPLETE:
-                self.table.finish(job.calc_id, status)
+        with contextlib.suppress(sqlite3.Error):  # oq-run does it, or says that it could not
+            for job in self.rest:
+                found = self.table.job(job.calc_id)
+                if found is not None and found.status not in jobtable.COMPLETE:
+                    self.table.finish(job.calc_id, status)
 
     def ended(self, number: int) -> Status | None:
         """Return how somebody has ended a job while it waited for its turn; None: nobody has."""
@@ -195,6 +196,8 @@ class Jobs:
             code, text = BAD_INPUT, str(exc)
         elif isinstance(exc, NoWorkers):
             code, text = NO_WORKERS, messages.explain(exc)
+        elif isinstance(exc, sqlite3.Error):
+            code, text = FAILED, f"the job database {self.place}: {jobtable.explain(exc)}"
         elif full := messages.no_room(exc):
             code, text = FAILED, full
         elif unseen := messages.unseen(exc, self.config.directory.shared_dir):
@@ -241,8 +244,7 @@ class Jobs:
                     f"is gone: it is failed{self.kept(job.id)}"
                 )
         except sqlite3.Error as exc:
-            remedy = jobtable.remedy(exc)
-            raise InputError(f"the job database {place}: {exc}; {remedy}") from exc
+            raise InputError(f"the job database {place}: {jobtable.explain(exc)}") from exc
         return place
 
     def await_dbserver(self, place: str) -> None:

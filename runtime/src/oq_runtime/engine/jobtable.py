@@ -499,10 +499,13 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def remedy(exc: sqlite3.Error) -> str:
-    """Say what can be done about an error of SQLite with the job database."""
+def explain(exc: sqlite3.Error) -> str:
+    """Return what SQLite says of the job database, and what can be done about it."""
+    if isinstance(exc.__context__, sqlite3.Error):  # the engine's own lacks the name, and has SQL
+        exc = exc.__context__
     name = getattr(exc, "sqlite_errorname", "")
-    return next((text for kind, text in REMEDIES.items() if name.startswith(kind)), DAMAGED)
+    remedy = next((text for kind, text in REMEDIES.items() if name.startswith(kind)), DAMAGED)
+    return f"{exc}; {remedy}"
 
 
 def made(database: Path) -> bool:

@@ -42,7 +42,7 @@ def init(name: str) -> str:
                 path.chmod(0o600)
         make_key(Site.read().key or database.with_name(KEY_NAME))
     except sqlite3.Error as exc:
-        raise ConfigError(f"the job database {database}: {exc}; {jobtable.remedy(exc)}") from None
+        raise ConfigError(f"the job database {database}: {jobtable.explain(exc)}") from None
     except OSError as exc:
         raise ConfigError(f"{exc.filename}: {exc.strerror}") from None
     import django
@@ -108,7 +108,9 @@ def check_database(database: Path) -> None:
             raise ConfigError(f"{database}: there is no job database; {REMEDY}")
         open_to_others = database.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
         entered = database.parent.stat().st_mode & (stat.S_IXGRP | stat.S_IXOTH)
-    except (sqlite3.Error, OSError) as exc:
+    except sqlite3.Error as exc:
+        raise ConfigError(f"the job database {database}: {jobtable.explain(exc)}") from None
+    except OSError as exc:
         raise ConfigError(f"the job database {database}: {exc}") from None
     if open_to_others and entered:
         raise ConfigError(f"{database}: others may read it, with the sessions of users; {REMEDY}")
