@@ -260,7 +260,10 @@ def half(host: str, port: int, count: int) -> int:
                 del fields["call"]
                 sock.send(msgspec.msgpack.encode(fields))
                 link.send(protocol.Release())
-                time.sleep(0.1)  # the release must be out before the socket is closed
+                link.send(protocol.Ping())  # comes back when the release was read
+                while sock.poll(5000):
+                    if isinstance(protocol.decode(sock.recv()), protocol.Ping):
+                        break
     return answers
 
 

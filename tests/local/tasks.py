@@ -93,6 +93,12 @@ def swaps(x: Any, path: Any, seconds: Any, monitor: Any) -> dict[str, Any]:
     return {"sum": x}
 
 
+def begins(x: Any, seconds: Any, path: Any, monitor: Any) -> dict[str, Any]:
+    """Leave a file, and take some seconds."""
+    open(path, "w").close()
+    return slow(x, seconds, monitor)
+
+
 def grow(x: Any, data: Any, nbytes: Any, monitor: Any) -> dict[str, Any]:
     """Checksum of a big argument and a big result."""
     return {"in": sum(data[::4099]), f"out{x}": bytes([x]) * nbytes}

@@ -54,7 +54,8 @@ def run_limited(env: dict[str, str], tmpdir: Path, call: str) -> dict[str, Any]:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 @pytest.mark.parametrize(
-    ("percent", "killer"), [(90, "killed to free memory"), (100, "by the kernel for lack")]
+    ("percent", "killer"),
+    [(90, "killed to free memory"), (100, "was killed by the kernel for lack of memory")],
 )
 def test_task_that_no_node_can_hold(
     env: dict[str, str], tmpdir: Path, tmp_path: Path, percent: int, killer: str

@@ -775,7 +775,7 @@ def test_interrupt(env: dict[str, str], tmpdir: Path) -> None:
             break
     else:
         pytest.fail("the job never sent its tasks")
-    time.sleep(1.0)
+    assert wait_for(lambda: session_processes(tmpdir, "worker-"), 20)
     started_s = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
