@@ -66,7 +66,7 @@ def test_task_that_no_node_can_hold(
     row = run_limited(env, tmpdir, call)
     assert row["type"] == "OutOfMemory", row
     last = row["text"].splitlines()[-1]
-    assert "task #1 (hold) was given up after 2 attempts" in last
+    assert "task #1 (hold) was given up after 2 attempts" in last, row["text"]
     assert row["text"].count(killer) == 2, row["text"]
     assert "attempt 2: assigned to private, alone" in row["text"]
     assert re.search(r"its worker had 0\.[3-9]\d GiB, 0\.\d\d GiB of 0\.88 GiB were in use", last)

@@ -157,6 +157,7 @@ def test_uncaught_error_ends_the_process(env: dict[str, str], tmpdir: Path) -> N
 
 def test_poison_task_is_given_up(env: dict[str, str], tmpdir: Path) -> None:
     body = """
+go(tasks.square, [(i,) for i in range(5)])
 try: go(tasks.poison, [(i,) for i in range(6)])
 except Exception as exc: say(type=type(exc).__name__, text=str(exc))
 """

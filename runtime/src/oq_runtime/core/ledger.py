@@ -228,6 +228,8 @@ class Ledger:
         found = of.open.pop(attempt, None) if of else None
         if of is None or found is None:
             return  # it was over before
+        if not of.job:
+            return  # of a session outside the engine's jobs: nobody would ask for it
         granted_s = found.granted_s or now
         ended_s = found.ended_s or granted_s
         started_s = found.started_s
