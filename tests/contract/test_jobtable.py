@@ -516,7 +516,13 @@ def of_oq_run(
     monkeypatch.setenv("OQ_DATADIR", str(database.path.parent))
     file = database.path.parent / "job.ini"
     file.write_text("[general]\ndescription = a test\ncalculation_mode = classical\n")
-    spec = {"params": {}, "exports": "", "export_dir": "", "log_level": "info", "log_file": None}
+    spec: dict[str, Any] = {
+        "params": {},
+        "exports": "",
+        "export_dir": "",
+        "log_level": "info",
+        "log_file": None,
+    }
     told: list[dict[str, Any]] = []
     found = job.Jobs(spec, told.append)
     found.place = str(database.path)
