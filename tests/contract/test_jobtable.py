@@ -451,7 +451,8 @@ def test_the_last_complete_parent(database: Database, table: JobTable) -> None:
 
 def test_refused_parents(database: Database, table: JobTable) -> None:
     assert "no such job" in refused(table, 99)
-    assert "failed" in refused(table, database.job("failed"))
+    failed = database.job("failed", user_name="al\x1b[2Jice")
+    assert f"job {failed} of al\\x1b[2Jice is failed" in refused(table, failed)
     assert "aborted" in refused(table, database.job("aborted"))
     assert "wait for its end" in refused(table, database.job(pid=os.getpid()))
     gone = database.job("complete")
@@ -550,7 +551,7 @@ def test_a_database_that_is_locked_is_one_line_at_the_start(
     jobs, params, told = of_oq_run(Database(database.path, wait_s=0.1), monkeypatch)
     monkeypatch.setitem(jobs.config.dbserver, "file", str(database.path))
     jobs.create([params], "")
-    database.job(pid=no_process())
+    lost = database.job(pid=no_process(), user_name="al\x1b[2Jice")
     with contextlib.closing(sqlite3.connect(database.path)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(InputError) as mended:
@@ -561,6 +562,8 @@ def test_a_database_that_is_locked_is_one_line_at_the_start(
     words = "database is locked; another program has it open: end that, or try again"
     text = f"the job database {database.path}: {words}"
     assert (str(mended.value), told[-1]["error"]) == (text, text)
+    jobs.open_table()
+    assert told[-1]["text"].startswith(f"job {lost} of al\\x1b[2Jice did not come to its end")
 
 
 # ---- without the engine

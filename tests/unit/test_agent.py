@@ -8,25 +8,29 @@ import importlib
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 import zmq
 
-from oq_runtime import metrics, processes
+from oq_runtime import descriptors, metrics, processes
 from oq_runtime.core.limits import Limits
 from oq_runtime.errors import ConfigError
 from oq_runtime.files import private
 from oq_runtime.node.agent import (
     CALLS_BYTES,
     COMING,
+    DATA_AT_ONCE,
     DATA_HWM,
     EACH_SLOT,
     MORE,
@@ -35,6 +39,7 @@ from oq_runtime.node.agent import (
     MOST_JOBS,
     PING_BYTES,
     Agent,
+    JobIO,
 )
 from oq_runtime.node.memory import Resident
 from oq_runtime.priority import Priority
@@ -590,6 +595,89 @@ def test_a_broker_that_is_heard_on_the_control_connection_alone(away: Stage) -> 
     away.mute = True
     lost = away.expect(protocol.NoLease)
     assert lost.reason == "nothing has come over its data connection for 2 s"
+
+
+def test_a_url_to_which_nobody_can_connect(away: Stage) -> None:
+    assert away.keys is not None
+    secure = functools.partial(security.secure_client, keys=away.keys)
+    other = Peer(transport.dealer(away.context, away.url, secure=secure), "oq-run-other")
+    other.link.send(protocol.Hello(pid=1, role="broker", facts=FACTS))
+    other.link.send(protocol.Lease(ticket=b"o", data_url="tcp://a b", terms=away.terms))
+    assert wait_for(functools.partial(has_answers, other, 2), ANSWER_S)
+    lost, _ = other.come[1]
+    assert isinstance(lost, protocol.NoLease)
+    told = "cannot connect to tcp://a b for the results: Invalid argument"
+    assert lost.reason.startswith(told)
+
+
+def test_what_nobody_reads_waits_at_its_sender(tmp_path: Path) -> None:
+    chunk = bytes(protocol.CHUNK_BYTES)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as sender:
+        sender.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        sender.setsockopt(zmq.SNDHWM, 1)
+        sender.bind(url := f"ipc://{tmp_path}/data")
+        with transport.dealer(context, url, receive_hwm=DATA_HWM) as deaf:
+            transport.send(deaf, protocol.Ping())
+            peer, taken = sender.recv_multipart()[0], 0
+            while taken < 100 and wait_for(
+                lambda: transport.send_frames(sender, [peer, chunk]), limit_s=0.5, pause_s=0.01
+            ):
+                taken += 1
+    assert DATA_HWM <= taken < 3 * DATA_HWM
+
+
+def test_others_have_their_turn_between_the_chunks_of_one(tmp_path: Path) -> None:
+    memory, disk = (private.own(tmp_path / name) for name in ("memory", "disk"))
+    agent = Agent(
+        directory=tmp_path, memory=memory, disk=disk, control_url=f"ipc://{tmp_path}/control",
+        slots=1, owner=None, own_facts=FACTS, limits=LIMITS,
+    )  # fmt: skip
+    sender = transport.router(agent.context, url := f"ipc://{tmp_path}/data")
+    data = transport.dealer(agent.context, url)
+    transport.send(data, protocol.Ping())
+    link = transport.Link(sender, JOB, 1, sender.recv_multipart()[0])
+    job = agent.jobs[JOB] = JobIO(transport.Link(agent.control, JOB, 1), "anna")
+    job.data = transport.Link(data, JOB, 1)
+    for _ in range(20 * DATA_AT_ONCE):
+        link.send(protocol.BlobChunk(digest=b"f", offset=0), b"chunk")
+    taken = [0]
+    while sum(taken) < 20 * DATA_AT_ONCE and data.poll(int(ANSWER_S * 1000)):
+        agent._read_data(JOB, job, data)
+        taken.append(job.data.received - sum(taken))
+    assert sum(taken) == 20 * DATA_AT_ONCE and max(taken) <= DATA_AT_ONCE
+    agent.context.destroy(linger=0)
+
+
+def test_descriptors_that_run_out_for_a_moment(
+    away: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job goes on, whatever is to be opened just then: here by all threads of this process."""
+    most, waits = resource.getrlimit(resource.RLIMIT_NOFILE), 0
+
+    def until_some_are_free(_: float) -> None:
+        nonlocal waits
+        waits += 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=until_some_are_free)
+    monkeypatch.setattr(descriptors, "time", clock)
+    monkeypatch.setenv("USER", "anna")  # else it is looked for in a file, in ``give``
+    try:
+        for task in range(1, 4):  # a fork server and a worker; another worker; results that travel
+            found, body = blob(bytes([task]) * 200_000)
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, most[1]))
+            away.give(task, "grow", task, found, 1_000_000)
+            away.expect(protocol.Fetch)
+            away.answer(found.digest, body)
+            assert away.ended(task)[0]["in"] == sum((bytes([task]) * 200_000)[::4099])
+            assert waits >= task, "there was room"
+            if task == 1:
+                os.kill(away.workers[0], signal.SIGKILL)
+                assert wait_for(lambda: not away.workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
 
 def test_a_flood_of_chunks_waits_at_its_sender(away: Stage) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from oq_runtime.engine import queue
 from oq_runtime.engine.jobtable import SLACK_SECS, DatabaseError, Job, Outside, is_of, seconds
 from oq_runtime.processes import Process
 
@@ -52,6 +53,11 @@ def test_no_job_outlives_a_boot() -> None:
 )
 def test_times_of_the_table(moment: object) -> None:
     assert seconds(moment) == datetime(2026, 11, 28, 4, 23, 27, tzinfo=UTC).timestamp()
+
+
+def test_a_user_in_the_table_is_cleaned_before_a_person_sees_it() -> None:
+    forged = Job(7, "al\x1b[2Jice", "executing", 4711, "here", 0.0)
+    assert queue.waiting([forged]).startswith("waiting for job 7 of al\\x1b[2Jice (executing)")
 
 
 @pytest.mark.parametrize("moment", [None, "", "yesterday"])

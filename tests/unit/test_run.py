@@ -20,7 +20,7 @@ from oq_runtime.commands.checks import (
     check_places,
     check_priority,
 )
-from oq_runtime.commands.lines import exports, surveyed
+from oq_runtime.commands.lines import describe, exports, surveyed
 from oq_runtime.commands.run import NO_NODE, NO_SHARE, again, check_report, parse_params, waits_for
 from oq_runtime.config import Cluster, Config
 from oq_runtime.engine import jobtable, messages
@@ -72,6 +72,11 @@ def test_exports_are_counted_by_directory() -> None:
         "exported 1 file to /x/cl: f_1.csv",
     ]
     assert exports([]) == []
+
+
+def test_the_description_of_a_job_file_is_clean(tmp_path: Path) -> None:
+    (file := tmp_path / "job.ini").write_text("[general]\ndescription = one \x1b[2J two\n")
+    assert describe(file) == f"{tmp_path.name}/job.ini (one \\x1b[2J two)"
 
 
 def test_survey_in_a_line() -> None:
