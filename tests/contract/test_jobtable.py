@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -409,6 +410,25 @@ def test_delete_of_a_running_job(
     assert not kept.exists()
     assert capsys.readouterr().out == f"Job {number} aborted\nRemoved {number}\n"
     assert JobTable(database.call).job(number) is None
+
+
+def test_a_dump_has_the_whole_table(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what a DbServer has written last, and no job that is not complete."""
+    from openquake.commands import dump
+
+    monkeypatch.setattr(dump, "db", database.db)
+    monkeypatch.setattr(dump, "smart_save", dump.smart_save)
+    jobtable.install_dump(dump)
+    number = database.job("complete")  # still in the file beside it
+    database.job()
+    results(database, number)
+    dump.main(str(tmp_path / "dump.zip"))
+    with zipfile.ZipFile(tmp_path / "dump.zip") as archive:
+        assert sorted(archive.namelist()) == [f"calc_{number}.hdf5", "db.sqlite3"]
+        archive.extract("db.sqlite3", tmp_path / "there")
+    assert whole_ids(tmp_path / "there" / "db.sqlite3") == [number]
 
 
 # ---- parents

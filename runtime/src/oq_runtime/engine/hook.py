@@ -58,6 +58,7 @@ INSTALLERS = {
         ("main", "datastore", "abort", "del_calculation"),
     ),
     "openquake.commands.abort": ("oq_runtime.engine.abort:install_abort", ("main",)),
+    "openquake.commands.dump": ("oq_runtime.engine.jobtable:install_dump", ("smart_save",)),
 }
 #: what is installed in worker processes, whose tasks are run by ``worker``
 IN_WORKERS = (

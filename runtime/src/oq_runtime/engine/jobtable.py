@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
+import functools
 import getpass
 import os
 import re
 import socket
 import sqlite3
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,6 +206,31 @@ def install_actions(actions: Any) -> None:
         JobTable(lambda action, *arguments: getattr(actions, action)(db, *arguments)).mend()
 
     actions.reset_is_running = reset_is_running
+
+
+def install_dump(dump: Any) -> None:
+    """Have ``oq dump`` take the whole table, and of that only complete jobs.
+
+    The engine copies the file. What others have written last, such as the DbServer, is in another
+    one beside it, and there the engine's own changes of its copy stay.
+
+    :param dump: the module ``openquake.commands.dump``
+    """
+    engine_save = dump.smart_save
+
+    @functools.wraps(engine_save)
+    def smart_save(database: str, *args: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, Path(database).name)
+            with (
+                contextlib.closing(sqlite3.connect(database)) as source,
+                contextlib.closing(sqlite3.connect(copy)) as target,
+            ):
+                source.backup(target)
+                target.execute("PRAGMA journal_mode = DELETE")
+            engine_save(str(copy), *args)
+
+    dump.smart_save = smart_save
 
 
 def lives(job: Job) -> bool:
