@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.leftovers import wait_for
@@ -637,7 +638,12 @@ def test_relative_directory_for_temporary_files(env: dict[str, str], tmp_path: P
     assert wait_for(lambda: not list((tmp_path / "tmp").glob("oq-run-*")), 20)
 
 
-def test_import_that_takes_long(env: dict[str, str], tmp_path: Path) -> None:
+def importing(process: psutil.Process, cache: Path) -> bool:
+    """Whether a process has begun to wait for its turn to import the engine."""
+    return any(file.path.startswith(f"{cache}/oq-runtime/") for file in process.open_files())
+
+
+def test_import_that_takes_long(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     """Another process of this user has not come to the end of the first import."""
     env = env | {"XDG_CACHE_HOME": str(tmp_path)}
     with subprocess.Popen(
@@ -653,6 +659,9 @@ def test_import_that_takes_long(env: dict[str, str], tmp_path: Path) -> None:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
         assert any("numba has not compiled it yet" in line for line in lines)
+        assert wait_for(lambda: session_processes(tmpdir, "forkserver"), 20)
+        [server] = session_processes(tmpdir, "forkserver")
+        assert wait_for(lambda: importing(server, tmp_path)), "it waits as well"
         other.communicate()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

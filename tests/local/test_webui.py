@@ -247,10 +247,14 @@ def test_start_fails_the_lost_jobs_and_no_others(site: Site) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     lost = site.insert_job(gone.pid)
-    site.start()
+    with subprocess.Popen(["sleep", "99"]) as other:  # has the pid of a job that died
+        reused = site.insert_job(other.pid)
+        site.start()
+        other.kill()
     assert (site.status(running), site.status(lost)) == ("executing", "failed")
+    assert site.status(reused) == "failed"
     with sqlite3.connect(site.database) as db:
-        db.execute("DELETE FROM job WHERE id IN (?, ?)", (running, lost))
+        db.execute("DELETE FROM job WHERE id IN (?, ?, ?)", (running, lost, reused))
 
 
 def test_job_outlives_a_restart(site: Site) -> None:

@@ -120,3 +120,47 @@ def test_processes_are_started_by_one_function() -> None:
     """It keeps the folder of a job out of what they import."""
     users = [name for name, path in modules() if "sys.executable" in path.read_text()]
     assert users == ["processes"]
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield the strings of a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_one_module_knows_the_tables_of_the_engine() -> None:
+    statement = re.compile(
+        r"\s*(SELECT .* FROM|INSERT INTO|UPDATE \w+ SET|DELETE FROM) ", re.DOTALL
+    )
+    found = {name for name, path in modules() if any(map(statement.match, texts(path)))}
+    assert found == {"engine.jobtable"}
+
+
+def test_public_classes_begin_with_what_they_are() -> None:
+    wrong = [
+        f"{name}.{node.name}"
+        for name, path in modules()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        if not (ast.get_docstring(node) or "-")[0].isalnum()
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+#: where a new directory needs no proof of what is above it, and why; files without a name are safe
+TEMPORARY = {
+    "files.private": "proves it",
+    "engine.archives": "in the session's directory, or in the shared one for all to read",
+    "engine.reading": "for files of a datastore, which are read at once, and nothing is run",
+    "webui.uploads": "for files of an upload, which are read at once, and nothing is run",
+    "files.compiling": "in the user's own cache",
+    "report.output": "beside what is written, then renamed to it",
+    "commands.run": "a log beside the results of the job",
+}
+
+
+def test_private_directories_are_made_in_one_place() -> None:
+    makes = re.compile(r"tempfile\.(mk[sd]temp|mktemp|TemporaryDirectory|NamedTemporaryFile)\(")
+    found = {name for name, path in modules() if makes.search(path.read_text())}
+    assert found == set(TEMPORARY)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from oq_runtime.engine import inbox
 from oq_runtime.errors import ConfigError
 from oq_runtime.files import private, spares
 
@@ -100,6 +101,22 @@ def test_where_others_may_rename_there_is_no_private_directory(public: Path) -> 
     below.chmod(0o777)
     public.chmod(0o700)
     private.own(below / "b")  # others may do there what they want, if they could enter
+
+
+def test_results_of_the_engines_own_pool_come_where_nobody_else_is(
+    public: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are pickles: whoever could bind the socket in its place would run code."""
+    monkeypatch.setattr(tempfile, "tempdir", str(public))
+    public.chmod(0o777)
+    sockets = inbox.PoolSockets(None)
+    with pytest.raises(ConfigError, match=rf"{public}: .*chmod \+t"):
+        sockets._directory()
+    public.chmod(0o1777)
+    made = sockets._directory()
+    assert private.is_own(made) and sockets._directory() == made
+    del sockets
+    assert not made.exists()
 
 
 @pytest.mark.skipif(

@@ -42,7 +42,10 @@ OVER: dict[type[protocol.Message], str] = {
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """``total``: it only grows."""
+    """A figure.
+
+    ``total``: it only grows.
+    """
 
     name: str
     meaning: str
@@ -167,7 +170,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class Exporter:
-    """
+    """Shows the last figures to whoever asks over HTTP.
+
     :param address: of this host in the cluster
     :param ports: of which the first free one is taken
     :raises ImportError: without the library

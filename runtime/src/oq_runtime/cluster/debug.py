@@ -26,7 +26,7 @@ from oq_runtime.cluster.pool import Killed, Pool, Unreachable
 from oq_runtime.config import ATTEMPT_VARIABLE, NODE_VARIABLE
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.text import clean
-from oq_runtime.wire.protocol import AgentState, AgentStatus
+from oq_runtime.wire.protocol import AgentState, AgentStatus, NodeState
 
 #: seconds for a file of the master to be seen on a node
 VISIBLE_SECS = 3.0
@@ -201,7 +201,7 @@ def _run_tasks(pool: Pool, report: Report) -> None:
     with _limit(READY_SECS, "the start of a session"):
         session = Session.current()
     for node in session.nodes():
-        if node.state == "refused" and node.host in report.hosts:
+        if node.state is NodeState.REFUSED and node.host in report.hosts:
             report.hosts[node.host].slots = 0
             report.problems.append(f"{node.host}: {node.reason}")
     _await_workers(pool, session.name, report)

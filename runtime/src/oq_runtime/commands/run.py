@@ -827,7 +827,8 @@ class Run:
 
     def _ended(self, job: int, code: int) -> dict[str, Any]:
         """Return what is known of a job that has not come to its end."""
-        state = "aborted" if code == EXIT_INTERRUPTED else "failed"
+        aborted = code == EXIT_INTERRUPTED
+        state = jobtable.Status.ABORTED if aborted else jobtable.Status.FAILED
         seconds = time.monotonic() - self.turn_s if job == self.current else 0.0
         return {"job": job, "state": state, "seconds": round(seconds, 2)}
 

@@ -3,8 +3,8 @@
 ``Attempts.handle(event, now)`` returns effects for the shell (``agent``). Nothing here reads,
 writes or waits. The state of an attempt is changed by the table TRANSITIONS; a pair that it does
 not know raises TransitionError and changes nothing. An attempt that has come to an end is forgotten
-at once, and ``_end`` is the only place that forgets one. What ``slots`` decides on an attempt is an
-event here, what is decided here on its slot is one there.
+at once, by ``_end`` alone, and all those of a job that ends by ``_end_job``. What ``slots`` decides
+on an attempt is an event here, what is decided here on its slot is one there.
 
 Not covered: which worker runs an attempt, and when (``slots``); files and bytes (``agent``).
 """
@@ -67,7 +67,10 @@ TRANSITIONS: dict[State, dict[str, State]] = {
 
 @dataclass(slots=True)
 class Attempt:
-    """``blobs``: digests of its big arguments; ``missing``: of those that have not come yet."""
+    """An attempt at a task, from its call until its results are sent.
+
+    ``blobs``: digests of its big arguments; ``missing``: of those that have not come yet.
+    """
 
     job: str
     task: int
@@ -198,7 +201,10 @@ class JobEnded:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """``moved``: jobs of which bytes of big arguments have come since the last time."""
+    """Time has passed.
+
+    ``moved``: jobs of which bytes of big arguments have come since the last time.
+    """
 
     moved: frozenset[str] = frozenset()
 

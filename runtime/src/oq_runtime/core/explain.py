@@ -84,7 +84,10 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """``seconds`` from the start of the job to its end; shares in the order of time."""
+    """What is kept of a job.
+
+    ``seconds`` from the start of the job to its end; shares in the order of time.
+    """
 
     seconds: float
     attempts: Sequence[Attempt]

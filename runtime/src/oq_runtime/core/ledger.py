@@ -93,7 +93,10 @@ class Open:
 
 @dataclass(slots=True)
 class Task:
-    """``job``: as people call it; ``func``: the number of its function; ``open``: attempts."""
+    """A task that is not over.
+
+    ``job``: as people call it; ``func``: the number of its function; ``open``: attempts.
+    """
 
     job: str
     func: int
@@ -116,7 +119,8 @@ class Share:
 
 @dataclass(slots=True)
 class Ledger:
-    """
+    """The attempts that are over, and the tasks that are not.
+
     ``rows``: by job, packed; ``nodes``, ``reasons``: numbers of names, in their order;
     ``shares``: in the order of time.
     """

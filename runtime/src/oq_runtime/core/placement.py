@@ -75,7 +75,9 @@ class Kind:
 
 @dataclass(slots=True)
 class Node:
-    """``running`` tasks have a slot each, or wait for one here; of ``ended`` ones only the results
+    """A node that has slots for the session.
+
+    ``running`` tasks have a slot each, or wait for one here; of ``ended`` ones only the results
     are still here.
 
     ``free_bytes`` of memory has a task that is alone here. ``kept_for``: the task that has this

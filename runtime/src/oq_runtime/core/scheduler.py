@@ -16,6 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from oq_runtime import errors
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.core.placement import Kind, Node, Placement, Speculation
 from oq_runtime.errors import TransitionError
@@ -150,7 +151,10 @@ class NodeGone:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """``group``: of tasks whose results one reader takes; ``kind``: of tasks that are alike."""
+    """The engine has a task to be done.
+
+    ``group``: of tasks whose results one reader takes; ``kind``: of tasks that are alike.
+    """
 
     task: int
     group: int
@@ -258,7 +262,9 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """``alone``: nothing else may run on the node at the same time.
+    """Have a node make an attempt.
+
+    ``alone``: nothing else may run on the node at the same time.
 
     ``firm``: it is not to be interrupted for a job of higher priority.
     """
@@ -361,7 +367,10 @@ class Rival:
 
 @dataclass(slots=True)
 class Task:
-    """``attempt`` on ``node`` is in ``state``; its rival, if any, is ASSIGNED or RUNNING, too."""
+    """A task from its submission until its results are committed, or it is given up.
+
+    ``attempt`` on ``node`` is in ``state``; its rival, if any, is ASSIGNED or RUNNING, too.
+    """
 
     id: int
     group: Group
@@ -516,7 +525,7 @@ class Scheduler:
             case Unrunnable(task, reason):
                 if found := self.tasks.get(task):
                     self._abort(found, effects)
-                    self._give_up(found, "ArgumentLost", reason, effects)
+                    self._give_up(found, errors.ArgumentLost.__name__, reason, effects)
             case Consumed(task):
                 if task in self.staged and task not in self.tasks:
                     self._unstage(task)
@@ -603,13 +612,13 @@ class Scheduler:
         self._free(task, effects)
         most = self.limits.max_attempts
         if task.ooms >= MAX_OOMS:
-            self._give_up(task, "OutOfMemory", note, effects, Move.FAIL_OOM)
+            self._give_up(task, errors.OutOfMemory.__name__, note, effects, Move.FAIL_OOM)
         elif task.deaths >= most or (
             len(task.no_room) >= most and not self.placement.has_other(task.no_room)
         ):
-            self._give_up(task, "WorkerDied", note, effects)
+            self._give_up(task, errors.WorkerDied.__name__, note, effects)
         elif task.node_losses >= MAX_NODE_LOSSES:
-            self._give_up(task, "NodeLost", note, effects)
+            self._give_up(task, errors.NodeLost.__name__, note, effects)
         else:
             task.kind.retries += 1
             self._again(task, note, effects)
@@ -723,7 +732,7 @@ class Scheduler:
             if self.no_nodes_limit_s:
                 note = f"no node left for {waited_s:.0f} s ({gone})"
             for task in list(self.tasks.values()):
-                self._give_up(task, "NoWorkers", note, effects)
+                self._give_up(task, errors.NoWorkers.__name__, note, effects)
 
     # ---- the window
 

@@ -56,7 +56,10 @@ class WorkerState(Enum):
 
 @dataclass(slots=True)
 class Worker:
-    """``since_s``: since when it has its task, or was killed; ``told``: that it does not end."""
+    """A worker process, as far as its slot is concerned.
+
+    ``since_s``: since when it has its task, or was killed; ``told``: that it does not end.
+    """
 
     id: int
     job: str
@@ -72,7 +75,9 @@ class Worker:
 
 @dataclass(slots=True)
 class Lease:
-    """``slots``: its share; ``wanted``: live tasks of the job, -1: not told.
+    """What a job has of the node.
+
+    ``slots``: its share; ``wanted``: live tasks of the job, -1: not told.
 
     ``served_s``: seconds of a slot that it has had, divided by its weight.
     """

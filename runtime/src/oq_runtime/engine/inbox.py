@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import shutil
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import zmq
 
+from oq_runtime.files import private
 from oq_runtime.session.client import Session
 
 #: of the addresses that lead to nothing outside this process
@@ -28,7 +30,7 @@ class Inbox:
     """Both ends of the engine's socket for results, for tasks that run in this process."""
 
     numbers = itertools.count()
-    by_url: WeakValueDictionary[str, Inbox] = WeakValueDictionary()
+    by_url: weakref.WeakValueDictionary[str, Inbox] = weakref.WeakValueDictionary()
 
     def __init__(self) -> None:
         self.url = f"{SCHEME}{next(self.numbers)}"
@@ -59,7 +61,7 @@ class PoolSockets:
     def __init__(self, make: Any) -> None:
         self.make = make
         self.numbers = itertools.count()
-        self.own: tempfile.TemporaryDirectory[str] | None = None
+        self.own: Path | None = None
 
     def open(self) -> tuple[Any, str]:
         """Return a socket that takes results, and its address; raises ZMQError."""
@@ -72,5 +74,6 @@ class PoolSockets:
         if session := Session.existing():
             return session.directory
         if self.own is None:
-            self.own = tempfile.TemporaryDirectory(prefix="oq-pool-")
-        return Path(self.own.name)
+            self.own = private.make(Path(tempfile.gettempdir()), "oq-pool-")
+            weakref.finalize(self, shutil.rmtree, self.own, ignore_errors=True)
+        return self.own

@@ -152,6 +152,28 @@ class JobTable:
         """Give a job its last status."""
         self.call("finish", number, status.value)
 
+    def jobs_of_output(self, output: int) -> list[int]:
+        """Return the job that has left an output, if there is one."""
+        rows = self.call("SELECT oq_job_id FROM output WHERE id=?x", min(output, MOST_ROWS))
+        return [number for (number,) in rows]
+
+    def last_lines(self, number: int, most: int) -> list[str]:
+        """Return the last lines of the log of a job, the last one first."""
+        lines = "SELECT message FROM log WHERE job_id=?x ORDER BY id DESC LIMIT ?x"
+        return [row.message for row in self.call(lines, number, most)]
+
+    def level_of_errors(self, number: int) -> str:
+        """Return the level of the last traceback in the log of a job; it differs with the series.
+
+        :raises ValueError: where there is none
+        """
+        levels = (
+            "SELECT level FROM log WHERE job_id=?x AND level IN ('ERROR', 'CRITICAL') "
+            "ORDER BY id DESC LIMIT 1"
+        )
+        [row] = self.call(levels, number)
+        return str(row.level)
+
     def mend(self) -> list[Job]:
         """Set to ``failed`` the jobs of this host whose engine process is gone; return them.
 

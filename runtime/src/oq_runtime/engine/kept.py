@@ -21,6 +21,7 @@ import numpy
 from oq_runtime.core import explain
 from oq_runtime.core.ledger import FIELDS, Outcome
 from oq_runtime.engine.history import History
+from oq_runtime.engine.jobtable import Status
 from oq_runtime.session.client import Session
 from oq_runtime.wire.protocol import Attempts
 
@@ -39,10 +40,10 @@ def install_kept(engine: Any) -> None:
 
     @functools.wraps(engine_run_calc)  # the engine has other processes find it by its name
     def run_calc(log: Any, *args: Any, **kwargs: Any) -> Any:
-        began, began_s, state = time.time(), time.monotonic(), "failed"
+        began, began_s, state = time.time(), time.monotonic(), Status.FAILED
         try:
             calc = engine_run_calc(log, *args, **kwargs)
-            state = "complete"
+            state = Status.COMPLETE
             return calc
         finally:
             facts = {"began": began, "began_s": began_s, "state": state}
@@ -71,7 +72,7 @@ def keep(number: int, facts: dict[str, Any]) -> None:
     attributes = {
         "format": FORMAT,
         "version": importlib.metadata.version("oq-runtime"),
-        "state": facts["state"],
+        "state": facts["state"].value,
         "began": facts["began"],
         "seconds": seconds,
         "replayed": history.replayed if history else 0,

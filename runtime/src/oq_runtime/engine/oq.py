@@ -17,17 +17,13 @@ from typing import Any
 
 from oq_runtime.config import SESSION_VARIABLE, Config
 from oq_runtime.engine import messages
+from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import places
 from oq_runtime.session import launch
 from oq_runtime.text import clean
 
 FAILED, BAD_INPUT = 1, 2
-#: the level of a traceback in the log, which differs with the series
-LAST = (
-    "SELECT level FROM log WHERE job_id=?x AND level IN ('ERROR', 'CRITICAL') "
-    "ORDER BY id DESC LIMIT 1"
-)
 
 
 def install_sap(sap: Any) -> None:
@@ -95,8 +91,8 @@ def tell(log: Any, exc: BaseException) -> None:
     inputs = messages.files(log.params["inputs"])
     if text := messages.of_user(exc, inputs, config.directory.shared_dir):
         unpacked = f"{logs.get_datadir()}/calc_{log.calc_id}/"  # an upload
-        [row] = logs.dbcmd(LAST, log.calc_id)
-        said = (row.level, "oq_runtime", text.replace(unpacked, ""))
+        level = JobTable.of_engine().level_of_errors(log.calc_id)
+        said = (level, "oq_runtime", text.replace(unpacked, ""))
         logs.dbcmd("log", log.calc_id, datetime.now(UTC), *said)
 
 

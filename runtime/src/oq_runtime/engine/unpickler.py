@@ -63,7 +63,8 @@ class Section(dict[str, Any]):
 
 
 class Unpickler(pickle._Unpickler):
-    """
+    """Reads a pickle that may be anybody's: names stand for what is listed, or are refused.
+
     :param data: the pickle
     :param names: what each name that may occur in it stands for
     :param errors: whether it may name Python's own exceptions

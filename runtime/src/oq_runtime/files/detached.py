@@ -20,7 +20,8 @@ MOST_TIMES = 3
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """
+    """How a detached job goes on by itself.
+
     :param options: of the command line, with which it goes on
     :param times: that it has gone on
     """

@@ -76,7 +76,8 @@ class Reception:
 
 
 class Store:
-    """
+    """Files in shared memory, or on the disk where that has no room.
+
     :param memory: directory in shared memory
     :param disk: directory on the local disk
     :param memory_bytes: how much may lie in shared memory at a time

@@ -196,7 +196,8 @@ class JobIO:
 
 
 class Agent:
-    """
+    """The process of a node: its slots, its workers, and a lease for each job.
+
     :param directory: 0700 directory of logs
     :param memory: directory in shared memory for blobs and spool files
     :param disk: directory on the local disk for those that have no room there

@@ -59,7 +59,8 @@ class Kill(msgspec.Struct, frozen=True, tag="kill"):
 
 
 class Exited(msgspec.Struct, frozen=True, tag="exited"):
-    """
+    """The end of a worker process, as its parent has seen it.
+
     :param code: exit code, negative for a signal
     :param peak_bytes: the most memory that the worker has had
     :param refused: why there never was a process

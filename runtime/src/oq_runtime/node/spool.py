@@ -17,7 +17,8 @@ from oq_runtime.wire.payload import Buffer
 
 
 class Spool:
-    """
+    """The results of an attempt, in the order in which they are made.
+
     :param name: of the file, the same wherever it goes
     :param places: directories for the file: in shared memory, on the disk
     :param inline_bytes: bytes that stay in memory

@@ -68,7 +68,10 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """``style``: solid for what counts, dashed for what is beside it."""
+    """A line of a diagram.
+
+    ``style``: solid for what counts, dashed for what is beside it.
+    """
 
     label: str
     x: Sequence[float]

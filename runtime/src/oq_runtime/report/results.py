@@ -27,7 +27,10 @@ UNITS = {"PGA": "g", "SA": "g", "PGV": "cm/s", "PGD": "cm", "IA": "m/s", "CAV": 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """``output``: as the engine calls it; ``image``: an address that has all of it."""
+    """A map of an output.
+
+    ``output``: as the engine calls it; ``image``: an address that has all of it.
+    """
 
     output: str
     title: str

@@ -50,7 +50,8 @@ class Known:
 
 
 class Blobs:
-    """
+    """The big arguments of this process, each in a file.
+
     :param memory: directory in shared memory
     :param disk: directory on the local disk
     """

@@ -33,7 +33,7 @@ from oq_runtime.core import scheduler as core
 from oq_runtime.core.events import Events
 from oq_runtime.core.ledger import ROW, Ledger, Task
 from oq_runtime.core.limits import DEFAULTS, Limits
-from oq_runtime.errors import NoRoom, OqRuntimeError, ProtocolError, TransitionError
+from oq_runtime.errors import NoRoom, OqRuntimeError, OutOfMemory, ProtocolError, TransitionError
 from oq_runtime.files import crashes, private
 from oq_runtime.files.store import Store
 from oq_runtime.logs import about
@@ -72,7 +72,8 @@ class Submission:
 
 
 class Broker:
-    """
+    """The heart of a session: tasks of the engine go to nodes, and their results come back.
+
     :param directory: 0700 directory of the sockets, and of what has no room in ``memory``
     :param memory: directory in shared memory for results
     :param agents: name of each agent and its control URL
@@ -478,7 +479,7 @@ class Broker:
             f"task #{sent.number} ({sent.func}) was given up after {attempts} attempts; "
             f"{history[-1]}"
         )
-        if error == "OutOfMemory":
+        if error == OutOfMemory.__name__:
             verdict += MEMORY_REMEDY
         text = "\n".join([*history[:-1], verdict])
         log.info(text)

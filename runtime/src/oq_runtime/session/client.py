@@ -29,6 +29,7 @@ from oq_runtime.session.blobs import Blobs
 from oq_runtime.text import grouped
 from oq_runtime.wire import payload, protocol, transport
 from oq_runtime.wire.payload import Buffer
+from oq_runtime.wire.protocol import NodeState
 
 #: seconds for the session to have its first worker slots, and then for the other nodes to answer
 READY_SECS, OTHERS_SECS = 60.0, 3.0
@@ -116,9 +117,10 @@ class Session:
                 states = [node.state for node in message.nodes]
                 pairs = [(n.host, n.reason) for n in message.nodes if n.reason]
                 reasons = "; ".join(grouped(pairs))
-                if set(states) == {"refused"}:
+                if set(states) == {NodeState.REFUSED}:
                     raise errors.NoWorkers(f"no node takes this job: {reasons}")
-                if "leased" in states and ("calling" not in states or waited_s > OTHERS_SECS):
+                settled = NodeState.CALLING not in states or waited_s > OTHERS_SECS
+                if NodeState.LEASED in states and settled:
                     if reasons:
                         logging.warning("running without %s", reasons)
                     return sum(node.slots for node in message.nodes)
@@ -340,7 +342,7 @@ class Session:
 
     def status(self) -> list[tuple[str, int, int]]:
         """Return ``[(host, busy slots, slots), ...]``."""
-        return [(n.host, n.busy, n.slots) for n in self.nodes() if n.state == "leased"]
+        return [(n.host, n.busy, n.slots) for n in self.nodes() if n.state is NodeState.LEASED]
 
     def close_map(self, map_: int) -> None:
         """Forget a map: what is under way of it is not wanted, and what has come is deleted."""

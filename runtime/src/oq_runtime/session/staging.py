@@ -35,7 +35,8 @@ class Body:
 
 
 class Staging:
-    """
+    """The bodies of ended attempts that are not the engine's yet.
+
     :param store: where bodies are kept that do not fit into a message; this object's own
     """
 

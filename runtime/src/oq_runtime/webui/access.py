@@ -40,8 +40,6 @@ log = logging.getLogger("oq_runtime")
 MALFORMED = (BadRequest, SuspiciousOperation, MultiPartParserError)
 #: how a line begins about an error that may be anything's
 UNFORESEEN = "the engine could not answer this"
-#: of an output, in SQL
-JOB_OF_OUTPUT = "SELECT oq_job_id FROM output WHERE id=?x"
 #: how the engine lets a condition be true or false
 TRUTHS = ("0", "1", "true", "false")
 
@@ -253,7 +251,7 @@ class Access:
             case Rule.LIST:
                 check_conditions(request)
             case Rule.RESULT:
-                for (number,) in logs.dbcmd(JOB_OF_OUTPUT, min(int(arguments[0]), MOST_ROWS)):
+                for number in JobTable(logs.dbcmd).jobs_of_output(int(arguments[0])):
                     check_results(number)
             case Rule.RUN:
                 check_run(request)

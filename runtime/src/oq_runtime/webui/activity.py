@@ -22,7 +22,7 @@ from openquake.server import utils
 from oq_runtime import config
 from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable
 from oq_runtime.config import Cluster, Config
-from oq_runtime.engine.jobtable import UNFINISHED, seconds
+from oq_runtime.engine.jobtable import UNFINISHED, JobTable, seconds
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.node import memory
 from oq_runtime.text import clean, duration
@@ -33,7 +33,6 @@ ASK_SECS = 2.0
 #: jobs under way on the page, those that have ended, and lines of the log of one under way in which
 #: its progress is looked for
 MOST_JOBS, MOST_ENDED, LINES = 50, 20, 200
-LAST_LINES = f"SELECT message FROM log WHERE job_id=?x ORDER BY id DESC LIMIT {LINES}"
 #: the engine's lines on the tasks of a function, see ``Starmap.log_percent``
 PERCENT = re.compile(r"(\S+) +(\d+)% \[")
 
@@ -147,7 +146,7 @@ def since(started_s: float) -> str:
 
 def progress(number: int) -> str:
     """Return how far a job says in its log that it is, or else the last line of that."""
-    lines = [row.message for row in logs.dbcmd(LAST_LINES, number)]
+    lines = JobTable.of_engine().last_lines(number, LINES)
     found = next(filter(None, map(PERCENT.search, lines)), None)
     if found and found[2] != "100":
         return f"{clean(found[1], 50)}: {found[2]} %"

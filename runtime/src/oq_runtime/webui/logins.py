@@ -22,7 +22,8 @@ NAME_CHARACTERS = 150
 
 
 class Failures:
-    """
+    """Failed logins by key: an account, or an address.
+
     :param most: failures of a key within WINDOW_SECS
     :param clock: seconds, monotonic
     """

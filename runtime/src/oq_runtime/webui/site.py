@@ -41,7 +41,8 @@ PATH = re.compile(r"(/[A-Za-z0-9_-]+)*/?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """
+    """The settings of a site.
+
     :param key: path of the secret key, None where it lies beside the job database
     :param hosts: names by which the site may be called
     :param url: by which browsers call it through a proxy

@@ -26,7 +26,8 @@ class Change(Enum):
 
 
 class Event(NamedTuple):
-    """
+    """What became of a connection of a socket.
+
     :param url: that was bound or connected, as it was given
     :param descriptor: of the connection, where libzmq tells it: OPENED and CLOSED
     :param reason: in words, of REFUSED

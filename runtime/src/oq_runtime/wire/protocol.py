@@ -100,7 +100,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """``user``: who runs the job, for people; nothing is decided by it.
+    """The first message on a connection: who calls.
+
+    ``user``: who runs the job, for people; nothing is decided by it.
 
     ``ticket``: on the data socket, that of the lease.
     """
@@ -136,7 +138,10 @@ class Blob(msgspec.Struct, frozen=True):
 
 
 class Submit(Message, frozen=True, tag="submit"):
-    """``call`` refers to ``blobs`` by their positions; ``number`` is the engine's of the task."""
+    """A task for the broker.
+
+    ``call`` refers to ``blobs`` by their positions; ``number`` is the engine's of the task.
+    """
 
     task: int
     map: int
@@ -209,7 +214,10 @@ class NodeState(enum.StrEnum):
 
 
 class Node(msgspec.Struct, kw_only=True):
-    """``reason``: why it has no lease."""
+    """What a broker knows of a node.
+
+    ``reason``: why it has no lease.
+    """
 
     host: Words
     slots: int
@@ -219,7 +227,10 @@ class Node(msgspec.Struct, kw_only=True):
 
 
 class Status(Message, frozen=True, tag="status"):
-    """``note``: what the session waits for, if anything."""
+    """How far a session is.
+
+    ``note``: what the session waits for, if anything.
+    """
 
     phases: list[Phase]
     nodes: list[Node]
