@@ -216,6 +216,20 @@ def test_all_nodes_lost(cluster: Cluster) -> None:
     lose_all(cluster, SHORT_BEATS["no_nodes_limit_s"])
 
 
+@pytest.mark.settings(**SHORT_BEATS | {"no_nodes_limit_s": 3})
+def test_large_messages_get_lost_to_all_nodes(cluster: Cluster) -> None:
+    """They are called again and again, and each call is answered: the job ends all the same."""
+    run = under_way(cluster, stream(cluster, 80))
+    for node in cluster.slots:
+        cluster.net.shorten(node, SHORT_FRAME_BYTES, "in")
+    began_s = time.monotonic()
+    found = result(run, 60)
+    took_s = time.monotonic() - began_s
+    assert found["error"] == "NoWorkers", found
+    assert re.search(r"no node left for \d+ s", found["text"]), found["text"]
+    assert took_s < LOST_S + 3 + 10, f"{took_s:.1f} s"
+
+
 @pytest.mark.slow
 def test_all_nodes_lost_with_the_default_limit(cluster: Cluster) -> None:
     lose_all(cluster, 60)

@@ -314,8 +314,10 @@ def as_number(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as a user without an entry in passwd, with a limit of processes."""
     become = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    # the interpreter, which it starts again, may lie in the home of root
+    reads = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     return subprocess.run(
-        ["prlimit", f"--nproc={nproc}", *become, *command],
+        ["prlimit", f"--nproc={nproc}", *become, *reads, *command],
         env=env,
         capture_output=True,
         text=True,
@@ -334,6 +336,19 @@ def test_too_few_processes(env: dict[str, str]) -> None:
     assert said in one_line(result.stderr)
 
 
+#: starts the processes of a session and prints how many slots it has
+SESSION = """
+import os
+from oq_runtime.commands.checks import check_user
+from oq_runtime.config import Config
+from oq_runtime.session import client, launch
+check_user()
+directory = launch.start(Config(cores=1), os.getpid())
+print(client.Session(directory).slots)
+launch.stop(directory)
+"""
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_user_without_a_name(env: dict[str, str]) -> None:
     few = {"PATH": env["PATH"], "HOME": "/tmp"}
@@ -342,6 +357,8 @@ def test_user_without_a_name(env: dict[str, str]) -> None:
         code = f"{named}; import getpass; print(getpass.getuser())"
         result = as_number(few, sys.executable, "-c", code)
         assert (result.returncode, result.stdout.strip()) == (0, "54321"), result.stderr
+    result = as_number(few, sys.executable, "-c", SESSION)
+    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
