@@ -216,6 +216,7 @@ def test_all_nodes_lost(cluster: Cluster) -> None:
     lose_all(cluster, SHORT_BEATS["no_nodes_limit_s"])
 
 
+@pytest.mark.slow
 @pytest.mark.settings(**SHORT_BEATS | {"no_nodes_limit_s": 3})
 def test_large_messages_get_lost_to_all_nodes(cluster: Cluster) -> None:
     """They are called again and again, and each call is answered: the job ends all the same."""

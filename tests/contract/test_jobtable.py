@@ -52,7 +52,9 @@ class Database:
     def call(self, action: str, *arguments: Any) -> Any:
         from openquake.server.db import actions
 
-        return getattr(actions, action)(self.db, *arguments)
+        if found := getattr(actions, action, None):
+            return found(self.db, *arguments)
+        return self.db(action, *arguments)  # SQL, as ``logs.dbcmd`` takes it
 
     def job(self, status: str = "executing", host: str = socket.gethostname(), **more: Any) -> int:
         """Make a row and return its number."""
@@ -521,6 +523,21 @@ def test_old_results_are_skipped_at_once(database: Database, table: JobTable) ->
     assert table.job(first + 5) is None
     table.skip_old_results(database.path.parent)
     assert database.job() == first + 7
+
+
+# ---- logs and outputs
+
+
+def test_what_is_read_of_logs_and_outputs(database: Database, table: JobTable) -> None:
+    number, other = database.job(), database.job()
+    for level, line in (("INFO", "one"), ("CRITICAL", "two"), ("INFO", "three")):
+        database.call("log", number, datetime.now(UTC), level, "p", line)
+    assert table.last_lines(number, 2) == ["three", "two"]
+    assert table.level_of_errors(number) == "CRITICAL"
+    assert not table.last_lines(other, 2)
+    database.call("create_outputs", number, [("hcurves", 1)], 1)
+    assert table.jobs_of_output(1) == [number]
+    assert table.jobs_of_output(10**30) == []
 
 
 # ---- the jobs of an oq-run
