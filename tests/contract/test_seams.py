@@ -35,6 +35,15 @@ assert parallel.submit["processpool"].__module__ == parallel.__name__
 assert parallel.submit["no"].__module__ == parallel.__name__
 """
 
+WORKER = """
+from openquake.baselib import config, parallel
+from oq_runtime.node import worker
+config.directory.custom_tmp = "/tmp"
+worker.prepare()
+# what a task stores there would be missing elsewhere, and where its result is taken over
+assert bool(config.directory.custom_tmp) != hasattr(parallel, "scratch_dir")
+"""
+
 PRISTINE = """
 from openquake.baselib import parallel
 from oq_runtime.engine import adapter
@@ -105,6 +114,10 @@ def test_seams_fit(tmp_path: Path) -> None:
 def test_the_hook_takes_over(tmp_path: Path) -> None:
     run(tmp_path, ACTIVE)
     assert not list(tmp_path.glob("oq-run-*")), "importing alone must start no session"
+
+
+def test_results_of_tasks_are_whole(tmp_path: Path) -> None:
+    run(tmp_path, WORKER)
 
 
 def test_another_version_that_fits_is_taken_with_one_warning(tmp_path: Path) -> None:

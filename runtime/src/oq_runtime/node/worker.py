@@ -113,6 +113,9 @@ def prepare() -> None:
     parallel.Socket = Stream
     if not config.distribution.get("compress"):  # whoever asks for it gets the engine's own
         parallel.Pickled = payload.Pickled
+    if hasattr(parallel, "scratch_dir"):
+        # engine 3.23 would leave rates in a file of this node, where only this job may find them
+        config.directory.custom_tmp = ""
 
 
 def work(channel: int, *directories: str) -> None:
