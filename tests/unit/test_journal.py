@@ -103,9 +103,14 @@ def test_goes_on_after_a_crash(tmp_path: Path) -> None:
 
 
 def test_another_job_of_that_number_begins_anew(tmp_path: Path) -> None:
+    """Nor is it complete, or was it detached."""
     write(tmp_path / "j", some(10))
+    journal.set_complete(tmp_path / "j")
+    detached.note(tmp_path / "j", ())
     write(tmp_path / "j", some(3)[3:])
     assert read(tmp_path / "j") == some(3)[3:]
+    assert not journal.is_complete(tmp_path / "j")
+    assert detached.read(tmp_path / "j") is None
 
 
 def test_odd_journals_are_told_in_a_line(tmp_path: Path) -> None:
@@ -124,8 +129,9 @@ def test_odd_journals_are_told_in_a_line(tmp_path: Path) -> None:
 
 def test_cut(tmp_path: Path) -> None:
     items = some(5)
-    write(tmp_path / "j", [*items[:6], (Cut(2), b""), *items[6:]])
+    write(tmp_path / "j", [*items[:6], (Cut(2), b""), *items[6:], (Cut(99), b"")])
     assert read(tmp_path / "j") == items[:2] + items[6:]
+    assert not Reader(tmp_path / "j").torn
 
 
 def test_any_damage_leaves_what_stood_before(tmp_path: Path) -> None:
@@ -169,6 +175,8 @@ def test_ends_at_its_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert found == items[: len(found)]
     assert "0.0 GB" in writer.stopped
     assert len(caplog.records) == 1
+    write(tmp_path / "k", [*items, (Cut(len(found) - 1), b"")], budget_bytes=100_000)
+    assert read(tmp_path / "k") == found[:-1], "an attempt that has failed must not stay"
 
 
 def test_ends_at_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -206,12 +214,14 @@ def test_slow_disk_ends_it_and_not_the_job(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(journal, "WAITING_BYTES", 1000)
     writer = Writer(tmp_path / "j", HEAD, budget_bytes=GB)
     with writer._lock:  # which the thread needs after each body
-        writer.waiting_bytes = 900
+        writer.waiting_bytes = 1100  # as of one body
+    writer.put(Slots(1))
+    assert not writer.stopped, "nothing has to wait for more memory"
     writer.put(Consumed(0, 0), bytes(200))
     writer.put(Consumed(0, 1), b"")
     writer.close()
     assert "too slow" in writer.stopped
-    assert read(tmp_path / "j") == []
+    assert read(tmp_path / "j") == [(Slots(1), b"")]
 
 
 def test_one_process_has_it(tmp_path: Path) -> None:
@@ -220,6 +230,10 @@ def test_one_process_has_it(tmp_path: Path) -> None:
         Writer(tmp_path / "calc_1.journal", HEAD, budget_bytes=GB)
     assert not journal.remove(tmp_path / "calc_1.journal")
     assert journal.numbers(tmp_path) == [1]
+    assert journal.find(tmp_path, "-1") == 1, "so that it is told that it runs"
+    write(tmp_path / "calc_0.journal", some(1))
+    assert journal.find(tmp_path, "-1") == 0
+    assert journal.remove(tmp_path / "calc_0.journal")
     writer.close()
     assert journal.remove(tmp_path / "calc_1.journal")
     assert journal.numbers(tmp_path) == []
@@ -282,10 +296,22 @@ def test_of_complete_jobs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("events", [0, 1, 2, 29, 40, 60])
-def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: int) -> None:
-    """Of several segments; goes on under another head, and the first one stays as it is."""
+@pytest.mark.parametrize("able", [True, False])
+def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: int, able: bool) -> None:
+    """Of several segments; goes on under another head, and the first one stays as it is.
+
+    :param able: whether the file system can copy
+    """
+
+    def unable(*_: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if not able:
+        monkeypatch.setattr(os, "copy_file_range", unable)
     monkeypatch.setattr(journal, "SEGMENT_BYTES", 5000)
     items = some(30)
+    write(tmp_path / "k", items)  # of another one that had this number
+    journal.set_complete(tmp_path / "k")
     write(tmp_path / "j", [*items[:30], (Cut(20), b""), *items[30:]])
     kept = [*items[:20], *items[30:]]
     assert len(journal.segments(tmp_path / "j")) > 3
@@ -293,6 +319,7 @@ def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: int) -> N
     events = min(events, len(kept))
     claimed = journal.copy(source, events, tmp_path / "k", HEAD | {"job": 8})
     assert Reader(tmp_path / "k").head == HEAD | {"job": 8}
+    assert not journal.is_complete(tmp_path / "k")
     Reader(tmp_path / "k").cut_tail()
     assert Reader(tmp_path / "k").records == source.records[:events]
     write(tmp_path / "k", items[:5], claimed=claimed)
@@ -300,13 +327,25 @@ def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: int) -> N
     assert read(tmp_path / "j") == kept
 
 
-def test_copy_of_one_that_is_removed_just_now(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["removed", "full"])
+def test_copy_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Of one that is removed just now, or where no room is left; a new one can begin there."""
     write(tmp_path / "j", some(3))
     source = Reader(tmp_path / "j")
-    journal.segments(tmp_path / "j")[0].unlink()
-    with pytest.raises(OSError):
-        journal.copy(source, 6, tmp_path / "k", HEAD)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if fault == "full":
+            patch.setattr(journal, "write_atomically", full)
+        else:
+            journal.segments(tmp_path / "j")[0].unlink()
+        with pytest.raises(OSError):
+            journal.copy(source, 6, tmp_path / "k", HEAD)
     assert not (tmp_path / "k").exists()
+    write(tmp_path / "k", some(1))
+    assert read(tmp_path / "k") == some(1)
 
 
 def test_a_job_goes_on_by_itself_three_times(

@@ -65,6 +65,8 @@ EVENT_BYTES = 1 << 20
 HEAD_BYTES = 256 << 20
 #: bytes that are copied at a time
 COPY_BYTES = 8 << 20
+#: the file system cannot copy by itself
+NO_RANGES = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM)
 
 
 class Slots(msgspec.Struct, frozen=True, tag="slots", array_like=True):
@@ -172,6 +174,10 @@ def find(datadir: Path, number: str) -> int:
     """
     kept = numbers(datadir)
     if number == "-1" and kept:
+        for last in reversed(kept):
+            with contextlib.suppress(JournalError):  # an odd one
+                if not claimed(directory_of(datadir, last)):
+                    return last
         return kept[-1]
     if re.fullmatch("[0-9]{1,18}", number) and int(number) in everything(datadir):
         return int(number)
@@ -281,10 +287,9 @@ def copy(source: Reader, events: int, directory: Path, head: dict[str, Any]) -> 
     """
     private.own(directory, "free space there, or let this user write there")
     claimed = claim(directory)
-    for path in segments(directory):  # of a job that had this number before
-        path.unlink()
-    write_atomically(directory / HEAD, _head_text(head))
     try:
+        _clear(directory)
+        write_atomically(directory / HEAD, _head_text(head))
         if events:
             last = source.records[events - 1]
             for number in range(last.segment + 1):
@@ -300,12 +305,25 @@ def copy(source: Reader, events: int, directory: Path, head: dict[str, Any]) -> 
     return claimed
 
 
+def _clear(directory: Path) -> None:
+    """Remove what is of a job that had this number before, but for the lock."""
+    for path in sorted(directory.iterdir()):
+        if path.name != LOCK:
+            path.unlink()
+
+
 def _copy(source: Path, target: Path, nbytes: int) -> None:
     """Copy the beginning of a file to a new one; where the file system can, it is shared."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with regular(source) as read, os.fdopen(os.open(target, flags, 0o600), "wb") as written:
         while nbytes > 0:
-            copied = os.copy_file_range(read.fileno(), written.fileno(), min(nbytes, COPY_BYTES))
+            wanted = min(nbytes, COPY_BYTES)
+            try:
+                copied = os.copy_file_range(read.fileno(), written.fileno(), wanted)
+            except OSError as exc:
+                if exc.errno not in NO_RANGES:
+                    raise
+                copied = written.write(read.read(wanted))
             if not copied:
                 raise JournalError(f"{source} has become shorter")
             nbytes -= copied
@@ -341,9 +359,8 @@ class Writer:
     ) -> None:
         self.directory = private.own(directory, "free space there, or let this user write there")
         self._claim = claim(directory) if claimed is None else claimed
-        if claimed is None:  # of a job that had this number before the database was made anew
-            for path in segments(directory):
-                path.unlink()
+        if claimed is None:
+            _clear(directory)
         self.budget_bytes = budget_bytes
         self.used_bytes = size(directory)
         self.number = len(segments(directory))
@@ -359,16 +376,19 @@ class Writer:
     def put(self, event: Event, body: Buffer = b"") -> None:
         """Have an event written; never waits.
 
+        A ``Cut`` is written also when nothing more is: what it cuts off is there already.
+
         :param body: bytes or a view of them, which must not change any more
         """
         with self._lock:
-            if self.stopped:
+            if self.stopped and not isinstance(event, Cut):
                 return
-            if self.waiting_bytes and self.waiting_bytes + len(body) > WAITING_BYTES:
+            # one alone may have more, and what has no body needs no memory
+            if body and self.waiting_bytes and self.waiting_bytes + len(body) > WAITING_BYTES:
                 self._stop(f"the disk of {self.directory} is too slow for it")
                 return
             taken = HEADER.size + len(body) + 2 * ALIGN
-            if self.used_bytes + taken > self.budget_bytes:
+            if self.used_bytes + taken > self.budget_bytes and not isinstance(event, Cut):
                 self._stop(f"it has the {self.budget_bytes / 1e9:.1f} GB that it may take")
                 return
             self.used_bytes += taken
@@ -534,10 +554,7 @@ class Reader:
                 if record is None:
                     self.torn = f"{path.name} at byte {at}"
                     return False
-                if isinstance(record.event, Cut):
-                    if record.event.events > len(self.records):
-                        self.torn = f"{path.name} at byte {at}"
-                        return False
+                if isinstance(record.event, Cut):  # what was not kept need not be cut off
                     del self.records[record.event.events :]
                 else:
                     self.records.append(record)

@@ -59,7 +59,7 @@ def own(path: Path, remedy: str = REMEDY) -> Path:
     except OSError as exc:
         raise ConfigError(f"{path}: {exc.strerror}; {remedy}") from exc
     if not is_own(path):
-        raise ConfigError(f"{path} is not a directory of this user alone; remove it or {REMEDY}")
+        raise ConfigError(f"{path} is not a directory of this user alone; remove it or {remedy}")
     return path
 
 
