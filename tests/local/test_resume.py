@@ -94,12 +94,17 @@ def test_goes_on_after_each_kill(env: dict[str, str], undisturbed: Path) -> None
     kill(env, number, before + 5, "--resume", number)
     kept, began_s = results(env, number), time.time()
     assert kept > before
+    more = datadir(env) / f"calc_{number}/0.hdf5"  # as the engine leaves rates there
+    more.parent.mkdir()
+    more.touch()
     code, out, err = run(env, "--resume", "-1", "--json")
     assert code == 0, err
     assert f"took over the results of {kept} tasks" in err
     again, datastore = done(out)
     assert again == number
     assert compare(undisturbed, datastore) == []
+    assert not more.exists(), "or it would count for this job"
+    more.parent.rmdir()
     assert not journal.directory_of(datadir(env), number).exists(), "a complete job needs none"
     assert jobs(env)[-1] == (number, "complete", 0)
     database = sqlite3.connect(datadir(env) / "db.sqlite3")
@@ -164,6 +169,9 @@ def test_reuse_of_one_hazard_by_three_risks(env: dict[str, str], tmp_path: Path)
         kept = results(env, first["job"])
         undisturbed = run(env, "--hc", first["job"], one, "--no-journal", "--json")[1]
         assert compare(done(undisturbed)[1], Path(second["datastore"])) == []
+    # what the risk lacked before there was a hazard does not keep others from its results
+    _, _, err = run(env, "--hc", first["job"], one, "--reuse")
+    assert f"beginning with the results of job {second['job']}" in err, err
 
 
 def detached_runs(env: dict[str, str]) -> list[psutil.Process]:

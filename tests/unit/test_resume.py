@@ -7,11 +7,15 @@ Not covered: what counts as looking at a parameter (``contract/test_reads``), wh
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from openquake import baselib
 from openquake.baselib import config
 
 from oq_runtime.engine import resume
+from oq_runtime.engine.history import History
+from oq_runtime.engine.reads import Collector
 from oq_runtime.files.journal import Consumed, Event, Reader, Slots, Submitted, Used, Writer
 
 JOB, OTHER = "/jobs/job.ini", "/jobs/other.ini"
@@ -73,6 +77,28 @@ def test_one_that_has_it_no_more(reader: Reader) -> None:
     assert resume.usable(reader, FACTS, JOB, {k: v for k, v in VALUES.items() if k != "poes"}) == 5
 
 
+def test_what_a_task_has_looked_at_is_not_known(tmp_path: Path, reader: Reader) -> None:
+    """The journal was full just then, or is damaged there."""
+    for least, events in ((4, EVENTS[:6]), (4, EVENTS[:5]), (5, EVENTS[:7]), (8, EVENTS[:8])):
+        writer = Writer(tmp_path / "k", reader.head, budget_bytes=1 << 30)
+        for event in events:
+            writer.put(event)
+        writer.close()
+        other = Reader(tmp_path / "k")
+        assert resume.usable(other, FACTS, JOB, VALUES | {"description": "4"}) == least
+        assert resume.usable(other, FACTS, JOB, VALUES) == len(events)
+
+
+def test_a_task_that_has_looked_at_nothing(tmp_path: Path) -> None:
+    """That is known of it, too, and so its result holds."""
+    writer = Writer(tmp_path / "k", {}, budget_bytes=1 << 30)
+    history = History(writer, None, print, Collector("job"))
+    history.maps[7] = 0
+    history.ended(7, 3, SimpleNamespace(duration=1.0))
+    history.close()
+    assert [record.event for record in Reader(tmp_path / "k").records] == [Used((), 0, 3)]
+
+
 def test_all_are_looked_at(tmp_path: Path, reader: Reader) -> None:
     writer = Writer(tmp_path / "k", reader.head, budget_bytes=1 << 30)
     for event in (*EVENTS[:3], Used(("*",)), *EVENTS[3:]):
@@ -84,14 +110,56 @@ def test_all_are_looked_at(tmp_path: Path, reader: Reader) -> None:
 
 
 def test_what_the_engine_takes_from_its_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    then = resume.facts({}, [])
+    then = resume.facts({})
     monkeypatch.setenv("OQ_SAMPLE_SITES", ".1")
     monkeypatch.setenv("OQ_DATADIR", "/elsewhere")
     monkeypatch.setitem(config.performance, "pointsource_distance", "50")
-    assert resume.differences(then, resume.facts({}, [])) == [
+    monkeypatch.setitem(config.directory, "mosaic_dir", "/models")
+    monkeypatch.setitem(config.directory, "custom_tmp", "/elsewhere")
+    assert resume.differences(then, resume.facts({})) == [
+        "[directory] mosaic_dir of openquake.cfg",
         "[performance] pointsource_distance of openquake.cfg",
         "the variable OQ_SAMPLE_SITES",
     ]
+
+
+def test_an_engine_that_was_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by who develops a ground motion model; not what it has compiled."""
+    model = tmp_path / "hazardlib/model.py"
+    for name in ("baselib", "hazardlib/__pycache__"):
+        (tmp_path / name).mkdir(parents=True)
+    model.write_text("1")
+    monkeypatch.setattr(baselib, "__file__", str(tmp_path / "baselib/__init__.py"))
+    then = resume.facts({})
+    (tmp_path / "hazardlib/__pycache__/model.pyc").touch()
+    assert resume.facts({}) == then
+    model.write_text("10")
+    assert resume.differences(then, resume.facts({})) == ["the engine's files"]
+
+
+def test_files(tmp_path: Path) -> None:
+    """Also the table of a ground motion model of the job file; their bytes, and where links go."""
+    job, table, other = (tmp_path / name for name in ("job.ini", "table.hdf5", "other.hdf5"))
+    for path in (job, table, other):
+        path.write_bytes(b"1")
+    params = {"inputs": {"job_ini": str(job)}, "base_path": str(tmp_path)}
+    params["gsim"] = '[GMPETable]\ngmpe_table = "link.hdf5"'
+    link = tmp_path / "link.hdf5"
+    link.symlink_to(table)
+    files = resume.inputs(params, None)
+    assert files == [job, link]
+    then = resume.digests(files)
+    job.touch()
+    assert resume.digests(files) == then
+    job.write_bytes(b"2")
+    assert resume.differences(then, resume.digests(files)) == [f"the input {job}"]
+    job.write_bytes(b"1")
+    link.unlink()
+    link.symlink_to(other)
+    names = [f"the input {path}" for path in (other, table)]
+    assert resume.differences(then, resume.digests(files)) == names
+    link.unlink()
+    assert "cannot be read" in resume.digests(files)[f"the input {link}"]
 
 
 @pytest.mark.parametrize(

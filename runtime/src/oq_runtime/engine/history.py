@@ -198,8 +198,8 @@ class History:
         """Take what a task has taken of time, and the parameters that it has looked at."""
         if self.replaying:
             self.saved_s += monitor.duration
-        elif names := getattr(monitor, "looks", ()):
-            self._note(Used(tuple(names), self.maps[map_], number))
+        elif self.collector is not None:  # also that it was nothing, see ``resume.usable``
+            self._note(Used(tuple(getattr(monitor, "looks", ())), self.maps[map_], number))
 
     def _skip(self) -> None:
         """Pass by what is known of the parameters that were looked at."""

@@ -102,6 +102,7 @@ class Jobs:
         self.rest: list[Any] = []  # the engine's contexts of the jobs that are not at their end
         self.retried = 0  # attempts of the jobs that are
         self.facts: list[dict[str, str]] = []  # of each job, which must be the same to go on
+        self.inputs: list[list[Path]] = []  # its files, which must be so, too
         self.values: list[dict[str, str]] = []  # and of its parameters
         self.before: Reader | None = None  # the journal that the first job goes on from
         self.place = ""  # where the job database is
@@ -125,14 +126,13 @@ class Jobs:
                     self.report({"kind": "survey", "file": name, **what})
                 return COMPLETE
             if self.spec["journal_bytes"]:
-                self.facts = [
-                    resume.facts(one, resume.inputs(one, oq))
-                    for one, oq in zip(params, checked, strict=True)
+                self.facts = [resume.facts(one) for one in params]
+                self.inputs = [
+                    resume.inputs(one, oq) for one, oq in zip(params, checked, strict=True)
                 ]
                 self.values = [resume.values(oq) if oq else {} for oq in checked]
             if self.before is not None:
-                parent = resume.of_parent(self.table, self.parent)
-                resume.check(self.before, self.facts[0] | parent)
+                resume.check(self.before, self.as_now(0, self.parent))
             self.create(params, self.place)
             hazard = self.rest[0]
             code = COMPLETE
@@ -367,7 +367,7 @@ class Jobs:
             self.table.skip_old_results(datadir)
             if self.before is not None and not self.rest:
                 one["job_id"] = number = self.before.head["job"]
-                for path in datadir.glob(f"calc_{number}[._]*hdf5"):
+                for path in left_by(datadir, number):
                     path.unlink()
             try:
                 [job] = self.engine.create_jobs(
@@ -440,6 +440,11 @@ class Jobs:
         self.note(f"going on with job {number}: the results of {reader.results} tasks are kept")
         return reader
 
+    def as_now(self, number: int, parent: int | str | None) -> dict[str, str]:
+        """Return what must be the same of a job, with the bytes that its inputs have just now."""
+        files = resume.digests(self.inputs[number])
+        return self.facts[number] | files | resume.of_parent(self.table, parent)
+
     @contextlib.contextmanager
     def history(self, job: Any) -> Iterator[History | None]:
         """Keep the history of a job while it runs, and the journal when it does not complete."""
@@ -460,9 +465,21 @@ class Jobs:
                 history.close()
                 directory = history.writer.directory
                 if complete and history.results and history.collector is not None:
-                    journal.set_complete(directory)
+                    self.keep_for_others(directory)
                 elif complete or not history.results:
                     shutil.rmtree(directory, ignore_errors=True)
+
+    def keep_for_others(self, directory: Path) -> None:
+        """Keep the journal of a job that is complete, if all is as it was when the job began."""
+        number = len(self.spec["files"]) - len(self.rest)
+        begun = self.facts[number]
+        try:
+            if changed := resume.differences(begun, begun | resume.digests(self.inputs[number])):
+                raise JournalError(f"not the same as at its start: {'; '.join(changed)}")
+            journal.set_complete(directory)
+        except (JournalError, OSError) as exc:  # the job is complete all the same
+            self.note(f"no other job can begin with the results of this one: {exc}")
+            shutil.rmtree(directory, ignore_errors=True)
 
     def begin_history(self, job: Any) -> History | None:
         datadir = Path(self.logs.get_datadir())
@@ -471,10 +488,16 @@ class Jobs:
         hazard = job.params.get("hazard_calculation_id")
         spec = {name: self.spec[name] for name in ("params", "exports", "export_dir")}
         spec |= {"files": self.spec["files"][number:], "hc": hazard and str(hazard)}
-        facts = self.facts[number] | resume.of_parent(self.table, hazard)
+        if not self.values[number] and (oq := self.check(dict(job.params), lacking=True)):
+            # what it lacked is there by now
+            self.inputs[number] = resume.inputs(job.params, oq)
+            self.values[number] = resume.values(oq)
+        facts = self.facts[number] = self.as_now(number, hazard)  # it may have waited for long
         head = {"job": job.calc_id, "database": self.place, "spec": spec, "facts": facts}
         head["values"] = self.values[number]
         before, self.before = self.before, None
+        if before is not None:
+            resume.check(before, facts)
 
         def deleted(other: int) -> bool:  # a row may be in another database
             gone = not (datadir / f"calc_{other}.hdf5").exists()
@@ -526,10 +549,26 @@ class Jobs:
         if reader is None:
             self.note("no complete job has results for this one")
             return None, None
+        try:
+            claimed = journal.copy(reader, events, directory, head)
+        except (JournalError, OSError) as exc:  # such as of one that makes room just now
+            self.note(f"the results of job {reader.head['job']} cannot be taken over: {exc}")
+            return None, None
+        with contextlib.suppress(OSError):  # gone since
+            journal.set_complete(reader.directory)
         self.note(f"beginning with the results of job {reader.head['job']}")
-        claimed = journal.copy(reader, events, directory, head)
-        journal.set_complete(reader.directory)
         return Reader(directory), claimed
+
+
+def left_by(datadir: Path, number: int) -> Iterator[Path]:
+    """Yield the files of results that a job has left which did not complete.
+
+    Some engines put rates into a directory of the job, where they would add up.
+    """
+    yield from datadir.glob(f"calc_{number}[._]*hdf5")
+    folder = datadir / f"calc_{number}"
+    if not folder.is_symlink() and folder.is_dir() and folder.stat().st_uid == os.geteuid():
+        yield from folder.glob("*.hdf5")
 
 
 def created_in(exc: BaseException) -> set[int]:

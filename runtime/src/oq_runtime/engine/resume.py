@@ -9,6 +9,7 @@ until one of those is looked at (``reads``). Not covered: the journal itself (``
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -36,23 +37,25 @@ PARAMETER, INPUT = "the parameter", "the input"
 PLACES = (
     "OQ_CONFIG_FILE", "OQ_DATABASE", "OQ_DATADIR", "OQ_DISTRIBUTE", "OQ_NUM_CORES", "OQ_RUNTIME_",
 )  # fmt: skip
-#: sections of openquake.cfg that may do so too, and what in them only ends jobs
-SECTIONS = ("memory", "performance")
-LIMITS = ("limit", "soft_mem_limit", "hard_mem_limit")
+#: sections of openquake.cfg that may do so too, and what in them only ends jobs or is a place
+SECTIONS = ("memory", "performance", "directory")
+NO_MATTER = ("limit", "soft_mem_limit", "hard_mem_limit", "shared_dir", "custom_tmp")
+#: folders of the engine that no job reads
+NO_CODE = {"__pycache__", "tests", "qa_tests_data"}
 #: bytes of a file that are read at a time
 PIECE_BYTES = 8 << 20
 
 
-def facts(params: Mapping[str, Any], files: Iterable[Path]) -> dict[str, str]:
-    """Return what must be the same: for each its name, and its value or digest.
+def facts(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return what must be the same beside the inputs: for each its name, and its value.
 
     :param params: of the engine
-    :param files: all inputs
     """
     from openquake.baselib import config
 
     found = {
         "the engine's version": versions.installed(),
+        "the engine's files": _code(),
         "the version of Python": platform.python_version(),
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", ""),
     }
@@ -60,16 +63,19 @@ def facts(params: Mapping[str, Any], files: Iterable[Path]) -> dict[str, str]:
         if name.startswith("OQ_") and not name.startswith(PLACES):
             found[f"the variable {name}"] = value
     for section in SECTIONS:
-        for name in config.get(section, {}).keys() - set(LIMITS):
+        for name in config.get(section, {}).keys() - set(NO_MATTER):
             found[f"[{section}] {name} of openquake.cfg"] = str(config[section][name])
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[f"the version of {name}"] = importlib.metadata.version(name)
     for name in sorted(params.keys() - set(OTHERS)):
         found[f"{PARAMETER} {name}"] = str(params[name])
-    for path in sorted(set(files)):
-        found[f"{INPUT} {path}"] = _digest(path)
     return found
+
+
+def digests(files: Iterable[Path]) -> dict[str, str]:
+    """Return what must be the same of the input files, as they are just now."""
+    return {f"{INPUT} {path.resolve()}": _digest(path.resolve()) for path in files}
 
 
 def inputs(params: Mapping[str, Any], oqparam: Any) -> list[Path]:
@@ -78,12 +84,16 @@ def inputs(params: Mapping[str, Any], oqparam: Any) -> list[Path]:
     :param oqparam: as the engine has made it of the parameters; None where it could not
     """
     from openquake.commonlib import readinput
+    from openquake.hazardlib import gsim_lt
 
     found = [Path(name) for name in messages.files(params["inputs"])]
+    with contextlib.suppress(Exception):  # a broken one: the engine says so in its own time
+        named = gsim_lt.rel_paths(params.get("gsim", ""))  # no input as the engine has it
+        found += [Path(params["base_path"], name) for name in named]
     if oqparam is not None:
-        with contextlib.suppress(Exception):  # a broken one: the engine says so in its own time
+        with contextlib.suppress(Exception):
             found += [Path(name) for name in readinput.get_input_files(oqparam)]
-    return [path.resolve() for path in found if os.path.isfile(path)]
+    return [path for path in found if os.path.isfile(path)]
 
 
 def of_parent(table: JobTable, parent: int | str | None) -> dict[str, str]:
@@ -128,7 +138,9 @@ def values(oqparam: Any) -> dict[str, str]:
 def usable(reader: Reader, facts: Mapping[str, str], job_file: str, now: Mapping[str, str]) -> int:
     """Return how many events of a complete job's journal hold for a job with other parameters.
 
-    :param facts: what must be the same, see ``facts`` and ``of_parent``
+    A result does not where the journal lacks what its task has looked at: it may have ended there.
+
+    :param facts: what must be the same, see ``facts``, ``digests`` and ``of_parent``
     :param job_file: of the job
     :param now: the ``values`` of its parameters
     """
@@ -141,24 +153,49 @@ def usable(reader: Reader, facts: Mapping[str, str], job_file: str, now: Mapping
     if others(head["facts"], head["spec"]["files"][0]) != others(facts, job_file):
         return 0
     changed = set(differences(head["values"], now))
-    if changed:
-        changed.add(ALL)
-    at: dict[tuple[int, int], int] = {}
+    if not changed:
+        return len(reader.records)
+    changed.add(ALL)
+    at: dict[tuple[int, int], int] = {}  # results of which it is not known yet
     for number, record in enumerate(reader.records):
         event = record.event
         if isinstance(event, Consumed):
             at[event.map, event.task] = number
-        elif isinstance(event, Used) and changed.intersection(event.names):
-            return at.get((event.map, event.task), number)
-    return len(reader.records)
+        elif isinstance(event, Used):
+            if changed.intersection(event.names):
+                return min([number, *at.values()])
+            at.pop((event.map, event.task), None)
+    return min([len(reader.records), *at.values()])
+
+
+def _code() -> str:
+    """Return a digest of the engine's files, by their times: who develops a model edits one."""
+    from openquake import baselib
+
+    hashed = xxhash.xxh3_128()
+    root = os.path.dirname(os.path.dirname(baselib.__file__))
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - NO_CODE)
+        for path in (os.path.join(folder, name) for name in sorted(names)):
+            found = os.lstat(path)
+            line = f"{path[len(root) :]} {found.st_size} {found.st_mtime_ns}\n"
+            hashed.update(os.fsencode(line))
+    return hashed.hexdigest()
 
 
 def _digest(path: Path) -> str:
-    hashed = xxhash.xxh3_128()
     try:
-        with open(path, "rb") as file:
-            while piece := file.read(PIECE_BYTES):
-                hashed.update(piece)
+        found = os.stat(path)
+        # a file that has not changed since is not read again
+        return _read(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     except OSError as exc:  # the engine says so when it needs the file
         return f"cannot be read: {exc.strerror}"
+
+
+@functools.cache
+def _read(path: Path, *_: int) -> str:
+    hashed = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            hashed.update(piece)
     return hashed.hexdigest()
