@@ -9,12 +9,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 
 from tests.conftest import Attacks
 from tests.provisioning.machine import PATH, Machine, role
-from tests.provisioning.roles import ROOT, failures, tasks_of
+from tests.provisioning.packages import download
+from tests.provisioning.roles import ROOT, failures, read, tasks_of
 
 pytestmark = [pytest.mark.attack, pytest.mark.timeout(300)]
 
@@ -173,8 +175,35 @@ def test_accounts_link_for_the_job_database(machine: Machine, attacks: Attacks) 
         "touch oq oq-run oq-workers && ln -s /srv/target /var/lib/openquake/oqdata"
     )
     before = state(machine, "/srv/target")
-    machine.play(role("openquake_engine", "activate"), **ENGINE)
+    done = machine.play(role("openquake_engine", "activate"), **ENGINE)
     attacks.tried(successes=state(machine, "/srv/target") != before)
+    assert "changing permissions of 'oqdata': Operation not permitted" in done.stdout, done.stdout
+
+
+JOBS = """python3 -c 'import sqlite3
+with sqlite3.connect("db.sqlite3") as database:
+    database.execute("CREATE TABLE job (id, status)")'
+"""
+TELL = {"name": "Tell", "ansible.builtin.debug": {"var": "__openquake_engine_problem"}}
+
+
+def test_accounts_links_for_the_copy_of_the_job_database(
+    machine: Machine, attacks: Attacks
+) -> None:
+    """Beside it root makes nothing, and it is not read by root."""
+    machine.sh(f"cd /srv/target; umask 077; {JOBS}")
+    machine.sh(f"mkdir -m 0700 ~openquake/oqdata; cd ~openquake/oqdata; {JOBS}", "openquake")
+    change = role("openquake_engine", "change"), TELL
+    for link, failing in (
+        ("/etc/ld.so.preload db.sqlite3.of-venv-0.half", "Keep a copy of the job database"),
+        ("/srv/target/db.sqlite3 db.sqlite3", "Look for jobs that run"),
+    ):
+        machine.sh(f"cd ~openquake/oqdata; ln -sf {link}", "openquake")
+        done = machine.play(*change, **ENGINE, __openquake_engine_from="/opt/openquake/venv-0")
+        attacks.tried(successes=machine.can("test -e /etc/ld.so.preload", "root"))
+        copied = "grep -s SQLite ~openquake/oqdata/db.sqlite3.of-*"
+        attacks.tried(successes=machine.can(copied, "openquake"))
+        assert failing in done.stdout.partition("TASK [Tell]")[2], done.stdout
 
 
 SSH = {"__openquake_ssh_client_package": "openssh-client"}
@@ -185,8 +214,10 @@ def test_accounts_link_for_its_key(machine: Machine, attacks: Attacks) -> None:
         "mkdir -m 0700 ~openquake/.ssh && ln -s /etc/ld.so.preload ~openquake/.ssh/id_ed25519",
         "openquake",
     )
-    machine.play(role("openquake_ssh", "master"), **SSH)
+    machine.sh("mkdir -p /etc/openquake/ssh")
+    done = machine.play(role("openquake_ssh", "master"), **SSH)
     attacks.tried(successes=machine.can("test -e /etc/ld.so.preload", "root"))
+    assert done.returncode == 0, done.stdout
 
 
 def test_accounts_link_for_its_public_key(machine: Machine, attacks: Attacks) -> None:
@@ -237,12 +268,65 @@ def test_keys_in_the_home_of_the_account_open_nothing(machine: Machine, attacks:
         "openquake",
         stdin=mine,
     )
-    login = "ssh -i ~/.ssh/mine -o BatchMode=yes -o StrictHostKeyChecking=no openquake@127.0.0.1 id"
+    login = "ssh -i ~/.ssh/mine -o BatchMode=yes -o StrictHostKeyChecking=no"
+    login += " -o ConnectionAttempts=9 openquake@127.0.0.1 id"  # it says a line before it listens
     machine.sh("ssh-keygen -A")
+    if not machine.can("test -e /usr/sbin/sshd", "root"):
+        machine.sh(
+            f"DEBIAN_FRONTEND=noninteractive dpkg --install {download('openssh-server')}/*.deb"
+        )
+    with machine.serving("/usr/sbin/sshd", "-D", "-d"):
+        assert "uid=880" in machine.sh(login, "mallory")  # as long as nobody has played the role
     for host in "m1", "w1":
         machine.play(role("openquake_ssh"), host=host, **SSH)
         with machine.serving("/usr/sbin/sshd", "-D", "-d"):
-            attacks.tried(successes=machine.can(login, "mallory"))
+            try:
+                said = machine.sh(login, "mallory")
+            except OSError as exc:
+                said = str(exc)
+        attacks.tried(successes="uid=" in said)
+        assert "Permission denied" in said, said
+
+
+def template(name: str) -> str:
+    """Render a template of openquake_ssh, with the variables of the role."""
+    environment = jinja2.Environment()
+    environment.filters["comment"] = str
+    text = (ROOT / "roles/openquake_ssh/templates" / name).read_text()
+    settings = read("openquake_ssh", "vars/main.yml")
+    return environment.from_string(text).render(ansible_managed="", **settings)
+
+
+def test_the_gate_starts_and_kills_the_agent_and_nothing_else(
+    machine: Machine, attacks: Attacks
+) -> None:
+    """As root; sshd runs it, whatever the master's account has asked for."""
+    gate = "/usr/local/libexec/gate"
+    machine.sh(
+        f"mkdir -p /usr/local/libexec; cat >{gate}; chmod +x {gate}", stdin=template("gate.sh.j2")
+    )
+    machine.sh("umask 0337; cat >/etc/sudoers.d/gate", stdin=template("sudoers.j2"))
+    program = "#!/bin/sh\necho $(id -un): $* >>/run/asked\n"
+    machine.sh(
+        "cat >/usr/bin/systemctl.new; mv /usr/bin/systemctl.new /usr/bin/systemctl", stdin=program
+    )
+    machine.sh("chmod +x /usr/bin/systemctl")
+
+    def ask(words: str) -> subprocess.CompletedProcess[str]:
+        command = ("runuser", "--user=openquake", "--", gate)
+        sets = {"SSH_CONNECTION": "192.0.2.1 50000 192.0.2.2 22", "SSH_ORIGINAL_COMMAND": words}
+        return machine.run(*command, env=sets)
+
+    assert [ask(words).returncode for words in ("ping", "start", "kill")] == [0, 0, 0]
+    asked = machine.sh("cat /run/asked").splitlines()
+    unit = "openquake-worker.service"
+    assert asked == [f"root: start {unit}", f"root: kill --signal=SIGKILL {unit}"]
+    for words in "", "id", "stop", "start sshd", "ping; id", "$(id)", "ping\nid", "-n id":
+        done = ask(words)
+        attacks.tried(successes=done.returncode != 126 or "uid=" in done.stdout)
+    for words in f"stop {unit}", "start sshd", f"kill {unit}", f"start {unit} sshd":
+        attacks.tried(successes=machine.can(f"sudo -n /usr/bin/systemctl {words}", "openquake"))
+    assert machine.sh("cat /run/asked").splitlines() == asked
 
 
 # ---- secrets
@@ -284,6 +368,7 @@ def test_secrets_are_not_told(machine: Machine, attacks: Attacks, given: bool) -
         "openquake_authkey": "correct-horse-battery-staple",
         "openquake_webui_admin_password": "tr0ub4dor-and-three",
     }
+    key = "/etc/openquake/authkey"
     machine.sh(
         "mkdir -p /opt/openquake/venv/bin; cat >/opt/openquake/venv/bin/python; "
         "chmod +x /opt/openquake/venv/bin/python; mkdir -p /etc/openquake/ssh",
@@ -296,28 +381,42 @@ def test_secrets_are_not_told(machine: Machine, attacks: Attacks, given: bool) -
         done = machine.play(
             role("openquake_config"),
             role("openquake_ssh", "master"),
-            role("openquake_webui"),
+            # without systemd it does not start
+            {"block": [role("openquake_webui")], "rescue": [{"ansible.builtin.meta": "noop"}]},
+            {"name": "Keep it", "ansible.builtin.command": f"cp -a {key} {key}.before"},
+            {**role("openquake_config", "secret"), "vars": {"openquake_config_renew": True}},
+            role("openquake_verify"),  # there is no cluster, so it comes last
             **SSH,
             **(secrets if given else {}),
+            openquake_verify_report="/tmp/report",
             openquake_webui_enabled=True,
             args=("-vvv", "--diff"),
         )
     told = done.stdout + done.stderr + machine.sh("cat /run/log; tr '\\0' ' ' </run/processes")
     told += machine.sh("cat /tmp/facts/*")
     assert "Invoked with" in told and "openquake.cfg" in told  # both watchers have seen something
+    assert "checks failed" in done.stdout, done.stdout  # it has come to the end
+    told += machine.sh("cat /tmp/report")
     wanted = {*secrets.values()} if given else set()
-    for name in "authkey", "webui-admin-password", "webui-secret-key", "ssh/id_ed25519":
+    names = ["authkey.before", "authkey", "webui-admin-password", "webui-secret-key"]
+    for name in (*names, "ssh/id_ed25519"):
         lines = machine.sh(f"cat /etc/openquake/{name}").splitlines()
         wanted.add(max(lines, key=len))
     for secret in wanted:
         assert len(secret) > 15
         attacks.tried(successes=secret in told)
+    before, now = (machine.sh(f"cat {path}") for path in (f"{key}.before", key))
+    assert (before == now) is given  # else it was changed
 
 
 # ---- the rule, read in the roles
 
 #: what is inside these belongs to the account or to its members
-THEIRS = re.compile(r"\{\{ *openquake_(home|shared_dir|custom_tmp) *(~[^}]*)?\}\}/|/home/")
+THEIRS = re.compile(
+    r"\{\{ *openquake_(home|shared_dir|custom_tmp) *(~[^}]*)?\}\}/|/home/|_engine_(db|kept)\b"
+)
+#: what runs as the account
+AS_OPENQUAKE = ("runuser", "__openquake_engine_copy")
 #: where the homes are in openquake_shared_dir: there the directory itself is root's
 HOMES = {"{{ openquake_shared_dir }}/openquake", "{{ openquake_shared_dir }}/{{ item }}"}
 PATHS = ("path", "dest", "src", "paths", "creates", "removes", "chdir")
@@ -332,8 +431,8 @@ def test_no_task_of_root_has_a_path_inside_what_is_theirs() -> None:
                     continue
                 paths = [str(arguments[key]) for key in PATHS if key in arguments]
                 argv = arguments.get("argv") or []
-                if isinstance(argv, list) and "runuser" not in argv:
-                    paths += [str(word) for word in argv]
+                if not any(word in str(argv) for word in AS_OPENQUAKE):
+                    paths += [str(word) for word in argv] if isinstance(argv, list) else [argv]
                 paths += [str(path) for path in task.get("loop") or [] if "{{ item }}" in paths]
                 found += [
                     f"{file.relative_to(ROOT)}: {task['name']}: {path}"
@@ -416,12 +515,17 @@ def test_worker_that_takes_the_name_of_another(machine: Machine, attacks: Attack
     }
     machine.sh("hostname master.example; mkdir /etc/openquake/ssh")
     parts = role("openquake_user", "names"), role("openquake_ssh", "master")
-    machine.play(says, *parts)
+    done = machine.play(says, *parts, args=("-e", "ansible_port=2222"))
+    assert done.returncode == 0, done.stdout
     hosts = machine.sh("cat /etc/hosts")
     assert "192.0.2.2 w1\n" in hosts
     assert "192.0.2.1 master.example m1 master\n" in hosts
     known = machine.sh("cat /etc/openquake/ssh/known_hosts")
-    assert "192.0.2.2,w1 ssh-rsa AAAA" in known
+    assert "[192.0.2.2]:2222,[w1]:2222 ssh-rsa AAAA" in known
+    # and so goes ssh: to the port of Ansible, from the address that the workers let in
+    for name in "192.0.2.2", "w1":
+        client = machine.sh(f"ssh -G openquake@{name}", "openquake").splitlines()
+        assert {"port 2222", "bindaddress 192.0.2.1"} <= {*client}, client
     for name in names.values():
         attacks.tried(successes=bool(re.search(rf"^192\.0\.2\.2.*\b{name}\b", hosts, re.M)))
         attacks.tried(successes=name in known)

@@ -66,6 +66,43 @@ def test_version_of_python_is_read_and_not_guessed(machine: Machine) -> None:
     assert done.returncode != 0, done.stdout
 
 
+def test_python_is_the_same_as_on_the_master(machine: Machine) -> None:
+    """It answers to this host first, and then to the master."""
+    program(machine, "/usr/local/bin/python-two", "echo 3.1$(cat /run/two 2>/dev/null || echo 2)")
+    machine.sh("sed -i '2a echo 1 >/run/two' /usr/local/bin/python-two")
+    done = machine.play(
+        role("openquake_user", "validate"), host="w1", openquake_python="/usr/local/bin/python-two"
+    )
+    told = "/usr/local/bin/python-two is 3.12 here and 3.11 on the master; set openquake_python to"
+    assert told in failures(done.stdout)[0], done.stdout
+
+
+#: brings along what makes environments
+OWN_PYTHON = """case "$*" in
+"-m venv .") mkdir -p bin lib && cp "$0" bin/python ;;
+"-c import ensurepip") echo asked >>/run/ensurepip ;;
+esac
+"""
+
+
+def test_python_of_its_own_needs_no_package(machine: Machine) -> None:
+    """There is none of its name, and where one is asked for nevertheless the play fails."""
+    program(machine, "/usr/local/bin/python-own", OWN_PYTHON)
+    machine.sh("touch /srv/oq_runtime-1-py3-none-any.whl")
+    done = machine.play(
+        role("openquake_engine", "build"),
+        openquake_python="/usr/local/bin/python-own",
+        __openquake_engine_venv="/opt/openquake/venv-1",
+        __openquake_engine_wheel={"stat": {"path": "/srv/oq_runtime-1-py3-none-any.whl"}},
+    )
+    assert done.returncode == 0, done.stdout
+    assert machine.sh("cat /run/ensurepip") == "asked"
+    # whatever the umask of who has played it
+    assert machine.can(
+        "/opt/openquake/venv-1/bin/python && cat /opt/openquake/venv-1/.complete", "nobody"
+    )
+
+
 def test_directory_for_temporary_files_must_be_there(machine: Machine) -> None:
     validate = role("openquake_engine", "validate")
     done = machine.play(validate, openquake_custom_tmp="/srv/scratch")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import configparser
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,6 +13,7 @@ import pytest
 
 from oq_runtime.config import Config
 from oq_runtime.settings import KEYS, ORDERED, Key
+from tests.cluster.netns import Net, unavailable
 from tests.provisioning.roles import ROOT, ansible, options, read
 from tests.provisioning.variables import plain
 
@@ -20,9 +23,10 @@ m1 ansible_host=192.0.2.1
 [workers]
 w1 ansible_host=192.0.2.2
 w2 ansible_host=198.51.100.3 openquake_address=192.0.2.3 openquake_cores=16
+w3 ansible_host=192.0.2.4 openquake_cores=0
 """
 PLAY = """\
-- hosts: master
+- hosts: m1:w2
   gather_facts: false
   connection: local
   roles: [openquake]
@@ -38,9 +42,10 @@ PLAY = """\
         src: {root}/roles/openquake_config/templates/openquake.cfg.j2
         dest: {folder}/openquake.cfg
         mode: "0644"
+      run_once: true
     - ansible.builtin.template:
         src: {root}/roles/openquake_firewall/templates/firewall.nft.j2
-        dest: {folder}/firewall.nft
+        dest: {folder}/{{{{ inventory_hostname }}}}.nft
         mode: "0644"
 """
 
@@ -64,11 +69,12 @@ def sections(folder: Path, **settings: object) -> dict[str, dict[str, str]]:
 
 
 def test_every_parameter_of_the_engines_page(tmp_path: Path) -> None:
-    found = sections(tmp_path)
-    assert "sessions" not in (tmp_path / "firewall.nft").read_text()  # no metrics are asked for
-    assert found["distribution"]["oq_distribute"] == "zmq"
-    assert found["directory"]["shared_dir"] == "/home"
-    assert found["zworkers"] == {"host_cores": "192.0.2.2 -1, 192.0.2.3 16", "ctrl_port": "1909"}
+    found = sections(tmp_path, openquake_custom_tmp="/scratch")
+    assert "sessions" not in (tmp_path / "m1.nft").read_text()  # no metrics are asked for
+    assert found["distribution"] == {"oq_distribute": "zmq"}  # serialize_jobs is left as it is
+    assert found["directory"] == {"shared_dir": "/home", "custom_tmp": "/scratch"}
+    cores = "192.0.2.2 -1, 192.0.2.3 16, 192.0.2.4 0"
+    assert found["zworkers"] == {"host_cores": cores, "ctrl_port": "1909"}
     assert found["dbserver"] == {
         "file": "/var/lib/openquake/oqdata/db.sqlite3",
         "listen": "192.0.2.1",
@@ -103,16 +109,60 @@ def test_the_runtime_reads_it(tmp_path: Path) -> None:
     assert config.window_bytes == 64 << 20
     assert (config.limits.lost_s, config.limits.speculation) == (45.5, True)
     assert config.metrics_port == 9680
-    filter = (tmp_path / "firewall.nft").read_text()
+    filter = (tmp_path / "m1.nft").read_text()
     assert "tcp dport 9681-9689 ip saddr { 192.0.2.9 } accept" in filter
     cluster = config.cluster
     assert cluster is not None
-    assert cluster.hosts == {"192.0.2.2": -1, "192.0.2.3": 16}
+    assert cluster.hosts == {"192.0.2.2": -1, "192.0.2.3": 16, "192.0.2.4": 0}
     assert cluster.control_url("192.0.2.3") == "tcp://192.0.2.3:11909"
     assert cluster.dbserver == cluster.receiver_host == "192.0.2.1"
     assert list(cluster.receiver_ports) == [11912, 11913]
     assert cluster.shared_dir == "/oq_shared"
     assert cluster.authkey == "file:/etc/openquake/authkey"
+
+
+#: listens on the ports of its arguments
+LISTEN = """
+import socket, sys, time
+held = [socket.create_server(("", int(port))) for port in sys.argv[1:]]
+print("listening", flush=True)
+time.sleep(60)
+"""
+#: prints which ports of an address are open to it; all at the same time, as a dropped packet is
+#: known by the silence alone
+PROBE = """
+import socket, sys, concurrent.futures
+def reached(port):
+    try:
+        socket.create_connection((sys.argv[1], int(port)), 1).close()
+    except OSError:
+        return ""
+    return port
+with concurrent.futures.ThreadPoolExecutor(20) as pool:
+    print(*filter(None, pool.map(reached, sys.argv[2:])))
+"""
+PORTS = {"m1": ["1908", *map(str, range(1912, 1921)), "2049"], "w2": ["1909"]}
+
+
+def test_the_ports_are_open_for_the_nodes_alone(tmp_path: Path) -> None:
+    if reason := unavailable():
+        pytest.skip(reason)
+    sections(tmp_path)
+    with Net(("m1", "w1", "w2", "w3", "stranger")) as net:
+        for host, ports in PORTS.items():
+            done = net.run(host, ["nft", "-f", tmp_path / f"{host}.nft"])
+            assert done.returncode == 0, done.stderr
+            python = [sys.executable, "-ISc"]
+            server = net.popen(host, [*python, LISTEN, *ports], stdout=subprocess.PIPE)
+            assert server.stdout and server.stdout.readline() == "listening\n"
+
+        def opened(source: str, host: str) -> list[str]:
+            probe = [*python, PROBE, net.address[host], *PORTS[host]]
+            return net.run(source, probe).stdout.split()
+
+        assert opened("w1", "m1") == opened("w3", "m1") == PORTS["m1"]
+        assert opened("m1", "w2") == PORTS["w2"]
+        assert opened("stranger", "m1") == opened("stranger", "w2") == opened("w1", "w2") == []
 
 
 def test_secret_is_never_in_it(tmp_path: Path) -> None:

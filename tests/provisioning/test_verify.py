@@ -142,9 +142,16 @@ def test_it_asks_for_the_results_and_changes_nothing(machine: Machine) -> None:
     done = machine.play(*ASK, **names)
     assert "told ['setfacl" in done.stdout and "changed=0" in done.stdout, done.stdout
     assert not machine.can("test -e /home/alice/oqdata", "root")
+    machine.sh("chmod 0700 /home/alice")
     machine.play(role("openquake_shared_dir", "opened"), **names)
     done = machine.play(*ASK, **names)
     assert "told []" in done.stdout, done.stdout
+    machine.sh(
+        "umask 077; mkdir ~/oqdata/new; echo results >~/oqdata/new/calc; touch ~/own", "alice"
+    )
+    assert machine.sh("cat /home/alice/oqdata/new/calc", "openquake") == "results"
+    assert not machine.can("ls /home/alice || cat /home/alice/own", "openquake")
+    assert not machine.can("cat /home/alice/oqdata/new/calc", "nobody")
     machine.sh("chmod 0755 /home/alice/oqdata; setfacl -b /home/alice/oqdata")
     done = machine.play(*ASK, **names)
     assert "told ['chgrp openquake /home/alice/oqdata'" in done.stdout, done.stdout

@@ -47,8 +47,14 @@ class Played:
         }
 
     def total(self, name: str) -> int:
-        """The sum of a column of the recap."""
+        """The sum of a column of the recap, which a run that has broken off has not."""
+        assert self.recap, self
         return sum(row[name] for row in self.recap.values())
+
+    @property
+    def text(self) -> str:
+        """The output with a blank for each break of a line."""
+        return " ".join(self.output.split())
 
     @property
     def tasks(self) -> int:

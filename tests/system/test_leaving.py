@@ -39,6 +39,7 @@ def test_a_worker_leaves(cluster: Cluster) -> None:
         "cat /opt/openquake/openquake.cfg /etc/hosts; exportfs -s; nft list table inet openquake"
     )
     again = cluster.play("site.yml")
+    assert again.code == 0, again
     assert again.total("changed") == 0, again.changed_tasks
 
 
@@ -46,7 +47,7 @@ def test_a_dead_worker_leaves(cluster: Cluster) -> None:
     dead = cluster.hosts[WORKERS[1]]
     dead.cut()
     played = cluster.play(REMOVE, f"--extra-vars=openquake_leaving={dead.name}")
-    assert dead.name in played.output
+    assert f"{dead.name} did not answer, so the units of the cluster are still on it" in played.text
     assert played.total("failed") == 0, played
     cluster.workers.remove(dead.name)
     cluster.wait_all_up()

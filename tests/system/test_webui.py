@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from tests.leftovers import wait_for
 from tests.system import network
 from tests.system.browser import Browser
 from tests.system.cluster import EXAMPLES, Cluster
@@ -12,7 +13,7 @@ from tests.system.playbooks import ROOT
 from tests.system.test_jobs import busy
 
 PORT = 8800
-JOB_LIMIT_S = 900.0
+JOB_LIMIT_S, START_LIMIT_S = 900.0, 180.0
 
 
 def test_a_browser_from_login_to_download(cluster: Cluster, tmp_path: Path) -> None:
@@ -64,3 +65,10 @@ def test_a_browser_from_login_to_download(cluster: Cluster, tmp_path: Path) -> N
         browser.until(
             lambda: [*browser.downloads.glob("*.csv"), *browser.downloads.glob("*.zip")], 60
         )
+
+
+def test_it_is_there_again_after_a_start_of_the_host(cluster: Cluster) -> None:
+    assert cluster.settings.get("openquake_webui_enabled"), "the row before has not come to it"
+    cluster.master.reboot()
+    assert wait_for(lambda: cluster.master.reaches(PORT), START_LIMIT_S, 1.0)
+    cluster.wait_all_up()
