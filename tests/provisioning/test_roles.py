@@ -93,3 +93,11 @@ def test_no_proxy_is_asked_for_the_hosts_own_services() -> None:
 def test_requirements_name_the_collection_for_enterprise_linux() -> None:
     found = yaml.safe_load((ROOT / "requirements.yml").read_text())
     assert [collection["name"] for collection in found["collections"]] == ["ansible.posix"]
+
+
+def test_there_are_no_handlers() -> None:
+    """A run that is killed loses them, and the next one, which changes nothing, has none."""
+    files = [*(ROOT / "roles").glob("*/tasks/*.yml"), *(ROOT / "playbooks").rglob("*.yml")]
+    assert len(files) > 50
+    assert [path for path in files if "notify:" in path.read_text()] == []
+    assert [*(ROOT / "roles").glob("*/handlers")] == []

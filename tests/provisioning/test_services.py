@@ -84,10 +84,9 @@ def test_service_reads_what_is_newer_than_it(machine: Machine) -> None:
     ):
         before = count(machine, what)
         machine.sh(script)
-        for _ in range(2):
-            done = machine.play(role("openquake", "fresh"), **FRESH, openquake_how=how)
-            assert done.returncode == 0, done.stdout
-        assert "changed=0" in done.stdout
+        fresh = role("openquake", "fresh")
+        done = machine.play(fresh, fresh, **FRESH, openquake_how=how)  # the second does nothing
+        assert "changed=1 " in done.stdout and "failed=0" in done.stdout, done.stdout
         assert count(machine, what) == before + 1
 
 
@@ -194,6 +193,33 @@ def test_mounts_of_another_address_of_the_master_are_no_strangers(machine: Machi
     machine.sh(stub, stdin=FINDMNT)
     done = machine.play(validate, host="w1")
     assert done.returncode == 0, done.stdout
+
+
+#: the software as a mount, which stays as it is where a service has only to start
+SOFTWARE = r"""
+mkdir -p /opt/openquake
+printf '[Mount]\nWhat=/srv\nWhere=/opt/openquake\nType=none\nOptions=bind\n' \
+    >/etc/systemd/system/opt-openquake.mount
+systemctl daemon-reload
+systemctl start opt-openquake.mount
+"""
+
+
+def test_an_upgrade_mounts_the_software_anew_where_it_comes_from_the_master(
+    machine: Machine,
+) -> None:
+    """And neither where the host is the master, which computes, nor where others mount it."""
+    machine.sh(SOFTWARE + WORKER)
+    which = "systemctl show --value --property=InvocationID opt-openquake.mount"
+    first = machine.sh(which)
+    start = role("openquake_worker", "start")
+    external = {**start, "vars": {"openquake_nfs_client_provider": "external"}}
+    note = {"name": "Note", "ansible.builtin.shell": f"{which} >/run/which"}
+    for host, tasks in ("m1", (start,)), ("w1", (external, note, start)):
+        done = machine.play(*tasks, host=host, openquake_worker_remount=True)
+        assert done.returncode == 0, done.stdout
+        assert (machine.sh(which) == first) == (host == "m1")
+    assert machine.sh("cat /run/which") == first
 
 
 # ---- the server of NFS
@@ -307,8 +333,7 @@ def test_what_the_roles_have_masked_is_unmasked_and_nothing_else(
     if name == "openquake_nfs_client":
         make, host = role(name, "mount"), "w1"
     for undo, settings in (make, {f"{name}_v4_only": False}), (role(name, "remove"), {}):
-        for _ in range(2):  # the second notes nothing else
-            machine.play(make, host=host)
+        machine.play(make, make, host=host)  # the second notes nothing else
         assert rpcbind(machine) == "masked"
         assert not machine.can(START, "root")
         machine.play(undo, host=host, **settings)
@@ -438,9 +463,17 @@ def test_jobs_that_go_on_are_those_of_the_users(machine: Machine) -> None:
         assert "changed=0" in done.stdout, done.stdout
 
 
+#: notes what it turns on
+SWAPON = """\
+#!/bin/sh
+[ "$1" != --all ] || cat "${LIBMOUNT_FSTAB:-/etc/fstab}" >>/run/swap
+"""
 #: a unit of an administrator, which cannot be masked, and one of a package; they only run
 SWAP = r"""
-for program in swapon swapoff; do printf '#!/bin/sh\n' >/usr/sbin/$program; done
+cat >/usr/sbin/swapon
+printf '#!/bin/sh\n' >/usr/sbin/swapoff
+chmod +x /usr/sbin/swapon
+printf '/dev/sda1 / ext4 rw 0 1\n/swapfile none swap sw 0 0\n' >/etc/fstab
 printf '[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=true\n' \
     >/usr/lib/systemd/system/zramswap.service
 cp /usr/lib/systemd/system/zramswap.service /etc/systemd/system/dphys-swapfile.service
@@ -448,10 +481,13 @@ mkdir -p /etc/openquake
 systemctl daemon-reload
 systemctl start zramswap dphys-swapfile
 """
+#: a run that ends before its handlers, as one does that is killed
+KILLED = {"name": "Killed", "ansible.builtin.fail": {"msg": "killed"}}
 
 
-def test_units_that_make_swap_stay_off_and_come_back(machine: Machine) -> None:
-    machine.sh(SWAP)
+def test_swap_stays_off_and_comes_back(machine: Machine) -> None:
+    """Entries of fstab, and units that make swap."""
+    machine.sh(SWAP, stdin=SWAPON)
     states = "systemctl is-active zramswap dphys-swapfile || true"
     here = ("-e", '{"openquake_in_container": false, "openquake_swap_off": true}')
     done = machine.play(role("openquake_swap", "off"), host="w1", args=here)
@@ -461,6 +497,23 @@ def test_units_that_make_swap_stay_off_and_come_back(machine: Machine) -> None:
     assert machine.sh(states) == "inactive\ninactive"
     again = machine.play(role("openquake_swap", "off"), host="w1", args=here)
     assert "changed=0" in again.stdout, again.stdout
-    machine.play(role("openquake_swap", "restore"), host="w1", args=here)
+    machine.play(role("openquake_swap", "restore"), KILLED, host="w1", args=here)
     assert machine.sh(states) == "active\nactive"
+    assert machine.sh("cat /run/swap") == "/swapfile none swap sw 0 0"
+    assert "\n/swapfile none swap" in machine.sh("cat /etc/fstab")
     assert not machine.can("ls /etc/systemd/system/*.d/openquake-swap.conf", "root")
+
+
+SSHD = "/etc/ssh/sshd_config.d/openquake.conf"
+
+
+def test_sshd_forgets_the_cluster_also_where_a_reset_was_killed(machine: Machine) -> None:
+    machine.sh(
+        "mkdir -p /etc/ssh/sshd_config.d; cat >/etc/systemd/system/ssh.service", stdin=SERVED
+    )
+    machine.sh(f"touch {SSHD}")
+    machine.sh(f"systemctl start ssh; rm {SSHD}")  # by a run that was killed then
+    for _ in range(2):
+        done = machine.play(role("openquake_ssh", "remove"))
+        assert done.returncode == 0, done.stdout
+        assert count(machine, "reloads") == 1
