@@ -663,7 +663,7 @@ def test_descriptors_that_run_out_for_a_moment(
     monkeypatch.setattr(descriptors, "time", clock)
     monkeypatch.setenv("USER", "anna")  # else it is looked for in a file, in ``give``
     try:
-        for task in range(1, 4):  # a fork server and a worker; another worker; results that travel
+        for task in (1, 2):  # a fork server and a worker; an argument
             found, body = blob(bytes([task]) * 200_000)
             free = os.dup(0)
             os.close(free)
@@ -673,9 +673,6 @@ def test_descriptors_that_run_out_for_a_moment(
             away.answer(found.digest, body)
             assert away.ended(task)[0]["in"] == sum((bytes([task]) * 200_000)[::4099])
             assert waits >= task, "there was room"
-            if task == 1:
-                os.kill(away.workers[0], signal.SIGKILL)
-                assert wait_for(lambda: not away.workers)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
