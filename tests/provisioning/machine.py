@@ -3,7 +3,9 @@
 What is changed there is gone with it: namespaces of its own for mounts, processes, network and
 names, and as root directory a copy-on-write view of this machine's, with the packages that the
 roles install. With ``services`` systemd runs in it, with no units but those that a test or a role
-makes. Needs root and overlayfs, and systemd needs the second version of cgroups.
+makes. As on a hardened host, nothing can be executed in its /tmp, and roles are played under a
+umask that lets nobody else read what they make without a mode. Needs root and overlayfs, and
+systemd needs the second version of cgroups.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ mount -t devpts -o newinstance,ptmxmode=0666 spare "$root/dev/pts"
 ln -s pts/ptmx "$root/dev/ptmx"
 ln -s /proc/self/fd "$root/dev/fd"
 mount -t tmpfs spare "$root/run"
-mount -t tmpfs -o mode=1777 spare "$root/tmp"
+mount -t tmpfs -o mode=1777,noexec,nosuid,nodev spare "$root/tmp"
 for seen do
     mkdir -p "$root$seen"
     mount --bind "$seen" "$root$seen"
@@ -77,6 +79,7 @@ find "$1/$2" -depth -type d -exec rmdir {} +
 #: the namespaces that are entered
 ENTER = ("--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--root", "--wd")
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+HARDENED = ("sh", "-c", 'umask 077; exec "$@"', "hardened")
 INVENTORY = """\
 [master]
 m1 openquake_address=192.0.2.1
@@ -198,7 +201,7 @@ class Machine:
             "HOME": "/root",
         }
         inventory = ("-i", "/tmp/inventory.ini")
-        return self.run("ansible-playbook", *inventory, *args, "/tmp/play.yml", env=env)
+        return self.run(*HARDENED, "ansible-playbook", *inventory, *args, "/tmp/play.yml", env=env)
 
 
 def role(name: str, tasks_from: str = "main") -> dict[str, Any]:

@@ -21,7 +21,8 @@ SSH = """\
 #!/bin/bash
 host=${@: -2:1} command=${@: -1}
 read -r inside <"$(dirname "$0")/$host.pid" || exit 255
-exec nsenter --target="$inside" ENTER -- env -i PATH=PATH HOME=/root LC_ALL=C.UTF-8 sh -c "$command"
+exec nsenter --target="$inside" ENTER -- env -i PATH=PATH HOME=/root LC_ALL=C.UTF-8 \\
+    sh -c "umask 077; $command"
 """.replace("ENTER", " ".join(ENTER)).replace("=PATH", f"={PATH}")
 INVENTORY = """\
 [master]

@@ -31,7 +31,7 @@ echo synced >>packages/log
 
 
 def test_two_builds_of_one_environment(tmp_path: Path) -> None:
-    """It is marked as complete when all of it is on the disk."""
+    """It is marked as complete when all of it is on the disk, and all can use it."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages/engine-3.26.txt").touch()
     python = tmp_path / "python"
@@ -43,10 +43,11 @@ def test_two_builds_of_one_environment(tmp_path: Path) -> None:
     sync.chmod(0o755)
     env = os.environ | {"PATH": f"{sync.parent}:{os.environ['PATH']}"}
     command = ["sh", str(SCRIPT), str(python), str(tmp_path)]
-    builds = [subprocess.Popen(command, env=env) for _ in range(3)]
+    builds = [subprocess.Popen(command, env=env, umask=0o077) for _ in range(3)]
     assert [build.wait() for build in builds] == [0, 0, 0]
     assert (tmp_path / "packages/log").read_text() == "begin\nend\nsynced\n"
-    assert (tmp_path / ".complete").exists()
+    assert (tmp_path / ".complete").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "bin").stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("terminal", [False, True])
