@@ -23,8 +23,11 @@ AGENT = """\
 #!/usr/bin/python3
 import os, socket, time
 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-    notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1))
-time.sleep(3600)
+    notify.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1))
+    notify.send(b"READY=1")
+    while True:
+        time.sleep(5)
+        notify.send(b"WATCHDOG=1")
 """
 DBSERVER = """\
 #!/usr/bin/python3
