@@ -142,6 +142,23 @@ def test_what_is_too_slow_is_closed(site: Site) -> None:
     assert wait_for(lambda: not sends_a_byte(), 10)
 
 
+def test_a_slow_reader_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes an answer in pieces of a megabyte, each of which may last for minutes."""
+    monkeypatch.setattr(server, "LOOK_SECS", 10_000)  # the test looks
+    slow = Site()
+    try:
+        client = slow.call(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert wait_for(lambda: any(one.total_outbufs_len for one in slow.channels), 10)
+        [channel] = slow.channels
+        now = channel.looked_s
+        for _ in range(30):
+            assert client.recv(128 << 10, socket.MSG_WAITALL)
+            channel.look(now := now + 10)
+            assert not slow.is_closed(client)
+    finally:
+        slow.close()
+
+
 def test_urgent_data_end_a_connection(site: Site) -> None:
     client = site.call()
     client.send(b"!", socket.MSG_OOB)

@@ -7,8 +7,11 @@ Not covered: what a request may do (``access``).
 
 from __future__ import annotations
 
+import fcntl
 import io
 import resource
+import sys
+import termios
 import time
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +97,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = Parser
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.moved_bytes = 0
+        self.moved_bytes = self.kernel_bytes = 0
         self.looked_s = time.monotonic()
         self.patience_s = PATIENCE_S
         super().__init__(*args, **options)
@@ -112,11 +115,23 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def look(self, now: float) -> None:
         """Reckon how long it is still waited for; close it when that is over."""
         passed_s, self.looked_s = now - self.looked_s, now
+        before_bytes, self.kernel_bytes = self.kernel_bytes, self._in_kernel()
+        # the kernel takes an answer in pieces of a megabyte, each of which may last for minutes
+        # (another thread may have sent one just now: then the next look counts it)
         moved_bytes, self.moved_bytes = self.moved_bytes, 0
+        moved_bytes = max(0, moved_bytes + before_bytes - self.kernel_bytes)
         left_s = self.patience_s - passed_s + moved_bytes / BYTES_PER_S
         self.patience_s = PATIENCE_S if self.at_work else min(PATIENCE_S, left_s)
         if self.patience_s < 0:
             self.handle_close()  # not later: it may never be ready to be written to
+
+    def _in_kernel(self) -> int:
+        """Return the bytes that wait in the kernel for the client to take them."""
+        try:
+            answer = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
+        except OSError:
+            return 0
+        return int.from_bytes(answer, sys.byteorder)
 
     def recv(self, buffer_size: int) -> bytes:
         data: bytes = super().recv(buffer_size)
