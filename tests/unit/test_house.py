@@ -154,6 +154,7 @@ TEMPORARY = {
     "engine.archives": "in the session's directory, or in the shared one for all to read",
     "engine.reading": "for files of a datastore, which are read at once, and nothing is run",
     "webui.uploads": "for files of an upload, which are read at once, and nothing is run",
+    "engine.jobtable": "for a copy of the job table, which is packed at once, and nothing is run",
     "files.compiling": "in the user's own cache",
     "report.output": "beside what is written, then renamed to it",
     "commands.run": "a log beside the results of the job",
