@@ -31,7 +31,7 @@ from tests.leftovers import LIMIT_S, wait_for
 from tests.squatter import AS_ANYBODY
 
 from .conftest import sessions
-from .test_oq_run import EXAMPLES, corpus, edited, jobs, one_line, run, start
+from .test_oq_run import EXAMPLES, corpus, edited, example, jobs, one_line, run, start
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -633,8 +633,15 @@ def test_misspelt_parameter(env: dict[str, str]) -> None:
 # ---- whole jobs
 
 
-def test_event_based_risk_example(env: dict[str, str]) -> None:
-    code, out, err = run(env, EXAMPLES / "event_based_risk/job.ini", "--json")
+def test_event_based_risk_example(env: dict[str, str], tmp_path: Path) -> None:
+    """With an exposure as a spreadsheet saves it."""
+    import h5py
+
+    job = example(tmp_path, "event_based_risk") / "job.ini"
+    exposure = job.with_name("exposure.csv")
+    lines = exposure.read_text().splitlines()
+    exposure.write_text("\n".join(lines), encoding="utf-8-sig", newline="\r\n")
+    code, out, err = run(env, job, "--json")
     assert code == 0, (out, err)
     result = json.loads(out)
     assert result["exit"] == 0 and result["error"] == ""
@@ -642,6 +649,9 @@ def test_event_based_risk_example(env: dict[str, str]) -> None:
     assert job["state"] == "complete"
     assert {output["name"] for output in job["outputs"]} >= {"Average Asset Losses Statistics"}
     assert state(env, job["job"]) == ("complete", 0)
+    with h5py.File(job["datastore"]) as file:
+        ids = file["assetcol/array"]["id"].tolist()
+    assert sorted(ids) == sorted(line.partition(",")[0].encode() for line in lines[1:])
 
 
 HAZARD, RISK = "classical_damage/case_1a/job_haz.ini", "classical_damage/case_1a/job_risk.ini"

@@ -686,17 +686,25 @@ def test_import_that_takes_long(env: dict[str, str], tmpdir: Path, tmp_path: Pat
 
 
 def test_names_of_the_engine_exports_and_next_commands(env: dict[str, str], tmp_path: Path) -> None:
-    """Nothing goes to /tmp itself; the commands that are named at the end work."""
-    folder = tmp_path / "case"
-    shutil.copytree(corpus("classical/case_02"), folder)
+    """Nothing goes to /tmp itself; the commands that are named at the end work.
+
+    In a folder with blanks and accents, with the model above it, and a job file of an editor that
+    marks UTF-8 and ends lines as Windows does.
+    """
+    top = tmp_path / "Progetto 2026 (copia) #1"
+    folder = top / "jobs à côté" / "run 1"
+    folder.mkdir(parents=True)
+    shutil.copytree(corpus("classical/case_02"), top / "model")
+    text = (top / "model/job.ini").read_text() + "\nexport_dir = /tmp\n"
+    text = text.replace("= source_model_logic", "= ../../model/source_model_logic")
     job = folder / "job.ini"
-    job.write_text(re.sub("export_dir = .*", "", job.read_text()) + "\nexport_dir = /tmp\n")
+    job.write_text(text, encoding="utf-8-sig", newline="\r\n")
     levels = "intensity_measure_types_and_levels={'PGA': [0.1, 0.2], 'SA(0.3)': [0.1, 0.2]}"
     code, out, err = run(env, "--run", job, "--param", levels, "-e", "csv", "-l", "warn")
     assert code == 0, err
     assert f"exporting to {folder}, not to /tmp as job.ini says" in err
     number = jobs(env)[-1][0]
-    shown = re.search(rf"^exported (\d+) files to {folder}: (.*)$", out, re.MULTILINE)
+    shown = re.search(rf"^exported (\d+) files to {re.escape(str(folder))}: (.*)$", out, re.M)
     assert shown, out
     files = list(folder.glob(f"*_{number}.csv"))
     assert len(files) == int(shown[1]) and any("SA(0.3)" in file.name for file in files)

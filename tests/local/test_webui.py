@@ -312,6 +312,14 @@ def check_report(site: Site, session: requests.Session, job: int) -> None:
         ({"OQ_WEBUI_URL": "hazard.example/oq"}, "give the address by which browsers call"),
         ({"OQ_APPLICATION_MODE": "restricted"}, "give RESTRICTED, the mode with login"),
         ({"OQ_APPLICATION_MODE": "PUBLIC"}, "give RESTRICTED, the mode with login"),
+        (
+            {"PYTHONPATH": "{0}/syntax"},
+            "syntax/local_settings.py, line 1: '(' was never closed; correct this file of settings",
+        ),
+        (
+            {"PYTHONPATH": "{0}/name"},
+            "name/local_settings.py, line 2: name 'public' is not defined; correct this file",
+        ),
     ],
 )
 def test_wrong_settings_are_told_in_a_line(
@@ -320,9 +328,13 @@ def test_wrong_settings_are_told_in_a_line(
     key = tmp_path / "key"
     key.write_text("k" * 50)
     key.chmod(0o600)
+    for name, text in (("syntax", "LOCKDOWN = ("), ("name", "\nAPPLICATION_MODE = public")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "local_settings.py").write_text(text)
+    given = {name: value.format(tmp_path) for name, value in change.items()}
     done = subprocess.run(
         [sys.executable, "-m", "oq_runtime.webui"],
-        env=env | {"OQ_WEBUI_SECRET_KEY_FILE": str(key)} | change,
+        env=env | {"OQ_WEBUI_SECRET_KEY_FILE": str(key)} | given,
         capture_output=True,
         text=True,
     )

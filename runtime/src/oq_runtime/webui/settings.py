@@ -5,6 +5,7 @@
 
 # ruff: noqa: E402, F403
 import os
+import traceback
 from pathlib import Path
 
 from oq_runtime.errors import ConfigError
@@ -21,7 +22,16 @@ if (mode := os.environ["OQ_APPLICATION_MODE"]) != "RESTRICTED":
     # the others have no login, or views that this site has no rules for
     raise ConfigError(f"OQ_APPLICATION_MODE={mode}: give RESTRICTED, the mode with login")
 
-from openquake.server.settings import *
+try:
+    from openquake.server.settings import *
+except Exception as exc:
+    *_, last = traceback.extract_tb(exc.__traceback__)
+    file, line, text = last.filename, last.lineno, str(exc)
+    if isinstance(exc, SyntaxError):
+        file, line, text = exc.filename or file, exc.lineno, exc.msg
+    if Path(file).name != "local_settings.py":  # which these read
+        raise
+    raise ConfigError(f"{file}, line {line}: {text}; correct this file of settings") from None
 from openquake.server.settings import DATABASES
 from openquake.server.settings import INSTALLED_APPS as ENGINE_APPS
 from openquake.server.settings import LOGIN_EXEMPT_URLS as ENGINE_EXEMPT
