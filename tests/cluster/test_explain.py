@@ -8,7 +8,7 @@ from typing import Any
 from oq_runtime.core.explain import Cause
 from oq_runtime.report.words import explained
 from tests.cluster.cluster import Cluster
-from tests.cluster.jobs import broker_status, drive, result
+from tests.cluster.jobs import broker_status, drive, result, under_way
 from tests.cluster.netns import Process
 
 
@@ -44,10 +44,13 @@ def test_a_slow_node_is_named(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_node_that_joins_late_is_named(cluster: Cluster, tmp_path: Path) -> None:
     cluster.stop_agent("node3")
-    arguments = [(x, 0.5) for x in range(40)]
-    run = drive(cluster, "slow", arguments, KEPT=str(tmp_path / "kept"))
-    assert cluster.wait_for(lambda: done(run) >= 15, 60), result(run)  # 2.5 s on three slots
+    go = tmp_path / "go"
+    arguments = [(x, 1.0, str(go)) for x in range(150)]
+    run = drive(cluster, "unless", arguments, KEPT=str(tmp_path / "kept"))
+    assert cluster.wait_for(lambda: done(run) >= 9, 60), result(run)  # 3 s on three slots
     cluster.start_agent("node3")
+    under_way(cluster, run, "node3")
+    go.touch()
     line = line_of(told(run, tmp_path / "kept"), Cause.LATE_NODE)
     assert cluster.net.address["node3"] in line, line
 

@@ -16,10 +16,8 @@ from tests.cluster.jobs import (
     SHORT_BEATS,
     calculate,
     check_calculation,
-    check_stream,
     drive,
     result,
-    stream,
     under_way,
 )
 from tests.cluster.netns import MASTER
@@ -35,13 +33,15 @@ def test_every_node_takes_part(cluster: Cluster, undisturbed: Path) -> None:
     check_calculation(run, undisturbed)
 
 
-def test_node_that_joins_gets_tasks(cluster: Cluster) -> None:
+def test_node_that_joins_gets_tasks(cluster: Cluster, tmp_path: Path) -> None:
     cluster.stop_agent("node3")
-    run = stream(cluster, 30)
+    go, tasks = tmp_path / "go", 30
+    run = drive(cluster, "until", [(x, str(go)) for x in range(tasks)])
     under_way(cluster, run, "node1", "node2")
     cluster.start_agent("node3")
     under_way(cluster, run, "node3")
-    check_stream(run, 30)
+    go.touch()
+    assert result(run)["value"] == {"sum": sum(range(tasks))}
 
 
 def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
