@@ -45,14 +45,16 @@ def main() -> None:
         directory = launch.start(Config.from_sections(config), os.getpid(), priority)
         os.environ[SESSION_VARIABLE] = str(directory)
         session = Session.current()
-        session.call_it("calculation 1")
+        path = os.environ.get("KEPT")
+        if path:
+            session.call_it("calculation 1")
         began, began_s = time.time(), time.monotonic()
         value = parallel.Starmap(function, arguments).reduce(acc=AccumDict())
         sums = {
             name: getattr(found, "sum", lambda found=found: found)()
             for name, found in value.items()
         }
-        if path := os.environ.get("KEPT"):
+        if path:
             facts = dict(format=1, state="complete", seconds=time.monotonic() - began_s, replayed=0)
             with h5py.File(path, "w") as file:
                 kept.write(file, session.attempts("calculation 1"), began_s, facts)
