@@ -363,11 +363,12 @@ def row(env: dict[str, str], pid: int, status: str = "executing") -> int:
     database = Path(env["OQ_DATADIR"], "db.sqlite3")
     if not database.exists():
         run(env, corpus(SMALL), "--json")
-    values = (getpass.getuser(), status, pid, socket.gethostname(), env["OQ_DATADIR"])
+    running = status in ("created", "submitted", "executing")
+    values = (getpass.getuser(), status, running, pid, socket.gethostname(), env["OQ_DATADIR"])
     with contextlib.closing(sqlite3.connect(database)) as db, db:
         cursor = db.execute(
             "INSERT INTO job (description, user_name, calculation_mode, status, is_running, pid, "
-            "host, ds_calc_dir) VALUES ('test', ?, 'classical', ?, 1, ?, ?, ?)",
+            "host, ds_calc_dir) VALUES ('test', ?, 'classical', ?, ?, ?, ?, ?)",
             values,
         )
         assert cursor.lastrowid is not None
