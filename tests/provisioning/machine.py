@@ -80,6 +80,17 @@ find "$1/$2" -depth -type d -exec rmdir {} +
 ENTER = ("--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--root", "--wd")
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 HARDENED = ("sh", "-c", 'umask 077; exec "$@"', "hardened")
+#: stands in for a service that says when it is ready, and then that it lives
+NOTIFIES = """\
+#!/usr/bin/python3
+import os, socket, time
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+    notify.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1))
+    notify.send(b"READY=1")
+    while True:
+        time.sleep(5)
+        notify.send(b"WATCHDOG=1")
+"""
 INVENTORY = """\
 [master]
 m1 openquake_address=192.0.2.1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.provisioning.machine import Machine, role
+from tests.provisioning.machine import NOTIFIES, Machine, role
 from tests.provisioning.roles import ROOT, failures
 
 pytestmark = pytest.mark.timeout(300)
@@ -369,17 +369,6 @@ def test_key_that_a_killed_run_has_half_made_is_made_good(machine: Machine) -> N
 
 # ---- the agent
 
-#: says that it is ready, and waits
-AGENT = """\
-#!/usr/bin/python3
-import os, socket, time
-with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-    notify.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1))
-    notify.send(b"READY=1")
-    while True:
-        time.sleep(5)
-        notify.send(b"WATCHDOG=1")
-"""
 SETUP = f"""
 groupadd --gid 880 openquake
 useradd --uid 880 --gid openquake --home /var/lib/openquake openquake
@@ -388,7 +377,7 @@ mkdir -p /opt/openquake/venv-1/bin /etc/openquake
 ln -s venv-1 /opt/openquake/venv
 touch /var/cache/openquake/venv-1.compiled
 cat >/opt/openquake/venv-1/bin/oq-agent <<'EOF'
-{AGENT}
+{NOTIFIES}
 EOF
 chmod +x /opt/openquake/venv-1/bin/oq-agent
 printf '[Service]\\nType=oneshot\\nRemainAfterExit=yes\\nExecStart=true\\n' \

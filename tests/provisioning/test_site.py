@@ -15,20 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.leftovers import wait_for
+from tests.provisioning.machine import NOTIFIES
 from tests.provisioning.machines import Machines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-AGENT = """\
-#!/usr/bin/python3
-import os, socket, time
-with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-    notify.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1))
-    notify.send(b"READY=1")
-    while True:
-        time.sleep(5)
-        notify.send(b"WATCHDOG=1")
-"""
 DBSERVER = """\
 #!/usr/bin/python3
 import socket, time
@@ -47,7 +38,7 @@ mkdir -p /opt/openquake/venv-new/bin
 cd /opt/openquake/venv-new
 touch .complete bin/oq-run bin/oq-workers
 cat >bin/oq-agent <<'EOF'
-{AGENT}
+{NOTIFIES}
 EOF
 cat >bin/oq <<'EOF'
 {DBSERVER}

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.leftovers import wait_for
-from tests.provisioning.machine import role
+from tests.provisioning.machine import NOTIFIES, role
 from tests.provisioning.machines import Machines
 
 pytestmark = pytest.mark.timeout(600)
@@ -261,16 +261,6 @@ printf '[Service]\\nExecStart=true\\nType=oneshot\\nRemainAfterExit=yes\\n' \
     >/etc/systemd/system/openquake-firewall.service
 touch /var/cache/openquake/venv-new.compiled
 """
-SERVE = """\
-#!/usr/bin/python3
-import os, socket, time
-with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-    notify.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1))
-    notify.send(b"READY=1")
-    while True:
-        time.sleep(5)
-        notify.send(b"WATCHDOG=1")
-"""
 #: for site.yml refuses a mount that is not of NFS
 WORKERS_ALONE = """
 - hosts: w1:w2
@@ -284,7 +274,7 @@ def test_worker_that_was_away_changes_with_the_next_run(cluster: Machines) -> No
     cluster["m1"].sh("ln -sfn venv-new /opt/openquake/venv")
     agent = "cd /opt/openquake; cat >venv-old/bin/oq-agent; chmod +x venv-old/bin/oq-agent; "
     for name in "w1", "w2":
-        cluster[name].sh(agent + "cp -a venv-old/bin/oq-agent venv-new/bin", stdin=SERVE)
+        cluster[name].sh(agent + "cp -a venv-old/bin/oq-agent venv-new/bin", stdin=NOTIFIES)
     cluster.sh(CACHED, "w1", "w2")
     book = cluster.folder / "workers.yml"
     book.write_text(WORKERS_ALONE)

@@ -75,7 +75,7 @@ def facts(params: Mapping[str, Any]) -> dict[str, str]:
 
 def digests(files: Iterable[Path]) -> dict[str, str]:
     """Return what must be the same of the input files, as they are just now."""
-    return {f"{INPUT} {path.resolve()}": _digest(path.resolve()) for path in files}
+    return {f"{INPUT} {real}": _digest(real) for real in map(Path.resolve, files)}
 
 
 def inputs(params: Mapping[str, Any], oqparam: Any) -> list[Path]:
