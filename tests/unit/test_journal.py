@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from oq_runtime.errors import ConfigError, JournalError
 from oq_runtime.files import detached, journal
 from oq_runtime.files.detached import Detached
 from oq_runtime.files.journal import Consumed, Cut, Event, Reader, Slots, Submitted, Used, Writer
+from tests.leftovers import wait_for
 
 GB = 1 << 30
 HEAD = {"job": 7, "facts": {"the input a": "01"}}
 MUTATIONS = 2000
+LIMIT_S = 20.0
 
 
 def write(
@@ -222,6 +225,49 @@ def test_slow_disk_ends_it_and_not_the_job(tmp_path: Path, monkeypatch: pytest.M
     writer.close()
     assert "too slow" in writer.stopped
     assert read(tmp_path / "j") == [(Slots(1), b"")]
+
+
+@pytest.mark.parametrize("busy", ["with a sync", "with a write"])
+def test_what_is_removed_is_not_written_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: str
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    call = {"with a sync": "fdatasync", "with a write": "_append"}[busy]
+    done: list[object] = []
+
+    def wait(*args: object) -> None:
+        began.set()
+        assert go_on.wait(LIMIT_S)
+        done.append(args)
+
+    monkeypatch.setattr(journal, "SYNC_SECS", 0.0)
+    monkeypatch.setattr(os if call == "fdatasync" else Writer, call, wait)
+    writer = Writer(tmp_path / "j", HEAD, budget_bytes=GB)
+    writer.put(*some(1)[0])
+    assert began.wait(LIMIT_S)
+    for event, body in some(100):
+        writer.put(event, body)
+    ending = threading.Thread(target=writer.discard)
+    ending.start()
+    assert wait_for(lambda: journal.size(tmp_path / "j") == 0, LIMIT_S)
+    go_on.set()
+    ending.join(LIMIT_S)
+    assert not (tmp_path / "j").exists()
+    assert len(done) == 1, "only what was under way"
+
+
+def test_the_end_of_a_job_says_that_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(journal, "WAIT_SECS", 0.0)
+    monkeypatch.setattr(os, "fdatasync", lambda _: wait_for(lambda: bool(told), LIMIT_S))
+    writer = Writer(tmp_path / "j", HEAD, budget_bytes=GB)
+    for event, body in some(1):
+        writer.put(event, body)
+    writer.close(told.append)
+    assert told == [f"waiting for the disk: the end of the journal is written to {tmp_path / 'j'}"]
+    assert read(tmp_path / "j") == some(1)
 
 
 def test_one_process_has_it(tmp_path: Path) -> None:

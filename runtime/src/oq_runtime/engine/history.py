@@ -238,10 +238,16 @@ class History:
             + (f"; then {why}: the rest is computed" if why else "")
         )
 
-    def close(self) -> None:
-        """Write what waits; to be called when the job has ended."""
+    def close(self, *, keep: bool = True) -> None:
+        """Write what waits; to be called when the job has ended.
+
+        :param keep: False: remove the journal instead
+        """
         if self.replaying:
             self._tell("")
-        self.writer.close()
+        if keep:
+            self.writer.close(self.tell)
+        else:
+            self.writer.discard()
         if self.before is not None:
             self.before.close()

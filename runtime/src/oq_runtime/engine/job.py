@@ -462,12 +462,10 @@ class Jobs:
         finally:
             History.begin(None)
             if history is not None:
-                history.close()
-                directory = history.writer.directory
-                if complete and history.results and history.collector is not None:
-                    self.keep_for_others(directory)
-                elif complete or not history.results:
-                    shutil.rmtree(directory, ignore_errors=True)
+                for_others = complete and history.collector is not None
+                history.close(keep=bool(history.results) and (for_others or not complete))
+                if history.results and for_others:
+                    self.keep_for_others(history.writer.directory)
 
     def keep_for_others(self, directory: Path) -> None:
         """Keep the journal of a job that is complete, if all is as it was when the job began."""

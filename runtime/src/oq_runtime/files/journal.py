@@ -57,6 +57,8 @@ ALIGN = 64
 SEGMENT_BYTES = 1 << 30
 #: seconds between two syncs
 SYNC_SECS = 1.0
+#: seconds after which a user is told that the end of a job waits for the disk
+WAIT_SECS = 2.0
 #: bytes of bodies that may wait for the disk
 WAITING_BYTES = 256 << 20
 #: bytes of the largest event that is read: what a stranger's file may claim
@@ -366,6 +368,7 @@ class Writer:
         self.number = len(segments(directory))
         self.waiting_bytes = 0
         self.stopped = ""  # why nothing more is written
+        self._discarded = False
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[Event, Buffer] | None] = queue.SimpleQueue()
         write_atomically(directory / HEAD, _head_text(head))
@@ -395,11 +398,26 @@ class Writer:
             self.waiting_bytes += len(body)
         self._queue.put((event, body))
 
-    def close(self) -> None:
-        """Write what waits, and end; what the disk does not take is left out."""
+    def close(self, tell: Callable[[str], None] | None = None) -> None:
+        """Write what waits, and end; what the disk does not take is left out.
+
+        :param tell: is given a line for the user when that takes a while
+        """
         self._queue.put(None)
+        self._thread.join(WAIT_SECS)
+        if self._thread.is_alive() and tell is not None:
+            tell(f"waiting for the disk: the end of the journal is written to {self.directory}")
         self._thread.join()
         os.close(self._claim)
+
+    def discard(self) -> None:
+        """End, and remove the journal: nothing more of it goes to the disk."""
+        self._discarded = True
+        for path in segments(self.directory):
+            with contextlib.suppress(OSError):  # what is synced just now need not be written
+                os.truncate(path, 0)
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _stop(self, reason: str) -> None:
         """Take no more; to be called with the lock."""
@@ -428,12 +446,15 @@ class Writer:
                     continue
                 if item is None:
                     break
+                if self._discarded:
+                    continue
                 self._append(*item)
                 dirty_since_s = dirty_since_s or time.monotonic()
                 with self._lock:
                     self.waiting_bytes -= len(item[1])
                 del item
-            os.fdatasync(self._file.fileno())
+            if not self._discarded:
+                os.fdatasync(self._file.fileno())
         except OSError as exc:
             with self._lock:
                 self._stop(f"{self.directory}: {exc.strerror}")
