@@ -79,16 +79,20 @@ AT_A_TIME = 2
 OWN_SHM = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
 
 
+ROW = "{:<15}{:>10}{:>10}  {:<10}{}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     lane: Lane
     result: str  # passed, failed or left out
     reason: str = ""
     seconds: float | None = None
+    cpu_seconds: float | None = None
 
     def __str__(self) -> str:
-        seconds = "-" if self.seconds is None else f"{self.seconds:.1f} s"
-        return f"{self.lane.name:<15}{seconds:>10}  {self.result:<10}{self.reason}".rstrip()
+        times = ("-" if s is None else f"{s:.1f} s" for s in (self.seconds, self.cpu_seconds))
+        return ROW.format(self.lane.name, *times, self.result, self.reason).rstrip()
 
 
 def run(lane: Lane) -> Outcome:
@@ -101,21 +105,22 @@ def run(lane: Lane) -> Outcome:
     if not python.exists():
         return Outcome(lane, "failed", f"no interpreter in {lane.venv}; run `make {lane.venv}`")
     started_s = time.monotonic()
-    reason = ""
+    reason, cpu_seconds = "", 0.0
     for command in lane.commands:
         title = f"\n=== {lane.name}: {' '.join(command)}"
         program = command if "/" in command[0] else (str(python), "-m", *command)
-        code, last = call(program, title, alone=lane.alone)
+        code, last, used = call(program, title, alone=lane.alone)
+        cpu_seconds += used
         if code == CANNOT_RUN:
             return Outcome(lane, "left out", last)
         if code:
             reason = reason or f"{' '.join(command)}: exit code {code}"
     seconds = time.monotonic() - started_s
-    return Outcome(lane, "failed" if reason else "passed", reason, seconds)
+    return Outcome(lane, "failed" if reason else "passed", reason, seconds, cpu_seconds)
 
 
-def call(program: tuple[str, ...], title: str, *, alone: bool) -> tuple[int, str]:
-    """Run a program; return its exit code and the last line of its output.
+def call(program: tuple[str, ...], title: str, *, alone: bool) -> tuple[int, str, float]:
+    """Run a program; return its exit code, the last line of its output, and its CPU seconds.
 
     :param title: what is printed before its output
     :param alone: print its output as it comes; else at its end, in one piece
@@ -132,9 +137,12 @@ def call(program: tuple[str, ...], title: str, *, alone: bool) -> tuple[int, str
             lines.append(line.rstrip("\n"))
             if alone:
                 print(line, end="", flush=True)
+        _, status, used = os.wait4(process.pid, 0)  # with all that it has waited for
+        process.returncode = os.waitstatus_to_exitcode(status)
     if not alone:
         print("\n".join(lines), flush=True)
-    return process.returncode, next((line for line in reversed(lines) if line.strip()), "")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return process.returncode, last, used.ru_utime + used.ru_stime
 
 
 @functools.cache
@@ -150,7 +158,7 @@ def main() -> int:
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         outcomes = list(pool.map(run, [lane for lane in LANES if not lane.alone]))
     outcomes += [run(lane) for lane in LANES if lane.alone]
-    print(f"\n{'lane':<15}{'time':>10}  {'result':<10}", *outcomes, sep="\n")
+    print(f"\n{ROW.format('lane', 'time', 'CPU', 'result', '').rstrip()}", *outcomes, sep="\n")
     results = [outcome.result for outcome in outcomes]
     passed, failed = results.count("passed"), results.count("failed")
     print(f"{passed} passed, {failed} failed", flush=True)
