@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -49,6 +50,30 @@ def test_every_directory_is_for_its_owner_alone(tmp_path: Path, memory: Path) ->
         os.umask(mask)
     assert [mode(path) for path in [*made, made[2] / spares.FOLDER]] == [0o700] * 4
     assert private.own(made[1]) == made[1], "ours may be there already"
+
+
+@pytest.mark.parametrize(
+    "number, remedy",
+    [
+        (errno.ENOSPC, "free space or set TMPDIR"),
+        (errno.EDQUOT, "free some of your quota or set TMPDIR"),
+        (errno.EROFS, "set TMPDIR"),
+        (errno.ENOENT, "set TMPDIR"),
+    ],
+    ids=lambda value: errno.errorcode.get(value, ""),
+)
+def test_what_to_do_where_none_can_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuse(**_: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(ConfigError) as refused:
+        private.make(tmp_path, "oq-")
+    assert str(refused.value) == (
+        f"{tmp_path}: {os.strerror(number)}; {remedy} to another directory"
+    )
 
 
 def test_names_are_not_alike(tmp_path: Path, memory: Path) -> None:

@@ -40,7 +40,7 @@ import msgspec
 import xxhash
 
 from oq_runtime.errors import JournalError
-from oq_runtime.files import private
+from oq_runtime.files import places, private
 from oq_runtime.wire.payload import Buffer
 
 log = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ def copy(source: Reader, events: int, directory: Path, head: dict[str, Any]) -> 
 
     Raises what ``Writer`` does.
     """
-    private.own(directory, "free space there, or let this user write there")
+    private.own(directory, places.OTHER_DATADIR)
     claimed = claim(directory)
     try:
         _clear(directory)
@@ -359,7 +359,7 @@ class Writer:
         budget_bytes: int,
         claimed: int | None = None,
     ) -> None:
-        self.directory = private.own(directory, "free space there, or let this user write there")
+        self.directory = private.own(directory, places.OTHER_DATADIR)
         self._claim = claim(directory) if claimed is None else claimed
         if claimed is None:
             _clear(directory)

@@ -16,7 +16,7 @@ OTHER_DATADIR = "set OQ_DATADIR to another directory"
 #: by errno, what can be done besides taking another place
 REMEDIES = {
     errno.ENOSPC: "free space or ",
-    errno.EDQUOT: "remove old results (oq engine --dc ID) or ",
+    errno.EDQUOT: "free some of your quota or ",
     errno.EEXIST: "it is a file: move it away or ",
     errno.ENOTDIR: "a file is in its way: move that away or ",
 }
@@ -30,7 +30,7 @@ def make(folder: Path, otherwise: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise _refusal(folder, exc, otherwise) from exc
+        raise refusal(folder, exc, otherwise) from exc
 
 
 def room(folder: Path, otherwise: str) -> None:
@@ -40,10 +40,14 @@ def room(folder: Path, otherwise: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"oq-run" * 1000)
     except OSError as exc:
-        raise _refusal(folder, exc, otherwise) from exc
+        raise refusal(folder, exc, otherwise) from exc
 
 
-def _refusal(folder: Path, exc: OSError, otherwise: str) -> ConfigError:
+def refusal(folder: Path, exc: OSError, otherwise: str) -> ConfigError:
+    """Return the line about a directory with which that has happened.
+
+    :param otherwise: what can always be done
+    """
     remedy = REMEDIES.get(exc.errno or 0, "")
     if exc.errno in (errno.EACCES, errno.EPERM):
         remedy = f"ask {owner(folder)} to let you write there, or "

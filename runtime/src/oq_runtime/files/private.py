@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from oq_runtime.errors import ConfigError
-from oq_runtime.files import spares
+from oq_runtime.files import places, spares
 
 SHARED_MEMORY = Path("/dev/shm")
 #: the link in a directory to the one in shared memory that belongs to it
@@ -43,7 +43,7 @@ def make(parent: Path, prefix: str) -> Path:
         # mkdtemp alone would fall back to another directory without a word
         return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     except OSError as exc:
-        raise ConfigError(f"{parent}: {exc.strerror}; free space there or {REMEDY}") from exc
+        raise places.refusal(parent, exc, REMEDY) from exc
 
 
 def own(path: Path, remedy: str = REMEDY) -> Path:
@@ -57,7 +57,7 @@ def own(path: Path, remedy: str = REMEDY) -> Path:
         _check_above(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
     except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}; {remedy}") from exc
+        raise places.refusal(path, exc, remedy) from exc
     if not is_own(path):
         raise ConfigError(f"{path} is not a directory of this user alone; remove it or {remedy}")
     return path

@@ -27,7 +27,7 @@ from pathlib import Path
 from oq_runtime import descriptors, processes
 from oq_runtime.config import Config
 from oq_runtime.errors import ConfigError, OqRuntimeError
-from oq_runtime.files import crashes, private
+from oq_runtime.files import crashes, places, private
 from oq_runtime.priority import Priority
 from oq_runtime.wire import security
 
@@ -200,7 +200,7 @@ def main() -> None:
         (directory / "pids").write_bytes(b" " * 65536)  # before there are processes
     except OSError as exc:
         shutil.rmtree(directory)
-        sys.exit(f"TMPDIR {temporary}: {exc.strerror}; free space or set another TMPDIR")
+        sys.exit(str(places.refusal(temporary, exc, private.REMEDY)))
     if len(os.fsencode(directory / "control")) > SOCKET_PATH_BYTES:
         shutil.rmtree(directory)
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
