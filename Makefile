@@ -33,7 +33,7 @@ help:
 	@echo "make wheelhouse   packages of the engine for clusters without Internet, in build/"
 	@echo "make clean        remove caches, and build/ but for the results in build/oqdata"
 	@echo
-	@echo "make test         all test lanes, a table at the end"
+	@echo "make test         all test lanes, a table at the end; SLOW=1: with the slow tests"
 	@echo "make lint | types | unit | local | cluster | attack    one test lane"
 	@echo "make provisioning checks of the playbooks and roles without hosts"
 	@echo "make conformance  SAMPLE=n SEED=n, JOBS="path ...", or ALL=1"
@@ -140,7 +140,7 @@ attack: $(STAMP)
 # Slower than the lanes by half; a test that fails by time does not end it.
 coverage: $(STAMP)
 	@rm -rf build/coverage && mkdir -p build && mkdir -m 1777 build/coverage  # also of other users
-	-$(VENV)/bin/python -m coverage run -m pytest -q -m "not slow" \
+	-$(VENV)/bin/python -m coverage run -m pytest -q \
 	  tests/unit tests/contract tests/local tests/cluster
 	@$(VENV)/bin/python -m coverage combine --quiet
 	$(VENV)/bin/python -m coverage report

@@ -2,7 +2,8 @@
 
 Used by ``make test``, which makes the virtual environments first. All lanes run even if an earlier
 one fails, two at a time, the longest first; what each prints comes at its end. Where it can be,
-each has a /dev/shm of its own, since some of their tests look at what is left there. The molecule
+each has a /dev/shm of its own, since some of their tests look at what is left there. Tests that are
+marked as slow run with SLOW=1; how many a lane has left out is said by its last line. The molecule
 and the system lane come last, and alone: they fill the machine. A lane is left out, with the
 reason, if its folder is missing, if it takes long and nobody has asked for it, or if its program
 ends with exit code 77: it cannot run on this machine, its last line says why. A lane whose
@@ -36,22 +37,31 @@ class Lane:
     alone: bool = False  # it fills the machine
 
 
-PROVISIONING = (("pytest", "-rs", "-m", "not slow", "tests/provisioning"),)
-CONTRACT = (("pytest", "tests/contract"),)
+def tests(folder: str, *more: str, marks: str = "") -> tuple[tuple[str, ...], ...]:
+    """Return the command that runs the tests of folders, the slow ones if they are asked for.
+
+    :param more: other folders
+    :param marks: of the tests, as pytest's -m has them
+    """
+    chosen = [marks] if marks else []
+    if not os.environ.get("SLOW"):
+        chosen.append("not slow")
+    expression = ("-m", " and ".join(chosen)) if chosen else ()
+    return (("pytest", *expression, *(f"tests/{name}" for name in (folder, *more))),)
+
+
 CONFORMANCE = (("tests.conformance", "--fixed"),)
 MOLECULE = (("molecule/run", "test"),)
-CLUSTER = (("pytest", "-rs", "-m", "not slow and not attack", "tests/cluster"),)
-ATTACK = (("pytest", "-rs", "-m", "attack and not slow", "tests/local", "tests/cluster"),)
 DOCS = ("sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")
 LANES = (
-    Lane("provisioning", "tests/provisioning", PROVISIONING, ".venv-provision"),
-    Lane("local", "tests/local", (("pytest", "-m", "not attack and not slow", "tests/local"),)),
-    Lane("cluster", "tests/cluster", CLUSTER),
-    Lane("attack", "tests/cluster", ATTACK),
-    Lane("unit", "tests/unit", (("pytest", "tests/unit"),)),
-    Lane("contract", "tests/contract", CONTRACT),
-    Lane("contract-3.25", "tests/contract", CONTRACT, ".venv-3.25"),
-    Lane("contract-3.23", "tests/contract", CONTRACT, ".venv-3.23"),
+    Lane("provisioning", "tests/provisioning", tests("provisioning"), ".venv-provision"),
+    Lane("local", "tests/local", tests("local", marks="not attack")),
+    Lane("cluster", "tests/cluster", tests("cluster", marks="not attack")),
+    Lane("attack", "tests/cluster", tests("local", "cluster", marks="attack")),
+    Lane("unit", "tests/unit", tests("unit")),
+    Lane("contract", "tests/contract", tests("contract")),
+    Lane("contract-3.25", "tests/contract", tests("contract"), ".venv-3.25"),
+    Lane("contract-3.23", "tests/contract", tests("contract"), ".venv-3.23"),
     Lane("conformance", "tests/conformance/__main__.py", CONFORMANCE),
     Lane("types", "runtime/src", (("mypy",),)),
     Lane("docs", "docs/conf.py", (DOCS,), ".venv-docs"),

@@ -255,6 +255,7 @@ def test_silent_connections_beyond_the_limit_of_open_files(
         server.process.rlimit(psutil.RLIMIT_NOFILE, before)
 
 
+@pytest.mark.slow
 def test_wait_for_a_server_that_does_not_answer_is_told(server: Server) -> None:
     """Before there is a job, and while one runs."""
     command = [sys.executable, "-m", "oq_runtime.commands.run", str(JOB), "--no-progress"]

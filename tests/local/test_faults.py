@@ -709,6 +709,7 @@ def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
         assert any(name.endswith(f"_{job['job']}.csv") for name in names), names
 
 
+@pytest.mark.slow
 def test_start_from_the_last_job(env: dict[str, str], tmp_path: Path) -> None:
     code, out, err = run(env, corpus(HAZARD), "--json")
     assert code == 0, (out, err)

@@ -41,6 +41,7 @@ def made(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_commands_of_the_page(made: tuple[Path, str]) -> None:
     folder, said = made
     assert "Hazard Maps" in said

@@ -447,6 +447,7 @@ def test_archive_that_lacks_a_file(env: dict[str, str], tmpdir: Path, tmp_path: 
 # ---- real jobs
 
 
+@pytest.mark.slow
 def test_the_job_of_verify(
     env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +506,7 @@ def test_a_job_that_failed_is_explained_and_reported(env: dict[str, str], tmp_pa
     assert any(re.match(r"tasks: \d+ \w+ \(median ", line) for line in others), out
 
 
+@pytest.mark.slow
 def test_a_job_of_the_engine_alone_is_explained_and_reported(
     env: dict[str, str], tmp_path: Path
 ) -> None:
@@ -568,6 +570,7 @@ def test_stream_without_room(env: dict[str, str], tmp_path: Path, stream: int, c
         assert " complete in " in done.stdout
 
 
+@pytest.mark.slow
 def test_number_of_another_job_is_no_parameter(env: dict[str, str]) -> None:
     code, out, err = run(env, corpus(TINY), "--json")
     assert code == 0, err
@@ -660,6 +663,7 @@ def importing(process: psutil.Process, cache: Path) -> bool:
     return any(file.path.startswith(f"{cache}/oq-runtime/") for file in process.open_files())
 
 
+@pytest.mark.slow
 def test_import_that_takes_long(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     """Another process of this user has not come to the end of the first import."""
     env = env | {"XDG_CACHE_HOME": str(tmp_path)}
@@ -685,6 +689,7 @@ def test_import_that_takes_long(env: dict[str, str], tmpdir: Path, tmp_path: Pat
     assert json.loads(out)["jobs"][0]["state"] == "complete"
 
 
+@pytest.mark.slow
 def test_names_of_the_engine_exports_and_next_commands(env: dict[str, str], tmp_path: Path) -> None:
     """Nothing goes to /tmp itself; the commands that are named at the end work.
 

@@ -114,6 +114,7 @@ def test_goes_on_after_each_kill(env: dict[str, str], undisturbed: Path) -> None
     assert seconds < time.time() - began_s, "the process would be too young for its row"
 
 
+@pytest.mark.slow
 def test_job_that_runs_is_not_begun_again(env: dict[str, str], undisturbed: Path) -> None:
     number = last(env) + 1
     process = start(env, JOB, "--cores=1", "--json")
@@ -126,6 +127,7 @@ def test_job_that_runs_is_not_begun_again(env: dict[str, str], undisturbed: Path
     assert compare(undisturbed, done(out)[1]) == []
 
 
+@pytest.mark.slow
 def test_reuse(env: dict[str, str]) -> None:
     """What does not matter to a task costs none; what matters is computed, and all is right."""
     job = corpus("disagg/case_1/job.ini")
@@ -151,6 +153,7 @@ def test_reuse(env: dict[str, str]) -> None:
     assert code == 2 and "--reuse needs a journal" in one_line(err)
 
 
+@pytest.mark.slow
 def test_reuse_of_one_hazard_by_three_risks(env: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(corpus("classical_risk/case_4"), tmp_path / "job")
     hazard, risk = (tmp_path / "job" / name for name in ("job_haz.ini", "job_risk.ini"))
@@ -185,6 +188,7 @@ def detached_runs(env: dict[str, str]) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_detached_job_goes_on_by_itself(env: dict[str, str], undisturbed: Path) -> None:
     """After a kill of its ``oq-run``; not after an end of any other kind."""
     number = last(env) + 1
@@ -297,6 +301,7 @@ def test_what_has_changed_is_named(env: dict[str, str], tmp_path: Path) -> None:
     assert jobs(env)[-1] == (number, "failed", 0)
 
 
+@pytest.mark.slow
 def test_damaged_result_is_computed(env: dict[str, str], undisturbed: Path) -> None:
     number = begin(env)
     directory = journal.directory_of(datadir(env), number)
@@ -336,6 +341,7 @@ def journals(env: dict[str, str], *args: object) -> tuple[int, str]:
     return found.returncode, found.stdout + found.stderr
 
 
+@pytest.mark.slow
 def test_journals_are_shown_and_removed(env: dict[str, str]) -> None:
     number = begin(env)
     kept = results(env, number)

@@ -135,6 +135,7 @@ def test_a_terminal_that_changes(terminal: Callable[[int], Terminal], tmp_path: 
     assert len(re.findall("^classical ", one.history(), re.MULTILINE)) <= 1
 
 
+@pytest.mark.slow
 def test_waiting_for_another_job(terminal: Callable[[int], Terminal], tmp_path: Path) -> None:
     """It is said whose and since when, and the command that is named ends the waiting."""
     one = terminal(120)

@@ -257,6 +257,7 @@ def test_start_fails_the_lost_jobs_and_no_others(site: Site) -> None:
         db.execute("DELETE FROM job WHERE id IN (?, ?, ?)", (running, lost, reused))
 
 
+@pytest.mark.slow
 def test_job_outlives_a_restart(site: Site) -> None:
     job = site.run(site.login())
     assert wait_for(lambda: site.status(job) == "executing", JOB_S), site.log.read_text()

@@ -73,6 +73,7 @@ systemctl start oq.mount openquake-worker
 """
 
 
+@pytest.mark.slow
 def test_worker_that_leaves_unmounts_before_the_master_hears_of_it(cluster: Machines) -> None:
     """The run ends there, for the master is away; what comes next would shut the worker out."""
     cluster["w2"].sh(UNITS)

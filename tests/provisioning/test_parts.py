@@ -103,6 +103,7 @@ def test_secret_in_a_vault(cluster: Machines) -> None:
     assert "changed=0" in cluster.play("site.yml", "--tags=user,config", vault).stdout
 
 
+@pytest.mark.slow
 def test_dead_host_costs_a_quarter_of_a_minute(tmp_path: Path) -> None:
     """One that loses all packets, in a network of its own."""
     if os.geteuid() != 0:

@@ -10,7 +10,7 @@ from tests.provisioning.machine import role
 from tests.provisioning.machines import Machines
 from tests.provisioning.roles import failures
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 RESET = "playbooks/reset.yml"
 #: as the roles leave a host; the service notes its end

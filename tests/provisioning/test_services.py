@@ -46,6 +46,7 @@ esac
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("started", "told"), [("now", ""), ("1 hour", "served.service\n")])
 def test_service_that_started_while_the_clock_was_ahead(
     tmp_path: Path, started: str, told: str
@@ -97,6 +98,7 @@ def automounts(machine: Machine) -> list[str]:
     return machine.sh("cd /etc/systemd/system; ls *.automount 2>/dev/null || true").split()
 
 
+@pytest.mark.slow
 def test_mounts_of_other_settings_go(machine: Machine) -> None:
     """A path with a dash; then another one, after which the first is not waited for any more.
 
@@ -122,6 +124,7 @@ systemctl enable --now openquake-worker.service
 """
 
 
+@pytest.mark.slow
 def test_agent_that_a_change_of_the_mounts_has_stopped_runs_again(machine: Machine) -> None:
     machine.sh("touch /usr/sbin/mount.nfs4; mknod /dev/autofs c 10 235; systemctl daemon-reexec")
     mount = (role("openquake_nfs_client", "validate"), role("openquake_nfs_client", "mount"))
@@ -154,6 +157,7 @@ exec /usr/bin/stat.real "$@"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacks", ["", "ro", "noexec", "its directory"])
 def test_what_is_mounted_and_of_no_use_is_mounted_anew(machine: Machine, lacks: str) -> None:
     """By hand for writing, say."""
@@ -253,6 +257,7 @@ printf '[Service]\\nExecStart=sleep infinity\\n[Install]\\nWantedBy=spare.target
 """
 
 
+@pytest.mark.slow
 def test_server_speaks_one_version_and_is_restarted_for_its_settings_alone(
     machine: Machine,
 ) -> None:
@@ -278,6 +283,7 @@ def test_server_speaks_one_version_and_is_restarted_for_its_settings_alone(
     assert machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout == "static\n"
 
 
+@pytest.mark.slow
 def test_exports_that_a_run_has_failed_to_withdraw_go_with_the_next(machine: Machine) -> None:
     machine.sh(NFS)
     server = role("openquake_nfs_server")

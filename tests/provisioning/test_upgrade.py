@@ -189,6 +189,7 @@ def test_environment_that_does_not_work_is_taken_back(cluster: Machines) -> None
     assert (environment(cluster), database(cluster)) == ("venv-old", (500, ""))
 
 
+@pytest.mark.slow
 def test_job_database_is_not_replaced_by_an_old_copy(cluster: Machines) -> None:
     """The copy of today cannot be made; those of other changes must not come back for it."""
     cluster["m1"].sh("chmod 0500 /var/lib/openquake/oqdata")
@@ -198,6 +199,7 @@ def test_job_database_is_not_replaced_by_an_old_copy(cluster: Machines) -> None:
     assert running(cluster, *ALL) == ALL
 
 
+@pytest.mark.slow
 def test_jobs_that_have_started_since_are_not_lost(cluster: Machines) -> None:
     cluster["m1"].sh("cd /opt/openquake/venv-new/bin; touch oq-workers.job oq-workers.broken")
     done = cluster.play(UPGRADE)
@@ -225,6 +227,7 @@ def test_killed_in_the_midst(cluster: Machines) -> None:
     assert running(cluster, *ALL) == ALL
 
 
+@pytest.mark.slow
 def test_killed_in_the_midst_and_taken_back(cluster: Machines) -> None:
     """What was begun with one environment is undone by asking for the other."""
     kill_in_the_midst(cluster)
@@ -270,6 +273,7 @@ WORKERS_ALONE = """
 """
 
 
+@pytest.mark.slow
 def test_worker_that_was_away_changes_with_the_next_run(cluster: Machines) -> None:
     cluster["m1"].sh("ln -sfn venv-new /opt/openquake/venv")
     agent = "cd /opt/openquake; cat >venv-old/bin/oq-agent; chmod +x venv-old/bin/oq-agent; "
@@ -284,6 +288,7 @@ def test_worker_that_was_away_changes_with_the_next_run(cluster: Machines) -> No
     assert running(cluster, "w1", "w2") == ["w1", "w2"]
 
 
+@pytest.mark.slow
 def test_worker_that_dies_meanwhile_is_left_out(cluster: Machines) -> None:
     cluster["m1"].sh("touch /tmp/hold")
     process = cluster.start(UPGRADE)
@@ -296,6 +301,7 @@ def test_worker_that_dies_meanwhile_is_left_out(cluster: Machines) -> None:
     assert running(cluster, "m1", "w1") == ["m1", "w1"]
 
 
+@pytest.mark.slow
 def test_environment_of_another_installer_is_taken_over(cluster: Machines) -> None:
     """A directory in place of the link, as the engine's own installer makes it."""
     machine = cluster["m1"]
@@ -312,6 +318,7 @@ def test_environment_of_another_installer_is_taken_over(cluster: Machines) -> No
     assert running(cluster, "m1") == []
 
 
+@pytest.mark.slow
 def test_new_secret_with_a_dead_worker(cluster: Machines) -> None:
     cluster.sh("mkdir -p /etc/openquake; echo the-secret-of-yesterday >/etc/openquake/authkey")
     cluster.cut("w2")
