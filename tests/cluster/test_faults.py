@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import (
+    JOB_LIMIT_S,
     SHORT_BEATS,
     calculate,
     check_calculation,
@@ -108,6 +110,20 @@ def test_agent_that_hangs_is_lost_and_its_attempts_are_refused(cluster: Cluster)
 @pytest.mark.slow
 def test_agent_that_hangs_for_40_s(cluster: Cluster) -> None:
     hang(cluster, 160, 40)
+
+
+@pytest.mark.slow
+def test_forty_other_processes_cost_no_node(cluster: Cluster) -> None:
+    run = under_way(cluster, stream(cluster, 60), "node3", least=5)
+    loop = f"ulimit -t {JOB_LIMIT_S:.0f}; while :; do :; done"
+    others = [subprocess.Popen(["sh", "-c", loop]) for _ in range(40)]
+    try:
+        assert check_stream(run, 60)["retries"] == 0
+        assert all(row["state"] == "up" for row in status(cluster).values())
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 # ---- nodes and links

@@ -73,3 +73,13 @@ def files_of_the_roles() -> Path:
         subprocess.run(command, check=True)
         half.rename(root)
     return root
+
+
+def program_of_the_roles(name: str) -> list[str]:
+    """Return the beginning of a command line that runs a program of those packages here."""
+    if shutil.which(name):
+        return [name]
+    files = files_of_the_roles()
+    libraries = {str(path.parent) for path in files.glob("usr/lib/**/*.so*")}
+    [program] = files.glob(f"usr/*bin/{name}")
+    return ["env", f"LD_LIBRARY_PATH={':'.join(sorted(libraries))}", str(program)]

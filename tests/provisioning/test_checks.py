@@ -130,6 +130,7 @@ def test_little_space_and_a_number_for_people_are_told(machine: Machine) -> None
     assert "is above 999" not in done.stdout
 
 
+@pytest.mark.slow
 def test_cloud_init_that_keeps_the_names_is_told(machine: Machine) -> None:
     """Of several settings the last one counts."""
     machine.sh("mkdir -p /etc/cloud/cloud.cfg.d; cd /etc/cloud; echo '# none' >cloud.cfg")

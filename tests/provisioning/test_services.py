@@ -69,6 +69,7 @@ def count(machine: Machine, what: str) -> int:
     return len(machine.run("cat", f"/run/{what}").stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_service_reads_what_is_newer_than_it(machine: Machine) -> None:
     machine.sh(f"touch /etc/read; cat >{UNIT}", stdin=SERVED)
     done = machine.play(role("openquake", "fresh"), **FRESH)
@@ -183,6 +184,7 @@ def test_what_is_mounted_and_of_no_use_is_mounted_anew(machine: Machine, lacks: 
     assert ("changed=0" in done.stdout) == (lacks == ""), done.stdout
 
 
+@pytest.mark.slow
 def test_mounts_of_another_address_of_the_master_are_no_strangers(machine: Machine) -> None:
     machine.sh("touch /usr/sbin/mount.nfs4; mv /usr/bin/findmnt /usr/bin/findmnt.real")
     validate = role("openquake_nfs_client", "validate")
@@ -326,6 +328,7 @@ def test_rpcbind_is_shut_on_a_worker_too_until_its_last_mount_goes(machine: Mach
 START = "systemctl start rpcbind; systemctl is-active rpcbind"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openquake_nfs_client", "openquake_nfs_server"])
 def test_what_the_roles_have_masked_is_unmasked_and_nothing_else(
     machine: Machine, name: str
@@ -351,6 +354,7 @@ def test_what_the_roles_have_masked_is_unmasked_and_nothing_else(
 # ---- the keys
 
 
+@pytest.mark.slow
 def test_key_that_a_killed_run_has_half_made_is_made_good(machine: Machine) -> None:
     machine.sh(SETUP)
     machine.sh("mkdir -p /etc/openquake/ssh")
@@ -409,6 +413,7 @@ def test_agent_learns_a_new_secret(machine: Machine) -> None:
     assert "changed=0" in done.stdout
 
 
+@pytest.mark.slow
 def test_agent_learns_of_another_environment(machine: Machine) -> None:
     machine.sh(SETUP)
     machine.sh("ip address add 192.0.2.2/24 dev lo")
@@ -444,6 +449,7 @@ def test_account_of_another_installer_that_is_busy_is_told(machine: Machine) -> 
     assert machine.sh("getent passwd openquake").split(":")[5] == "/var/lib/openquake"
 
 
+@pytest.mark.slow
 def test_jobs_that_go_on_are_those_of_the_users(machine: Machine) -> None:
     """Who leaves the list has no unit any more, and with an empty list there is none at all.
 
@@ -505,6 +511,7 @@ def test_swap_stays_off_and_comes_back(machine: Machine) -> None:
 SSHD = "/etc/ssh/sshd_config.d/openquake.conf"
 
 
+@pytest.mark.slow
 def test_sshd_forgets_the_cluster_also_where_a_reset_was_killed(machine: Machine) -> None:
     machine.sh(
         "mkdir -p /etc/ssh/sshd_config.d; cat >/etc/systemd/system/ssh.service", stdin=SERVED

@@ -14,6 +14,7 @@ import pytest
 from oq_runtime.config import Config
 from oq_runtime.settings import KEYS, ORDERED, Key
 from tests.cluster.netns import Net, unavailable
+from tests.provisioning.packages import program_of_the_roles
 from tests.provisioning.roles import ROOT, ansible, options, read
 from tests.provisioning.variables import plain
 
@@ -148,9 +149,10 @@ def test_the_ports_are_open_for_the_nodes_alone(tmp_path: Path) -> None:
     if reason := unavailable():
         pytest.skip(reason)
     sections(tmp_path)
+    nft = program_of_the_roles("nft")
     with Net(("m1", "w1", "w2", "w3", "stranger")) as net:
         for host, ports in PORTS.items():
-            done = net.run(host, ["nft", "-f", tmp_path / f"{host}.nft"])
+            done = net.run(host, [*nft, "-f", tmp_path / f"{host}.nft"])
             assert done.returncode == 0, done.stderr
             python = [sys.executable, "-ISc"]
             server = net.popen(host, [*python, LISTEN, *ports], stdout=subprocess.PIPE)

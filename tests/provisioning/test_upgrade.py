@@ -218,6 +218,7 @@ def kill_in_the_midst(cluster: Machines) -> None:
     cluster["m1"].sh("rm /tmp/hold")
 
 
+@pytest.mark.slow
 def test_killed_in_the_midst(cluster: Machines) -> None:
     kill_in_the_midst(cluster)
     assert running(cluster, *ALL) == []
