@@ -125,6 +125,7 @@ class Forms(html.parser.HTMLParser):
             self.found[-1][2].append(given.get("name") or "")
 
 
+@pytest.mark.slow
 def test_upload_in_the_browser(
     webui: Cluster, cluster: Cluster, undisturbed: Path, tmp_path: Path
 ) -> None:

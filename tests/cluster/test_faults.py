@@ -194,7 +194,7 @@ def test_node_to_which_only_small_messages_come(cluster: Cluster, direction: Dir
 
 
 @short_beats
-@pytest.mark.parametrize("direction", ["in", "out"])
+@pytest.mark.parametrize("direction", [pytest.param("in", marks=pytest.mark.slow), "out"])
 def test_large_messages_get_lost_during_a_job(cluster: Cluster, direction: Direction) -> None:
     tasks = 48
     run = under_way(cluster, stream(cluster, tasks), "node3")

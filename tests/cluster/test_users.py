@@ -142,6 +142,7 @@ def cluster_jobs(cluster: Cluster) -> list[dict[str, Any]]:
     return list(json.loads(done.stdout).values())
 
 
+@pytest.mark.slow
 def test_ten_jobs_on_nine_ports(cluster: Cluster, tmp_path: Path) -> None:
     go = tmp_path / "go"
     nine = [drive(cluster, "until", [(x, str(go)) for x in (1, 2)]) for _ in range(9)]
