@@ -69,7 +69,11 @@ def test_node_that_lies_about_itself(no_agents: Cluster, attacks: Attacks) -> No
 
 @pytest.mark.settings(**SHORT_BEATS)
 @pytest.mark.parametrize(
-    ("how", "row"), [("refuse", "it refused this job"), ("die", "attempt 1: ")]
+    ("how", "row"),
+    [
+        pytest.param("refuse", "it refused this job", marks=pytest.mark.slow),
+        ("die", "attempt 1: "),
+    ],
 )
 def test_reasons_in_errors(no_agents: Cluster, attacks: Attacks, how: str, row: str) -> None:
     no_agents.configure(**SHORT_BEATS)
