@@ -1,13 +1,21 @@
-"""Syntax and style of the playbooks and roles."""
+"""Syntax and style of the playbooks and roles; and that each step of a scenario is there."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from molecule.config import Config
 
 from tests.provisioning.roles import PLAYBOOKS, ROOT, ansible
+
+SCENARIOS = sorted(ROOT.glob("molecule/*/molecule.yml"))
+#: steps that play that of another one, or none
+WITHOUT_PLAYBOOK = ("syntax", "check", "idempotence")
 
 
 @pytest.mark.parametrize("playbook", PLAYBOOKS)
@@ -33,3 +41,17 @@ def test_lint_is_not_told_to_look_away() -> None:
     files = [*(ROOT / "roles").rglob("*.yml"), *(ROOT / "playbooks").rglob("*.yml")]
     told = [path for path in files if re.search(r"#\s*noqa", path.read_text())]
     assert told == []
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: path.parent.name)
+def test_steps_of_a_scenario_are_there(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Molecule passes over a step whose playbook it does not find, and goes on."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("MOLECULE_IMAGE", "none")
+    common = {"base_config": [str(ROOT / ".config/molecule/config.yml")]}
+    config = Config(str(scenario), common, {"subcommand": "test"})
+    assert config.provisioner is not None
+    for step in config.scenario.test_sequence:
+        name, *playbooks = step.split()
+        assert name in WITHOUT_PLAYBOOK or getattr(config.provisioner.playbooks, name), step
+        assert all((scenario.parent / playbook).is_file() for playbook in playbooks), step
