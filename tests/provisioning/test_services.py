@@ -522,3 +522,21 @@ def test_sshd_forgets_the_cluster_also_where_a_reset_was_killed(machine: Machine
         done = machine.play(role("openquake_ssh", "remove"))
         assert done.returncode == 0, done.stdout
         assert count(machine, "reloads") == 1
+
+
+@pytest.mark.parametrize("mode", ["ro", "rw"])
+def test_a_worker_that_leaves_does_not_touch_the_software_of_all(
+    machine: Machine, mode: str
+) -> None:
+    """Where its administrator has mounted that, reading and writing too."""
+    machine.sh(
+        "mkdir -p /opt/openquake && mount -t tmpfs software /opt/openquake"
+        f" && touch /opt/openquake/openquake.cfg && mount -o remount,{mode} /opt/openquake"
+    )
+    done = machine.play(role("openquake_config", "remove"), host="w1")
+    assert done.returncode == 0, done.stdout
+    assert machine.can("ls /opt/openquake/openquake.cfg", "root")
+    machine.sh("umount /opt/openquake && touch /opt/openquake/openquake.cfg")
+    done = machine.play(role("openquake_config", "remove"))
+    assert done.returncode == 0, done.stdout
+    assert not machine.can("ls /opt/openquake", "root")
