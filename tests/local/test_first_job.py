@@ -17,7 +17,7 @@ from tests.system.browser import Browser
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/first-job.md"
 MISSING = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,6 @@ def made(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     return folder, done.stdout
 
 
-@pytest.mark.slow
 def test_commands_of_the_page(made: tuple[Path, str]) -> None:
     folder, said = made
     assert "Hazard Maps" in said
