@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tests.provisioning.machine import ENTER, PATH, Machine
-from tests.provisioning.roles import ROOT
+from tests.provisioning.roles import PLAIN, ROOT
 
 #: the last two arguments are the host and the command
 SSH = """\
@@ -92,12 +92,9 @@ class Machines:
     def start(self, playbook: str, *args: str) -> subprocess.Popen[str]:
         """Start a playbook of the repository."""
         (self.folder / "settings.yml").write_text(yaml.safe_dump(self.settings))
-        env = os.environ | {
-            "ANSIBLE_SSH_EXECUTABLE": str(self.ssh),
-            "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(self.folder / "facts"),
-            "ANSIBLE_NOCOLOR": "1",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = os.environ | PLAIN | {"ANSIBLE_SSH_EXECUTABLE": str(self.ssh), "PATH": path}
+        env["ANSIBLE_CACHE_PLUGIN_CONNECTION"] = str(self.folder / "facts")
         return subprocess.Popen(
             [
                 "ansible-playbook",

@@ -31,6 +31,8 @@ ROLES = [
     "openquake_webui",
     "openquake_verify",
 ]
+#: output without colours, whatever the environment asks for
+PLAIN = {"NO_COLOR": "1", "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
 PLAYBOOKS = ["site.yml", *(f"playbooks/{path.name}" for path in (ROOT / "playbooks").glob("*.yml"))]
 
 
@@ -66,7 +68,8 @@ def ansible(
         [str(path / program), *args],
         cwd=ROOT,
         env=os.environ
-        | {"PATH": f"{path}:{os.environ['PATH']}", "NO_COLOR": "1", "ANSIBLE_NOCOLOR": "1"}
+        | PLAIN
+        | {"PATH": f"{path}:{os.environ['PATH']}"}
         | {"ANSIBLE_CACHE_PLUGIN": "memory"}  # not what another test has found out
         | (env or {}),
         capture_output=True,
