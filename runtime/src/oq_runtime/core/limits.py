@@ -41,7 +41,13 @@ class Limits:
         ),
     ] = 30.0
     no_nodes_limit_s: Annotated[
-        float, Meta(gt=0, le=MOST_S, description="seconds without any node after which a job fails")
+        float,
+        Meta(
+            gt=0,
+            le=MOST_S,
+            description="seconds without any node after which a job fails; at its start it waits "
+            "for 60 at least",
+        ),
     ] = 60.0
     memory_soft_percent: Annotated[
         int,

@@ -323,7 +323,10 @@ class Broker:
 
     def _welcome(self, peer: bytes) -> None:
         slots = sum(node.slots for node in self.core.nodes.values())
-        welcome = protocol.Welcome(job=self.job, pid=os.getpid(), slots=slots)
+        limit_s = self.core.limits.no_nodes_limit_s
+        welcome = protocol.Welcome(
+            job=self.job, pid=os.getpid(), slots=slots, no_nodes_limit_s=limit_s
+        )
         transport.send_to(self.engine, peer, welcome)
 
     def _cancel(self, peer: bytes, map_: int) -> None:

@@ -31,7 +31,8 @@ from oq_runtime.wire import payload, protocol, transport
 from oq_runtime.wire.payload import Buffer
 from oq_runtime.wire.protocol import NodeState
 
-#: seconds for the session to have its first worker slots, and then for the other nodes to answer
+#: seconds for the session to have its first worker slots (more if no_nodes_limit_s is more), and
+#: then for the other nodes to answer
 READY_SECS, OTHERS_SECS = 60.0, 3.0
 #: ended tasks of which the broker is told in one message
 CONSUMED_TASKS = 32
@@ -94,10 +95,10 @@ class Session:
 
     def _greet(self) -> int:
         """Wait for the first nodes; return their slots."""
-        started_s = time.monotonic()
+        started_s, limit_s = time.monotonic(), READY_SECS
         told = reasons = ""
         transport.send(self.socket, protocol.Hello(pid=self.pid, role="engine"))
-        while (waited_s := time.monotonic() - started_s) < READY_SECS:
+        while (waited_s := time.monotonic() - started_s) < limit_s:
             ready = dict(self.poller.poll(100))
             if not ready:
                 continue
@@ -105,6 +106,7 @@ class Session:
                 raise self._broker_lost()
             message = protocol.decode(frames[0])
             if isinstance(message, protocol.Welcome) and self.broker is None:
+                limit_s = max(limit_s, message.no_nodes_limit_s)
                 self.broker = processes.pidfd(message.pid)
                 if self.broker is not None:
                     self.poller.register(self.broker, zmq.POLLIN)
@@ -127,7 +129,7 @@ class Session:
             time.sleep(0.01)
             transport.send(self.socket, protocol.StatusQuery())
         why = reasons or "no agent has answered"
-        raise errors.NoWorkers(f"no worker slots after {READY_SECS:.0f} s: {why}")
+        raise errors.NoWorkers(f"no worker slots after {limit_s:.0f} s: {why}")
 
     # ---- tasks out
 

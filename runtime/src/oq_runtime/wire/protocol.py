@@ -34,7 +34,7 @@ from oq_runtime.errors import ProtocolError, VersionError
 from oq_runtime.priority import Priority
 from oq_runtime.text import clean
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 #: bytes of a body, or of the arguments in a call, that travel in a header
 INLINE_BYTES = 64 * 1024
 #: bytes of the payload that shows that long messages come through, not only short ones: more than a
@@ -115,12 +115,16 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """The answer to Hello: who it is that was called, and what is to be compared."""
+    """The answer to Hello: who it is that was called, and what is to be compared.
+
+    ``no_nodes_limit_s``: the broker's, for the engine that waits for its first node.
+    """
 
     pid: int
     host: Words = ""
     slots: int = 0
     facts: Facts = Facts()
+    no_nodes_limit_s: Seconds = 0.0
 
 
 class Refused(Message, frozen=True, tag="refused"):
