@@ -62,6 +62,7 @@ def test_every_message_is_described() -> None:
     text = PAGE.read_text()
     kinds = [kind.__name__ for kind in typing.get_args(protocol.AnyMessage)]
     assert [kind for kind in kinds if f"`{kind}`" not in text] == []
+    assert f"\nVersion {protocol.PROTOCOL_VERSION}. " in text
 
 
 def settings() -> str:
