@@ -6,13 +6,16 @@ end of the job itself (``test_ends``), memory and disks (``test_limits``).
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.cluster import Cluster
@@ -22,6 +25,7 @@ from tests.cluster.jobs import (
     calculate,
     check_calculation,
     check_stream,
+    drive,
     result,
     status,
     stream,
@@ -29,6 +33,7 @@ from tests.cluster.jobs import (
     workers,
 )
 from tests.cluster.netns import Direction, Process
+from tests.leftovers import wait_for
 
 pytestmark = pytest.mark.timeout(300)
 short_beats = pytest.mark.settings(**SHORT_BEATS)
@@ -68,6 +73,53 @@ def test_workers_die_at_random(cluster: Cluster, undisturbed: Path) -> None:
     for node in ("node2", "node3"):
         rng.choice(workers(cluster, node)).kill()
     check_calculation(run, undisturbed)
+
+
+@contextlib.contextmanager
+def frozen(folder: Path) -> Iterator[Path]:
+    """A file system of its own that takes nothing more: who writes there waits for its end."""
+    disk, place = folder / "disk", folder / "place"
+    place.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", disk], check=True)
+    mounted = subprocess.run(["mount", "-o", "loop", disk, place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no loop device can be mounted here: {mounted.stderr.strip()}")
+    try:
+        subprocess.run(["fsfreeze", "--freeze", place], check=True)
+        yield place
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", place])
+        assert wait_for(lambda: subprocess.run(["umount", place]).returncode == 0, 20)
+
+
+@pytest.mark.slow
+def test_workers_that_the_kernel_does_not_let_end(cluster: Cluster, tmp_path: Path) -> None:
+    """A device, or a file server, that does not answer costs their slots, and nothing else."""
+    slots = sum(cluster.slots.values())
+    with frozen(tmp_path) as place:
+        run = drive(cluster, "writes", [(x, str(place / "file")) for x in range(2)])
+
+        def waiting() -> list[tuple[str, psutil.Process]]:
+            found = [(node, worker) for node in cluster.slots for worker in workers(cluster, node)]
+            return [(n, w) for n, w in found if w.status() == psutil.STATUS_DISK_SLEEP]
+
+        assert wait_for(lambda: len(waiting()) == 2, 60), run.log.read_text()
+        stuck = waiting()
+        run.send_signal(signal.SIGINT)
+        run.wait(15)
+        assert wait_for(lambda: sum(row["stuck"] for row in status(cluster).values()) == 2, 20)
+        for node, worker in stuck:
+            said = f"worker process {worker.pid} was killed 5 s ago and does not end"
+            assert said in log_of(cluster, node)
+        assert all(row["state"] == "up" for row in status(cluster).values())
+        check_stream(under_way(cluster, stream(cluster), least=slots - 2))
+        assert all(worker.is_running() for _, worker in stuck)
+        cluster.stop_agent(stuck[0][0])
+    assert not psutil.wait_procs([worker for _, worker in stuck], 20)[1]
+    cluster.start_agents()
+    check_stream(under_way(cluster, stream(cluster), least=slots))
 
 
 # ---- agents

@@ -127,6 +127,13 @@ def unless(x: Any, seconds: Any, path: Any, monitor: Any) -> dict[str, Any]:
     return {"sum": x}
 
 
+def writes(x: Any, path: Any, monitor: Any) -> dict[str, Any]:
+    """Append to a file."""
+    with open(path, "a") as file:
+        file.write(f"{x}\n")
+    return {"sum": x}
+
+
 def leaves(x: Any, monitor: Any) -> dict[str, Any]:
     """Start a process and leave it running; return its number."""
     return {"pid": subprocess.Popen(["sleep", "600"]).pid}

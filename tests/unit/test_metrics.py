@@ -31,7 +31,7 @@ ITS_OWN = {"up"}
 SECRET = "calculation 42 of alice"
 AGENT = AgentStatus(
     host="w1", pid=1, slots=8, busy=3, jobs=[SECRET], memory=0.25, engine="3.26.2",
-    state=AgentState.DRAINING, ready=2, beat_age_s=1.5,
+    state=AgentState.DRAINING, ready=2, beat_age_s=1.5, stuck=1,
     leases=[LeaseStatus(name=SECRET, user="alice", title=SECRET, age_s=1.0, slots=8,
                         priority=Priority.NORMAL, busy=3, done=1, total=9, left_s=None)],
 )  # fmt: skip
@@ -83,7 +83,8 @@ def test_figures(exporter: Exporter) -> None:
     found = samples(text)
     assert {name: value for (name, labels), value in found.items()
           if name.startswith("oq_") and not labels} == {
-        "oq_agent_slots": 8, "oq_agent_busy_slots": 3, "oq_agent_ready_workers": 2,
+        "oq_agent_slots": 8, "oq_agent_busy_slots": 3, "oq_agent_stuck_slots": 1,
+        "oq_agent_ready_workers": 2,
         "oq_agent_sessions": 1, "oq_agent_memory_used_ratio": 0.25,
         "oq_agent_beat_age_seconds": 1.5, "oq_agent_results_bytes_total": 1234,
         "oq_session_slots": 4, "oq_session_busy_slots": 2, "oq_session_running_tasks": 2,

@@ -491,6 +491,17 @@ def test_a_worker_that_does_not_end_is_told_once() -> None:
     assert node.handle(GONE_1, 9.0) == [] and node.stuck == 0
 
 
+def test_a_slot_whose_worker_does_not_end_is_no_part_of_a_share() -> None:
+    node = leased(2)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    assert node.handle(TaskTaken("j", 1, 1), 0.0) == [Kill(1)]
+    told = node.handle(Tick(), STUCK_SECS + 1)
+    assert told == [Stuck(1, STUCK_SECS + 1), GrantLease("j", 1)]
+    assert GrantLease("k", 0) in node.handle(LeaseAsked("k"), STUCK_SECS + 1), "in turns"
+    node.handle(Released("k"), STUCK_SECS + 2)
+    assert node.handle(GONE_1, 99.0) == [GrantLease("j", 2), Spawn(3, "j")]
+
+
 def test_room_is_made_once_for_each_task() -> None:
     node = leased(3)
     node.handle(LeaseAsked("k"), 0.0)
@@ -499,5 +510,6 @@ def test_room_is_made_once_for_each_task() -> None:
     node.handle(Tick(), 1.0)
     node.handle(Heard("k"), STUCK_SECS + 1)
     node.handle(Heard("j"), STUCK_SECS + 1)
-    assert node.handle(Tick(), STUCK_SECS + 2) == [Stuck(1, STUCK_SECS + 2), Kill(2)]
+    told = node.handle(Tick(), STUCK_SECS + 2)
+    assert told == [Stuck(1, STUCK_SECS + 2), GrantLease("j", 1), Kill(2)]
     assert node.handle(WorkerGone(2, ""), STUCK_SECS + 2) == [Spawn(4, "k")]

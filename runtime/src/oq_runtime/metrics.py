@@ -65,6 +65,9 @@ def of_agent(status: AgentStatus, over: Counter[type[Any]], sent_bytes: int) -> 
         Value("oq_agent_info", "Versions of runtime and engine.", 1, labels=about),
         Value("oq_agent_slots", "Tasks that the node runs at a time.", status.slots),
         Value("oq_agent_busy_slots", "Tasks that run.", status.busy),
+        Value(
+            "oq_agent_stuck_slots", "Slots whose workers were killed and do not end.", status.stuck
+        ),
         Value("oq_agent_ready_workers", "Workers that wait for a task.", status.ready),
         Value("oq_agent_sessions", "Jobs that have a share of the slots.", len(status.leases)),
         Value("oq_agent_memory_used_ratio", "Part of the memory in use.", status.memory),

@@ -150,6 +150,12 @@ def examine(pool: Pool) -> Report:
         match answer:
             case AgentStatus(state=AgentState.UP):
                 _measure(pool, report, host, answer.slots)
+                if answer.stuck:
+                    report.problems.append(
+                        f"{host}: worker processes that were killed do not end, {answer.stuck} of "
+                        "them: a device or a file server does not answer; journalctl -u "
+                        "openquake-worker names them"
+                    )
             case AgentStatus(state=state):
                 report.problems.append(f"{host}: it is {state}; try oq-workers start")
             case Unreachable(reason):

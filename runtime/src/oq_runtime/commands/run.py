@@ -78,7 +78,8 @@ NO_NODE = (
     "that are down"
 )
 NO_SHARE = (
-    "other jobs have all slots; oq-workers jobs says whose, and this one gets its part in turn"
+    "no slot is free for this job: other jobs have them, and it gets its part in turn (oq-workers "
+    "jobs), or processes that were killed and do not end (oq-workers status)"
 )
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")

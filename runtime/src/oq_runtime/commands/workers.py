@@ -250,13 +250,14 @@ def _row(host: str, answer: Answer) -> list[str]:
             return [host, "-", "-", "-", "-", f"unreachable: {reason}", "-"]
         case Killed():
             return [host, "-", "-", "-", "-", "killed over ssh", "-"]
+    stuck = f"; {answer.stuck} killed, but not gone" if answer.stuck else ""
     return [
         host,
         f"{answer.busy}/{answer.slots}",
         ", ".join(answer.jobs) or "-",
         f"{answer.memory:.0%}",
         answer.engine,
-        answer.state,
+        f"{answer.state}{stuck}",
         "-" if answer.beat_age_s is None else f"{answer.beat_age_s:.1f} s",
     ]
 

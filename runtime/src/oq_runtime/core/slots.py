@@ -5,7 +5,8 @@ An attempt is known from the moment that it waits for a worker until that one is
 rest of its life is in ``attempts``.
 A worker belongs to one lease and runs one task at a time, so that blame for its death is exact.
 One that was killed keeps its slot until its process is gone, which may never be: the kernel does
-not kill what waits for a device, or for a file server that is away.
+not kill what waits for a device, or for a file server that is away. After a while such a slot is
+no part of any share, so that no broker gives tasks to it.
 
 Several leases share the slots by weighted max-min fairness: none gets more than it wants while
 another has less than its part, which follows its priority (WEIGHTS); what cannot be divided is held
@@ -321,6 +322,11 @@ class Slots:
         return sum(w.told for w in self.those[WorkerState.ENDING].values())
 
     @property
+    def usable(self) -> int:
+        """Slots that leases can have."""
+        return self.slots - self.stuck
+
+    @property
     def busy(self) -> int:
         return len(self.those[WorkerState.BUSY])
 
@@ -462,15 +468,15 @@ class Slots:
 
     def _share(self, effects: list[Effect]) -> None:
         """Divide the slots among the leases and tell those whose share has changed."""
-        alone = len(self.leases) == 1
+        alone, usable = len(self.leases) == 1, self.usable
         wants = {
-            job: self.slots if alone or lease.wanted < 0 else min(lease.wanted, self.slots)
+            job: usable if alone or lease.wanted < 0 else min(lease.wanted, usable)
             for job, lease in self.leases.items()
         }
-        shares = divided(self.slots, wants, {j: one.weight for j, one in self.leases.items()})
+        shares = divided(usable, wants, {j: one.weight for j, one in self.leases.items()})
         hungry = [job for job in wants if shares[job] < wants[job]]
         hungry.sort(key=self._turns)
-        for job in hungry[: self.slots - sum(shares.values())]:
+        for job in hungry[: usable - sum(shares.values())]:
             shares[job] += 1
         for job, share in shares.items():
             if share != self.leases[job].slots:
@@ -585,6 +591,7 @@ class Slots:
             if ending and now - worker.since_s > STUCK_SECS:
                 worker.told = True
                 effects.append(Stuck(worker.id, now - worker.since_s))
+                self._share(effects)
 
     def _serve(self, seconds: float) -> None:
         """Note what the leases have had of the slots."""
@@ -625,6 +632,8 @@ class Slots:
         if worker is None:
             return False
         if worker.state is WorkerState.ENDING:
+            if worker.told:
+                self._share(effects)
             return True
         lease = self.leases[worker.job]
         reason = gone.reason
@@ -678,7 +687,7 @@ class Slots:
     def check_invariants(self) -> None:
         """Raise AssertionError when the state contradicts itself; called by the tests."""
         assert len(self.workers) <= self.slots, self.workers
-        assert sum(lease.slots for lease in self.leases.values()) <= self.slots, self.leases
+        assert sum(lease.slots for lease in self.leases.values()) <= self.usable, self.leases
         for state, those in self.those.items():
             assert those == {w: one for w, one in self.workers.items() if one.state is state}, state
         running = []

@@ -574,6 +574,7 @@ class Agent:
             state=state,
             ready=self.slots.ready,
             beat_age_s=self.slots.beat_age_s(time.monotonic()),
+            stuck=self.slots.stuck,
         )
 
     def _lease_status(self, name: str) -> protocol.LeaseStatus:

@@ -495,7 +495,7 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
 
     ``memory`` is the part in use, ``jobs`` the leases in words, ``ready`` the workers that have
     imported the engine, ``beat_age_s`` the age of the oldest of the brokers' last beats (None: no
-    lease).
+    lease), ``stuck`` the slots whose workers were killed and do not end.
     """
 
     host: Words
@@ -509,6 +509,7 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
     leases: Annotated[list[LeaseStatus], msgspec.Meta(max_length=1000)] = []
     ready: Count = 0
     beat_age_s: Seconds | None = None
+    stuck: Count = 0
 
 
 class Ready(Message, frozen=True, tag="ready"):
