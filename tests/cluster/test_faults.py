@@ -122,6 +122,19 @@ def test_workers_that_the_kernel_does_not_let_end(cluster: Cluster, tmp_path: Pa
     check_stream(under_way(cluster, stream(cluster), least=slots))
 
 
+@pytest.mark.slow
+@pytest.mark.settings(preload="hanging")
+def test_node_whose_workers_do_not_start(cluster: Cluster) -> None:
+    """The engine cannot be read there; its tasks go to the others, and it is named."""
+    cluster.stop_agent("node2")
+    cluster.start_agent("node2", HANGS="1")
+    run = under_way(cluster, stream(cluster))
+    assert wait_for(lambda: status(cluster)["node2"]["unstarted"] or run.poll() is not None, 120, 1)
+    check_stream(run)
+    assert "still imports the engine" in log_of(cluster, "node2")
+    cluster.stop_agent("node2")
+
+
 # ---- agents
 
 

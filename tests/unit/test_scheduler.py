@@ -21,6 +21,7 @@ from oq_runtime.core.scheduler import (
     MAX_PREEMPTIONS,
     MOST_BARREN,
     TRANSITIONS,
+    UNSTARTED_S,
     AbortAttempt,
     Assign,
     AttemptDied,
@@ -1208,6 +1209,28 @@ def test_alone_waits_for_the_node_that_is_full_with_what_runs_there() -> None:
     core.handle(AttemptEnded("b", 4, 1, 1), 0.0)
     assert core.nodes["b"].kept_for == 2 and core.tasks[2].node == ""
     assert core.handle(NodeSeen("b", False, 20), 1.0) == [Assign("b", 2, 2, alone=True)]
+
+
+def test_what_does_not_start_on_a_node_goes_to_another() -> None:
+    core = Scheduler(LIMITS)
+    core.handle(NodeJoined("a", 1), 0.0)
+    core.handle(NodeJoined("b", 1), 0.0)
+    for task in (1, 2):
+        core.handle(Submitted(task, 0, 0), 0.0)
+    core.handle(AttemptStarted("a", 1, 1), 0.0)
+
+    def at(now: float) -> list[Effect]:
+        for name in core.nodes:
+            core.handle(NodeSeen(name), now)
+        return core.handle(Tick(), now)
+
+    assert at(UNSTARTED_S + 1) == [], "the other has no slot that is free"
+    core.handle(AttemptEnded("a", 1, 1, 1), UNSTARTED_S + 1)
+    assert at(UNSTARTED_S + 2) == [AbortAttempt("b", 2, 1), Assign("a", 2, 2)]
+    assert at(2 * UNSTARTED_S + 3) == [], "it may have to wait for its arguments"
+    assert at(3 * UNSTARTED_S + 3) == [AbortAttempt("a", 2, 2), Assign("b", 2, 3)]
+    core.handle(NodeGone("a", "left"), 3 * UNSTARTED_S + 3)
+    assert at(99 * UNSTARTED_S) == [], "there is no other"
 
 
 def test_last_attempt_waits_for_another_node() -> None:

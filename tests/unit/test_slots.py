@@ -11,6 +11,7 @@ import pytest
 from oq_runtime.core.limits import Limits
 from oq_runtime.core.slots import (
     GROWTH_BYTES,
+    STARTING_SECS,
     STUCK_SECS,
     TURN_S,
     Died,
@@ -27,6 +28,7 @@ from oq_runtime.core.slots import (
     Released,
     RunOn,
     Slots,
+    Slow,
     Spawn,
     Stuck,
     TaskGiven,
@@ -500,6 +502,19 @@ def test_a_slot_whose_worker_does_not_end_is_no_part_of_a_share() -> None:
     assert GrantLease("k", 0) in node.handle(LeaseAsked("k"), STUCK_SECS + 1), "in turns"
     node.handle(Released("k"), STUCK_SECS + 2)
     assert node.handle(GONE_1, 99.0) == [GrantLease("j", 2), Spawn(3, "j")]
+
+
+def test_a_worker_that_does_not_start_is_told_once() -> None:
+    node = Slots(1)
+    node.handle(LeaseAsked("j"), 0.0)
+    assert node.handle(Heard("j"), STARTING_SECS) == node.handle(Tick(), STARTING_SECS) == []
+    node.handle(Heard("j"), STARTING_SECS + 1)
+    assert node.handle(Tick(), STARTING_SECS + 1) == [Slow(1, STARTING_SECS + 1)]
+    assert node.handle(Tick(), STARTING_SECS + 2) == [] and node.unstarted == 1
+    node.handle(WorkerReady(1), STARTING_SECS + 3)
+    assert node.unstarted == node.stuck == 0
+    node.handle(Released("j"), STARTING_SECS + 3)
+    assert node.handle(Tick(), STARTING_SECS + 4) == [] and node.stuck == 0
 
 
 def test_room_is_made_once_for_each_task() -> None:

@@ -251,6 +251,7 @@ def _row(host: str, answer: Answer) -> list[str]:
         case Killed():
             return [host, "-", "-", "-", "-", "killed over ssh", "-"]
     stuck = f"; {answer.stuck} killed, but not gone" if answer.stuck else ""
+    stuck += f"; {answer.unstarted} not started yet" if answer.unstarted else ""
     return [
         host,
         f"{answer.busy}/{answer.slots}",

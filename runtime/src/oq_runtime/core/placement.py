@@ -295,9 +295,10 @@ class Placement:
                 node.kept_for = None
                 self.offer(node)
 
-    def unused(self, now: float) -> int:
-        """Return the free slots of nodes that take tasks."""
-        return sum(n.credit for n in self.nodes.values() if self._takes_tasks(n, now))
+    def unused(self, now: float) -> dict[str, int]:
+        """Return the free slots of the nodes that take tasks and have some."""
+        nodes = self.nodes.values()
+        return {n.name: n.credit for n in nodes if n.credit and self._takes_tasks(n, now)}
 
     def _takes_tasks(self, node: Node, now: float) -> bool:
         return not node.closed and not self._silent(node, now)

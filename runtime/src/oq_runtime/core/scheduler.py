@@ -35,6 +35,9 @@ WINDOW_BYTES = 1 << 30
 #: seconds after which an attempt that has not started waits for a slot, for agents tell of a start
 #: after 0.2 s; it is taken back when another node has a slot that nobody wants
 WAITED_S = 1.0
+#: the same on a node that has a slot for it: its workers do not start, since the engine cannot be
+#: read there; twice as long after each attempt, for the task may also wait for its arguments
+UNSTARTED_S = 60.0
 #: history lines kept of a task, and losses of nodes that are told when none is left
 HISTORY_LINES, LOSSES = 50, 5
 
@@ -807,18 +810,29 @@ class Scheduler:
         effects.append(Assign(node.name, task.id, task.attempt, task.alone, task.firm))
 
     def _take_back(self, now: float, effects: list[Effect]) -> None:
-        """Give to free slots what waits for one elsewhere: tasks that seemed short and are not."""
+        """Give to free slots what waits elsewhere: for a slot, or for a worker that does not start.
+
+        The first are tasks that seemed short and are not.
+        """
         if self.queue or self.alone:
             return
-        crowded = {name for name, node in self.nodes.items() if node.crowded}
-        free = self.placement.unused(now) if crowded else 0
-        for task in list(self.tasks.values()) if free else ():
-            waits = task.state is State.ASSIGNED and now - task.assigned_s > WAITED_S
-            if free and waits and task.node in crowded and not task.rival and not task.alone:
-                free -= 1
-                note = f"waited on {task.node}"
-                self._abort(task, effects)
-                self._requeue(task, note)
+        unused = self.placement.unused(now)
+        free = sum(unused.values())
+        for node in list(self.nodes.values()) if free else ():
+            elsewhere = free - unused.get(node.name, 0)
+            for task in [self.tasks[task_id] for task_id in sorted(node.running)]:
+                if elsewhere <= 0 or task.state is not State.ASSIGNED or task.rival or task.alone:
+                    continue
+                waited_s = now - task.assigned_s
+                if node.crowded:
+                    late = waited_s > WAITED_S
+                else:
+                    late = waited_s > UNSTARTED_S * 2 ** min(task.attempts - 1, 10)
+                    task.avoid = node.name if late else task.avoid
+                if late:
+                    free, elsewhere = free - 1, elsewhere - 1
+                    self._abort(task, effects)
+                    self._requeue(task, f"waited {waited_s:.0f} s on {node.name}")
         self._dispatch(now, effects)
 
     # ---- second attempts

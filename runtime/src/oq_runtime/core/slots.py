@@ -42,8 +42,9 @@ TURN_S = 30.0
 KILL_INTERVAL_S = 2.0
 #: bytes by which a worker may grow over what it had at its start before it is replaced
 GROWTH_BYTES = 1 << 30
-#: seconds after which a killed worker that is still there is worth a word
-STUCK_SECS = 5.0
+#: seconds after which a killed worker that is still there is worth a word, and one that has not
+#: started, for which the engine has to be imported: 4 s, or 50 where many processes do so
+STUCK_SECS, STARTING_SECS = 5.0, 60.0
 
 
 class WorkerState(Enum):
@@ -59,7 +60,8 @@ class WorkerState(Enum):
 class Worker:
     """A worker process, as far as its slot is concerned.
 
-    ``since_s``: since when it has its task, or was killed; ``told``: that it does not end.
+    ``since_s``: since when it is there, has its task, or was killed; ``told``: that it does not
+    start, or end.
     """
 
     id: int
@@ -277,6 +279,14 @@ class Stuck:
 
 
 @dataclass(frozen=True, slots=True)
+class Slow:
+    """The worker was to be started so many seconds ago and is not ready."""
+
+    worker: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Fewer:
     """The node goes on with so many slots, since it may have no more processes."""
 
@@ -292,7 +302,7 @@ class LeaseEnded:
     reason: str
 
 
-Effect = GrantLease | Spawn | RunOn | Kill | Died | Preempted | Stuck | Fewer | LeaseEnded
+Effect = GrantLease | Spawn | RunOn | Kill | Died | Preempted | Stuck | Slow | Fewer | LeaseEnded
 
 
 class Slots:
@@ -320,6 +330,11 @@ class Slots:
     def stuck(self) -> int:
         """Workers that were killed and do not end."""
         return sum(w.told for w in self.those[WorkerState.ENDING].values())
+
+    @property
+    def unstarted(self) -> int:
+        """Workers that should have started long ago."""
+        return sum(w.told for w in self.those[WorkerState.STARTING].values())
 
     @property
     def usable(self) -> int:
@@ -409,7 +424,7 @@ class Slots:
                 self._take_back(job, task, attempt, now, effects)
             case WorkerReady(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
-                    found.start_bytes = nbytes
+                    found.start_bytes, found.told = nbytes, False
                     self._change(found, WorkerState.IDLE)
             case WorkerFree(worker, nbytes, last):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
@@ -425,7 +440,7 @@ class Slots:
                 self._tick(now, effects)
         self._fill(now, effects)
         if vacant:
-            self._staff(effects)
+            self._staff(now, effects)
         return effects
 
     def _of(self, job: str) -> list[Worker]:
@@ -445,25 +460,25 @@ class Slots:
             del self.those[found.state][worker]
         return found
 
-    def _spawn(self, lease: Lease, effects: list[Effect]) -> None:
+    def _spawn(self, lease: Lease, now: float, effects: list[Effect]) -> None:
         self.spawned += 1
-        new = self.workers[self.spawned] = Worker(self.spawned, lease.job)
+        new = self.workers[self.spawned] = Worker(self.spawned, lease.job, since_s=now)
         self._change(new, WorkerState.STARTING)
         effects.append(Spawn(self.spawned, lease.job))
 
-    def _staff(self, effects: list[Effect]) -> None:
+    def _staff(self, now: float, effects: list[Effect]) -> None:
         """Start the workers that leases lack of their shares, as far as slots are empty."""
         if self.alone:
             return
         for lease in self.leases.values():
             missing = lease.slots - len(self._of(lease.job))
             for _ in range(min(missing, self.slots - len(self.workers))):
-                self._spawn(lease, effects)
+                self._spawn(lease, now, effects)
 
     def _kill(self, worker: Worker, now: float, effects: list[Effect]) -> None:
         """Kill a worker whose death is wanted and charged to nobody."""
         self._change(worker, WorkerState.ENDING)
-        worker.since_s, worker.task, worker.attempt = now, -1, -1
+        worker.since_s, worker.task, worker.attempt, worker.told = now, -1, -1, False
         effects.append(Kill(worker.id))
 
     def _share(self, effects: list[Effect]) -> None:
@@ -515,7 +530,7 @@ class Slots:
             coming = starting + len(ending) - self.stuck
             for _ in range(min(len(lease.pending) - coming, free - starting)):
                 if len(self.workers) < self.slots:
-                    self._spawn(lease, effects)
+                    self._spawn(lease, now, effects)
                 elif not self._make_room(lease, now, effects):
                     break
 
@@ -587,11 +602,14 @@ class Slots:
             if limit and worker.state is WorkerState.BUSY and now - worker.since_s > limit:
                 reason = f"killed after {now - worker.since_s:.0f} s, task_timeout_s is {limit:g} s"
                 self._kill_busy(worker, reason, now, effects)
-            ending = worker.state is WorkerState.ENDING and not worker.told
-            if ending and now - worker.since_s > STUCK_SECS:
+            state, seconds = worker.state, now - worker.since_s
+            if state is WorkerState.ENDING and not worker.told and seconds > STUCK_SECS:
                 worker.told = True
-                effects.append(Stuck(worker.id, now - worker.since_s))
+                effects.append(Stuck(worker.id, seconds))
                 self._share(effects)
+            if state is WorkerState.STARTING and not worker.told and seconds > STARTING_SECS:
+                worker.told = True
+                effects.append(Slow(worker.id, seconds))
 
     def _serve(self, seconds: float) -> None:
         """Note what the leases have had of the slots."""

@@ -575,6 +575,7 @@ class Agent:
             ready=self.slots.ready,
             beat_age_s=self.slots.beat_age_s(time.monotonic()),
             stuck=self.slots.stuck,
+            unstarted=self.slots.unstarted,
         )
 
     def _lease_status(self, name: str) -> protocol.LeaseStatus:
@@ -804,6 +805,13 @@ class Agent:
                     f"worker process {pid} was killed {seconds:.0f} s ago and does not end; its "
                     "slot stays taken. The kernel waits for a device or a file server: see "
                     f"/proc/{pid}/stack"
+                )
+            case slots.Slow(_, seconds):
+                pid = self.forkserver.process.pid if self.forkserver else "unknown"
+                log.warning(
+                    f"no worker for {seconds:.0f} s: process {pid} still imports the engine; if it "
+                    "uses no CPU time, it waits for the files of the engine",
+                    extra=about("unstarted"),
                 )
             case slots.Fewer(left, reason):
                 log.warning(f"goes on with {left} of its slots: {reason}", extra=about("processes"))

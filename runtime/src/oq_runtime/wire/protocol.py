@@ -495,7 +495,8 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
 
     ``memory`` is the part in use, ``jobs`` the leases in words, ``ready`` the workers that have
     imported the engine, ``beat_age_s`` the age of the oldest of the brokers' last beats (None: no
-    lease), ``stuck`` the slots whose workers were killed and do not end.
+    lease), ``stuck`` the workers that were killed and do not end, ``unstarted`` those that should
+    have started long ago.
     """
 
     host: Words
@@ -510,6 +511,7 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
     ready: Count = 0
     beat_age_s: Seconds | None = None
     stuck: Count = 0
+    unstarted: Count = 0
 
 
 class Ready(Message, frozen=True, tag="ready"):
