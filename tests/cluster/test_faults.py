@@ -95,6 +95,7 @@ def frozen(folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@short_beats
 def test_workers_that_the_kernel_does_not_let_end(cluster: Cluster, tmp_path: Path) -> None:
     """A device, or a file server, that does not answer costs their slots, and nothing else."""
     slots = sum(cluster.slots.values())
@@ -107,12 +108,14 @@ def test_workers_that_the_kernel_does_not_let_end(cluster: Cluster, tmp_path: Pa
 
         assert wait_for(lambda: len(waiting()) == 2, 60), run.log.read_text()
         stuck = waiting()
+        assert wait_for(lambda: sum(row["waiting"] for row in status(cluster).values()) == 2, 20)
         run.send_signal(signal.SIGINT)
         run.wait(15)
         assert wait_for(lambda: sum(row["stuck"] for row in status(cluster).values()) == 2, 20)
         for node, worker in stuck:
             said = f"worker process {worker.pid} was killed 5 s ago and does not end"
             assert said in log_of(cluster, node)
+            assert f"process {worker.pid} waits in the kernel for 4 s" in log_of(cluster, node)
         assert all(row["state"] == "up" for row in status(cluster).values())
         check_stream(under_way(cluster, stream(cluster), least=slots - 2))
         assert all(worker.is_running() for _, worker in stuck)

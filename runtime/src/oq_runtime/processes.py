@@ -151,11 +151,21 @@ def look(pid: int) -> Process | None:
         return None
 
 
-def stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal, and waits for SIGCONT; see proc(5), stat."""
+def condition(pid: int) -> tuple[str, int]:
+    """Return the letter of what a process does, "" if it has ended, and its CPU time in ticks.
+
+    "T": it was stopped by a signal, and waits for SIGCONT; "D": the kernel waits for a device or a
+    file server, and nothing ends it. See proc(5), stat.
+    """
     with contextlib.suppress(OSError, IndexError):  # it has ended
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[11]) + int(fields[12])
+    return "", 0
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal."""
+    return condition(pid)[0] == "T"
 
 
 def boot_s() -> float:

@@ -250,15 +250,19 @@ def _row(host: str, answer: Answer) -> list[str]:
             return [host, "-", "-", "-", "-", f"unreachable: {reason}", "-"]
         case Killed():
             return [host, "-", "-", "-", "-", "killed over ssh", "-"]
-    stuck = f"; {answer.stuck} killed, but not gone" if answer.stuck else ""
-    stuck += f"; {answer.unstarted} not started yet" if answer.unstarted else ""
+    troubles = {
+        "wait for a device or a file server": answer.waiting,
+        "killed, but not gone": answer.stuck,
+        "not started yet": answer.unstarted,
+    }
+    state = "; ".join([answer.state, *(f"{n} {what}" for what, n in troubles.items() if n)])
     return [
         host,
         f"{answer.busy}/{answer.slots}",
         ", ".join(answer.jobs) or "-",
         f"{answer.memory:.0%}",
         answer.engine,
-        f"{answer.state}{stuck}",
+        state,
         "-" if answer.beat_age_s is None else f"{answer.beat_age_s:.1f} s",
     ]
 

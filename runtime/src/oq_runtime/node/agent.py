@@ -254,6 +254,8 @@ class Agent:
         self.pings: list[tuple[zmq.MessageTracker, int]] = []  # on their way back, and their bytes
         self.answers: dict[bytes, deque[zmq.MessageTracker]] = {}  # peer -> on their way to it
         self.stopped_s: dict[int, float] = {}  # pids of processes that are, and since when
+        # those that wait in the kernel, with their CPU time then
+        self.waits: dict[int, tuple[int, float]] = {}
         self.alone_bytes = 0  # of memory for a task that had the node for itself
         # the kernel's kills at the last two looks: one that is not reaped yet is not forgotten
         self.oom_kills = self.oom_kills_before = oom_kills()
@@ -365,7 +367,7 @@ class Agent:
             self._look_at_memory()
         except OSError as exc:
             log.warning(f"cannot look at the memory: {exc}", extra=about("memory"))
-        self._look_for_stopped(now)
+        self._look_at_processes(now)
         self._handle(slots.Tick())
         moved = frozenset(name for name, job in self.jobs.items() if job.moved)
         for name in moved:
@@ -373,12 +375,27 @@ class Agent:
         self._handle(attempts.Tick(moved))
         systemd.notify("WATCHDOG=1")
 
-    def _look_for_stopped(self, now: float) -> None:
-        """Kill what was stopped for as long as a silent node is waited for: its task would hang."""
+    def _look_at_processes(self, now: float) -> None:
+        """Kill what was stopped for as long as a silent node is waited for: its task would hang.
+
+        What waits in the kernel cannot be killed, and goes on when the device or server answers.
+        """
         server = self.forkserver.process.pid if self.forkserver else 0
         pids = [server, *(process.pid for process in self.processes.values())]
-        stopped = [pid for pid in pids if pid and processes.stopped(pid)]
+        found = {pid: processes.condition(pid) for pid in pids if pid}
+        stopped = [pid for pid, (state, _) in found.items() if state == "T"]
         self.stopped_s = {pid: self.stopped_s.get(pid, now) for pid in stopped}
+        waits, self.waits = self.waits, {}
+        for pid in [pid for pid, (state, _) in found.items() if state == "D"]:
+            before, ticks = waits.get(pid), found[pid][1]
+            self.waits[pid] = before if before and before[0] == ticks else (ticks, now)
+        for pid in self._waiting(now):
+            seconds = now - self.waits[pid][1]
+            log.warning(
+                f"process {pid} waits in the kernel for {seconds:.0f} s: a device or a file server "
+                f"does not answer; see /proc/{pid}/stack",
+                extra=about(f"wait of {pid}"),
+            )
         late = {
             pid for pid, since_s in self.stopped_s.items() if now - since_s > self.limits.lost_s
         }
@@ -388,6 +405,10 @@ class Agent:
                 self.forkserver.kill(worker)
         if self.forkserver and server in late:
             self.forkserver.process.kill()
+
+    def _waiting(self, now: float) -> list[int]:
+        """The processes that wait in the kernel for as long as a silent node is waited for."""
+        return [pid for pid, (_, s) in self.waits.items() if now - s > self.limits.lost_s]
 
     def _look_at_memory(self) -> None:
         self.oom_kills = oom_kills()
@@ -574,6 +595,7 @@ class Agent:
             state=state,
             ready=self.slots.ready,
             beat_age_s=self.slots.beat_age_s(time.monotonic()),
+            waiting=len(self._waiting(time.monotonic())),
             stuck=self.slots.stuck,
             unstarted=self.slots.unstarted,
         )
@@ -807,10 +829,10 @@ class Agent:
                     f"/proc/{pid}/stack"
                 )
             case slots.Slow(_, seconds):
-                pid = self.forkserver.process.pid if self.forkserver else "unknown"
+                importer = self.forkserver.process.pid if self.forkserver else "unknown"
                 log.warning(
-                    f"no worker for {seconds:.0f} s: process {pid} still imports the engine; if it "
-                    "uses no CPU time, it waits for the files of the engine",
+                    f"no worker for {seconds:.0f} s: process {importer} still imports the engine; "
+                    "if it uses no CPU time, it waits for the files of the engine",
                     extra=about("unstarted"),
                 )
             case slots.Fewer(left, reason):

@@ -495,8 +495,8 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
 
     ``memory`` is the part in use, ``jobs`` the leases in words, ``ready`` the workers that have
     imported the engine, ``beat_age_s`` the age of the oldest of the brokers' last beats (None: no
-    lease), ``stuck`` the workers that were killed and do not end, ``unstarted`` those that should
-    have started long ago.
+    lease), ``waiting`` the processes that wait for a device or a file server, ``stuck`` the workers
+    that were killed and do not end, ``unstarted`` those that should have started long ago.
     """
 
     host: Words
@@ -510,6 +510,7 @@ class AgentStatus(Message, frozen=True, tag="agentstatus"):
     leases: Annotated[list[LeaseStatus], msgspec.Meta(max_length=1000)] = []
     ready: Count = 0
     beat_age_s: Seconds | None = None
+    waiting: Count = 0
     stuck: Count = 0
     unstarted: Count = 0
 
