@@ -138,6 +138,20 @@ def test_node_whose_workers_do_not_start(cluster: Cluster) -> None:
     cluster.stop_agent("node2")
 
 
+@pytest.mark.slow
+@pytest.mark.settings(preload="hanging")
+def test_workers_that_start_nowhere(cluster: Cluster) -> None:
+    cluster.stop_agents()
+    for node in cluster.slots:
+        cluster.start_agent(node, HANGS="1")
+    run = calculate(cluster)
+    said = "no node begins with its tasks; oq-workers status says"
+    assert wait_for(lambda: said in run.log.read_text(), 180, 1), run.log.read_text()
+    run.send_signal(signal.SIGINT)
+    assert run.wait(20) == 130
+    cluster.stop_agents()
+
+
 # ---- agents
 
 

@@ -1225,8 +1225,10 @@ def test_what_does_not_start_on_a_node_goes_to_another() -> None:
         return core.handle(Tick(), now)
 
     assert at(UNSTARTED_S + 1) == [], "the other has no slot that is free"
+    assert core.unstarted(UNSTARTED_S + 1) == ["b"]
     core.handle(AttemptEnded("a", 1, 1, 1), UNSTARTED_S + 1)
     assert at(UNSTARTED_S + 2) == [AbortAttempt("b", 2, 1), Assign("a", 2, 2)]
+    assert core.unstarted(UNSTARTED_S + 3) == []
     assert at(2 * UNSTARTED_S + 3) == [], "it may have to wait for its arguments"
     assert at(3 * UNSTARTED_S + 3) == [AbortAttempt("a", 2, 2), Assign("b", 2, 3)]
     core.handle(NodeGone("a", "left"), 3 * UNSTARTED_S + 3)

@@ -81,6 +81,7 @@ NO_SHARE = (
     "no slot is free for this job: other jobs have them, and it gets its part in turn (oq-workers "
     "jobs), or processes that were killed and do not end (oq-workers status)"
 )
+NOT_STARTED = "no node begins with its tasks; oq-workers status says where workers do not start"
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
 #: options of which nothing is a value
@@ -449,6 +450,9 @@ def waits_for(status: Status, *, cluster: bool) -> tuple[str, str]:
     """Return what the tasks of a job wait for, and a line on it, or no words."""
     if status.note:
         return "a port", status.note
+    busy = [node for node in status.nodes if node.busy]
+    if cluster and busy and all(node.reason for node in busy):
+        return "workers", NOT_STARTED
     if not cluster or any(node.slots for node in status.nodes):
         return "", ""
     leased = any(node.state is NodeState.LEASED for node in status.nodes)

@@ -835,6 +835,20 @@ class Scheduler:
                     self._requeue(task, f"waited {waited_s:.0f} s on {node.name}")
         self._dispatch(now, effects)
 
+    def unstarted(self, now: float) -> list[str]:
+        """Return the nodes that have had tasks for a long time and begin with none of them."""
+        return [
+            node.name
+            for node in self.nodes.values()
+            if node.running
+            and not node.crowded
+            and all(self._waits(self.tasks[t], node.name, now) for t in node.running)
+        ]
+
+    def _waits(self, task: Task, node: str, now: float) -> bool:
+        attempt = task if task.node == node or task.rival is None else task.rival
+        return attempt.state is State.ASSIGNED and now - attempt.assigned_s > UNSTARTED_S
+
     # ---- second attempts
 
     def _speculate(self, now: float, effects: list[Effect]) -> None:

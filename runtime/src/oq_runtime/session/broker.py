@@ -57,6 +57,7 @@ NODE_CHARACTERS = 100
 STATUS_CHARACTERS = 400_000
 #: for the last messages to the agents
 LINGER_MS = 500
+UNSTARTED = "it begins with none of its tasks: its workers do not start"
 MEMORY_REMEDY = (
     "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
 )
@@ -133,6 +134,7 @@ class Broker:
         self.phases: list[protocol.Phase] = []
         self.began_s: list[float] = []  # of each phase (monotonic)
         self.progress = protocol.Beat()  # its counts of the job, as of the last beat
+        self.unstarted: list[str] = []  # nodes whose workers do not start, as of then
         self.exporter: metrics.Exporter | None = None
         self.next_beat_s = 0.0
         self.peers = Peers(
@@ -240,6 +242,7 @@ class Broker:
         if self.exporter is not None:
             self.exporter.take(metrics.of_session(self._status()))
         self._handle(core.Tick())
+        self.unstarted = self.core.unstarted(now)
 
     def _poll_all(self) -> zmq.Poller:
         """Return a poller of all sources, and note what is to be done with each that is ready."""
@@ -525,12 +528,13 @@ class Broker:
             slots, busy = (found.slots, found.busy) if found else (0, 0)
             if found and not self.core.tasks:
                 slots = line.slots  # its share is small because it wants nothing now
+            reason = UNSTARTED if line.name in self.unstarted else line.peer.reason
             node = protocol.Node(
                 host=clean(line.host or line.name, most),
                 slots=slots,
                 busy=busy,
                 state=line.peer.told,
-                reason=clean(line.peer.reason, most),
+                reason=clean(reason, most),
             )
             nodes.append(node)
         note = ""

@@ -220,7 +220,7 @@ class NodeState(enum.StrEnum):
 class Node(msgspec.Struct, kw_only=True):
     """What a broker knows of a node.
 
-    ``reason``: why it has no lease.
+    ``reason``: why it has no lease, or does nothing with it.
     """
 
     host: Words
