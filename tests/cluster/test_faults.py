@@ -145,7 +145,7 @@ def test_workers_that_start_nowhere(cluster: Cluster) -> None:
     for node in cluster.slots:
         cluster.start_agent(node, HANGS="1")
     run = calculate(cluster)
-    said = "no node begins with its tasks; oq-workers status says"
+    said = "waiting: no node begins with its tasks"
     assert wait_for(lambda: said in run.log.read_text(), 180, 1), run.log.read_text()
     run.send_signal(signal.SIGINT)
     assert run.wait(20) == 130

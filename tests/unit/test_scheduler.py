@@ -138,6 +138,12 @@ class Cluster(RuleBasedStateMachine):
         """Whether there is a node that may have room for the data of the task."""
         return any(n for name, n in self.slots.items() if name not in self.no_room.get(task, []))
 
+    def takes_elsewhere(self, task: int) -> bool:
+        """Whether one of those takes tasks, and has not kept this one waiting."""
+        nodes, full = self.scheduler.nodes.values(), self.no_room.get(task, [])
+        slow = self.scheduler.tasks[task].slow
+        return any(n.slots and not n.closed and n.name not in [*full, slow] for n in nodes)
+
     def lose(self, node: str) -> None:
         del self.slots[node], self.seen[node]
         for task, attempts in list(self.last.items()):
@@ -228,7 +234,7 @@ class Cluster(RuleBasedStateMachine):
                     self.check_second_attempt(task, node, cause)
                 assert node in self.slots, "assigned to a lost node"
                 if not alone and node in self.no_room.get(task, []):
-                    assert not self.has_elsewhere(task), "assigned where it has no room"
+                    assert not self.takes_elsewhere(task), "assigned where it has no room"
                 assert self.now - self.seen[node] <= SUSPECT_AFTER_S, "assigned to a suspect node"
                 short = self.scheduler.kinds[0].mean_s < SHORT_S
                 most = AHEAD * self.slots[node] if short else self.slots[node]
@@ -1233,6 +1239,75 @@ def test_what_does_not_start_on_a_node_goes_to_another() -> None:
     assert at(3 * UNSTARTED_S + 3) == [AbortAttempt("a", 2, 2), Assign("b", 2, 3)]
     core.handle(NodeGone("a", "left"), 3 * UNSTARTED_S + 3)
     assert at(99 * UNSTARTED_S) == [], "there is no other"
+
+
+def alive(core: Scheduler, now: float) -> list[Effect]:
+    """The effects of a tick at which all nodes have just been heard of."""
+    for name in core.nodes:
+        core.handle(NodeSeen(name), now)
+    return core.handle(Tick(), now)
+
+
+def test_one_that_may_not_go_to_a_free_node_does_not_keep_the_others_waiting() -> None:
+    core = Scheduler(LIMITS)
+    core.handle(NodeJoined("a", 1), 0.0)
+    core.handle(NodeJoined("b", 2), 0.0)
+    for task in (1, 2, 3):
+        core.handle(Submitted(task, 0, 0), 0.0)
+    where = {core.tasks[task].node for task in (1, 2, 3)}
+    assert where == {"a", "b"}
+    [there] = [task for task in (1, 2, 3) if core.tasks[task].node == "a"]
+    assert core.handle(AttemptDied("a", there, 1, "full", no_room=True), 1.0) == []
+    moved = [e for e in alive(core, UNSTARTED_S + 1) if isinstance(e, Assign)]
+    assert {one.node: one.task == there for one in moved} == {"a": False, "b": True}
+
+
+def test_a_task_that_runs_alone_leaves_a_node_that_does_not_begin_with_it() -> None:
+    core = nodes_with_memory(10, 20)
+    core.handle(Submitted(1, 0, 0), 0.0)
+    first = core.tasks[1].node
+    core.handle(AttemptDied(first, 1, 1, "killed", oom=True), 0.0)
+    assert core.tasks[1].node == "b", "that with the most memory"
+    assert alive(core, UNSTARTED_S + 1) == [
+        AbortAttempt("b", 1, 2),
+        Assign("a", 1, 3, alone=True),
+    ]
+
+
+def test_where_workers_died_is_not_forgotten_for_where_they_do_not_start() -> None:
+    core = Scheduler(LIMITS)
+    core.handle(NodeJoined("a", 1), 0.0)
+    core.handle(Submitted(1, 0, 0), 0.0)
+    core.handle(AttemptDied("a", 1, 1, "signal 9"), 0.0)
+    core.handle(NodeJoined("b", 1), 0.0)
+    core.handle(NodeJoined("c", 1), 0.0)
+    assert core.handle(AttemptDied("a", 1, 2, "signal 9"), 0.0) == [Assign("b", 1, MAX_DEATHS)]
+    assert alive(core, UNSTARTED_S + 1)[-1] == Assign("c", 1, MAX_DEATHS + 1)
+
+
+def test_moves_for_crowds_do_not_make_the_wait_for_a_start_longer() -> None:
+    core = Scheduler(LIMITS)
+    core.handle(NodeJoined("a", 1), 0.0)
+    core.handle(NodeJoined("b", 1), 0.0)
+    core.handle(Submitted(1, 0, 0), 0.0)
+    now = 0.0
+    for _ in range(4):
+        here = core.tasks[1].node
+        core.handle(NodeResized(here, 0), now)
+        now += 2.0
+        assert alive(core, now), "it goes to the other"
+        core.handle(NodeResized(here, 1), now)
+    assert alive(core, now + UNSTARTED_S + 1) != []
+
+
+def test_a_node_that_drains_is_no_reason_to_wait_for_another() -> None:
+    core = Scheduler(LIMITS)
+    core.handle(NodeJoined("a", 1), 0.0)
+    core.handle(Submitted(1, 0, 0), 0.0)
+    core.handle(NodeJoined("b", 1), 0.0)
+    core.handle(NodeSeen("b", True, 0), 0.0)
+    effects = core.handle(AttemptDied("a", 1, 1, "full", no_room=True), 1.0)
+    assert effects == [Assign("a", 1, 2)]
 
 
 def test_last_attempt_waits_for_another_node() -> None:

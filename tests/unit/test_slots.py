@@ -517,6 +517,50 @@ def test_a_worker_that_does_not_start_is_told_once() -> None:
     assert node.handle(Tick(), STARTING_SECS + 4) == [] and node.stuck == 0
 
 
+def test_a_worker_that_was_killed_before_it_was_made_has_time() -> None:
+    """The fork server may still import the engine; and what it cannot make is gone as well."""
+    node = Slots(2)
+    node.handle(LeaseAsked("j"), 0.0)
+    node.handle(Released("j"), 1.0)
+    node.handle(LeaseAsked("k"), 2.0)
+    for now in range(3, int(STARTING_SECS)):
+        node.handle(Heard("k"), now)
+        assert node.handle(Tick(), now) == [], "it is not stuck"
+    later = STARTING_SECS + 2
+    node.handle(Heard("k"), later)
+    assert GrantLease("k", 0) in node.handle(Tick(), later)
+    assert GrantLease("k", 1) in node.handle(WorkerRefused(1, "no process"), later)
+    assert GrantLease("k", 2) in node.handle(WorkerRefused(2, "no process"), later)
+
+
+def test_a_worker_that_does_not_end_is_none_to_do_with() -> None:
+    """Where no process can be had, the node does with those that work, not with that one."""
+    node = leased(2)
+    for task in (1, 2):
+        node.handle(TaskGiven("j", task, 1), 0.0)
+    node.handle(TaskTaken("j", 1, 1), 0.0)
+    node.handle(TaskGiven("j", 3, 1), 0.0)
+    assert Spawn(3, "j") in node.handle(WorkerGone(2, ""), 0.0)
+    [died] = node.handle(WorkerRefused(3, "no process"), 0.0)[:1]
+    assert isinstance(died, Died) and node.slots == 2
+
+
+def test_slots_come_back_where_the_last_one_hangs() -> None:
+    node = leased(2)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    node.handle(TaskGiven("j", 2, 1), 0.0)
+    node.handle(WorkerGone(2, ""), 0.0)
+    node.handle(TaskGiven("j", 3, 1), 0.0)
+    node.handle(WorkerRefused(3, "no process"), 0.0)
+    assert node.slots == 1
+    node.handle(TaskTaken("j", 1, 1), 1.0)
+    node.handle(Heard("j"), STUCK_SECS + 2)
+    told = node.handle(Tick(), STUCK_SECS + 2)
+    assert Stuck(1, STUCK_SECS + 1) in told
+    told += node.handle(Tick(), STUCK_SECS + 3)
+    assert node.slots == 2 and any(isinstance(effect, Spawn) for effect in told)
+
+
 def test_room_is_made_once_for_each_task() -> None:
     node = leased(3)
     node.handle(LeaseAsked("k"), 0.0)

@@ -81,7 +81,10 @@ NO_SHARE = (
     "no slot is free for this job: other jobs have them, and it gets its part in turn (oq-workers "
     "jobs), or processes that were killed and do not end (oq-workers status)"
 )
-NOT_STARTED = "no node begins with its tasks; oq-workers status says where workers do not start"
+NOT_STARTED = (
+    "no node begins with its tasks: other jobs have the slots (oq-workers jobs), arguments are on "
+    "the way, or workers do not start (oq-workers status)"
+)
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
 #: options of which nothing is a value
@@ -702,7 +705,8 @@ class Run:
             what, why = waits_for(self.status, cluster=self.spec["cluster"])
             waits |= {why: what} if why else {}
         found = [("", why) for why in waits]
-        found += [(node.host, node.reason) for node in nodes if node.reason]
+        away = [node for node in nodes if node.state is not NodeState.LEASED]
+        found += [(node.host, node.reason) for node in away if node.reason]
         self.true_since_s = {fact: self.true_since_s.get(fact, now) for fact in found}
         waited = [(now - self.true_since_s["", why], what) for why, what in waits.items() if what]
         waited_s, what = max(waited, default=(0.0, ""))

@@ -253,23 +253,28 @@ class Placement:
             return None
         return node
 
-    def barred(self, no_room: Collection[str], died: str) -> Collection[str]:
+    def barred(self, no_room: Collection[str], died: str, slow: str) -> Collection[str]:
         """Return the nodes that may not get a task as long as there are others.
 
         :param no_room: those that had no room for its data
         :param died: where its worker died, if this would be its last attempt
+        :param slow: where it did not start, which is no other node
         """
         full = set(no_room)
-        return next((names for names in (full | {died}, full) if self.has_other(names)), ())
+        choices = (full | {died}, full)
+        takes = {node.name for node in self.nodes.values() if node.slots and not node.closed}
+        return next((names for names in choices if takes - {*names, slow}), ())
 
     def has_other(self, names: Collection[str]) -> bool:
         """Whether there is a node with slots beside these."""
         return any(node.slots and node.name not in names for node in self.nodes.values())
 
-    def take_empty(self, task: int, now: float) -> Node | None:
+    def take_empty(self, task: int, now: float, avoid: str = "") -> Node | None:
         """Keep the node with most free memory for a task that runs alone; take it once it is empty.
 
         One that drains, or falls silent meanwhile, is given up for another.
+
+        :param avoid: a node that is taken only if there is no other
         """
         # a node that is full with what runs there opens again, one that drains has nothing to give
         usable = [
@@ -277,6 +282,7 @@ class Placement:
             for n in self.nodes.values()
             if n.slots and not self._silent(n, now) and (n.free_bytes or not n.closed)
         ]
+        usable = [n for n in usable if n.name != avoid] or usable
         kept = [n for n in usable if n.kept_for == task]
         if not kept:
             self.give_back(task)

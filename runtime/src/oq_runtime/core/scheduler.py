@@ -36,7 +36,7 @@ WINDOW_BYTES = 1 << 30
 #: after 0.2 s; it is taken back when another node has a slot that nobody wants
 WAITED_S = 1.0
 #: the same on a node that has a slot for it: its workers do not start, since the engine cannot be
-#: read there; twice as long after each attempt, for the task may also wait for its arguments
+#: read there; twice as long each time, for the task may also wait for its arguments
 UNSTARTED_S = 60.0
 #: history lines kept of a task, and losses of nodes that are told when none is left
 HISTORY_LINES, LOSSES = 50, 5
@@ -392,6 +392,8 @@ class Task:
     assigned_s: float = 0.0
     avoid: str = ""
     no_room: tuple[str, ...] = ()  # the node of each attempt that had no room for its data
+    unstarted: int = 0  # attempts that a node did not begin with in time, at last ``slow``
+    slow: str = ""
     history: tuple[str, ...] = ()
 
     @property
@@ -774,7 +776,7 @@ class Scheduler:
             task = self.tasks.get(self.queue[0][1])
             if task is not None and task.state is State.QUEUED:
                 barred = self._barred(task) if task.no_room or task.deaths else ()
-                node = placement.take(now, task.avoid, barred, task.kind.ahead)
+                node = placement.take(now, task.slow or task.avoid, barred, task.kind.ahead)
                 if node is not None:
                     self._assign(task, node, now, effects)
                 elif barred:
@@ -787,7 +789,7 @@ class Scheduler:
 
     def _barred(self, task: Task) -> Collection[str]:
         last = task.deaths and task.deaths == self.limits.max_attempts - 1
-        return self.placement.barred(task.no_room, task.avoid if last else "")
+        return self.placement.barred(task.no_room, task.avoid if last else "", task.slow)
 
     def _dispatch_alone(self, now: float, effects: list[Effect]) -> None:
         """Keep a node for each task that needs one for itself; start it when that is empty."""
@@ -795,7 +797,7 @@ class Scheduler:
         for task_id in waiting:
             if (task := self.tasks.get(task_id)) is None:
                 continue  # cancelled, or given up
-            if node := self.placement.take_empty(task_id, now):
+            if node := self.placement.take_empty(task_id, now, task.slow):
                 self._assign(task, node, now, effects)
             else:
                 self.alone.append(task_id)
@@ -812,23 +814,21 @@ class Scheduler:
     def _take_back(self, now: float, effects: list[Effect]) -> None:
         """Give to free slots what waits elsewhere: for a slot, or for a worker that does not start.
 
-        The first are tasks that seemed short and are not.
+        The first are tasks that seemed short and are not. What is in the queue may not go to the
+        slots that are free.
         """
-        if self.queue or self.alone:
-            return
         unused = self.placement.unused(now)
         free = sum(unused.values())
         for node in list(self.nodes.values()) if free else ():
             elsewhere = free - unused.get(node.name, 0)
             for task in [self.tasks[task_id] for task_id in sorted(node.running)]:
-                if elsewhere <= 0 or task.state is not State.ASSIGNED or task.rival or task.alone:
+                if elsewhere <= 0 or task.state is not State.ASSIGNED or task.rival:
                     continue
                 waited_s = now - task.assigned_s
-                if node.crowded:
+                if node.crowded and not task.alone:
                     late = waited_s > WAITED_S
-                else:
-                    late = waited_s > UNSTARTED_S * 2 ** min(task.attempts - 1, 10)
-                    task.avoid = node.name if late else task.avoid
+                elif late := waited_s > UNSTARTED_S * 2 ** min(task.unstarted, 10):
+                    task.unstarted, task.slow = task.unstarted + 1, node.name
                 if late:
                     free, elsewhere = free - 1, elsewhere - 1
                     self._abort(task, effects)

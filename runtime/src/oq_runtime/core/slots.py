@@ -61,7 +61,7 @@ class Worker:
     """A worker process, as far as its slot is concerned.
 
     ``since_s``: since when it is there, has its task, or was killed; ``told``: that it does not
-    start, or end.
+    start, or end; ``started``: it had, at last, a process.
     """
 
     id: int
@@ -74,6 +74,7 @@ class Worker:
     since_s: float = 0.0
     start_bytes: int = 0
     told: bool = False
+    started: bool = False
 
 
 @dataclass(slots=True)
@@ -424,7 +425,7 @@ class Slots:
                 self._take_back(job, task, attempt, now, effects)
             case WorkerReady(worker, nbytes):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.STARTING:
-                    found.start_bytes, found.told = nbytes, False
+                    found.start_bytes, found.told, found.started = nbytes, False, True
                     self._change(found, WorkerState.IDLE)
             case WorkerFree(worker, nbytes, last):
                 if (found := self.workers.get(worker)) and found.state is WorkerState.BUSY:
@@ -524,6 +525,8 @@ class Slots:
         for lease in leases:
             for worker in [*self.those[WorkerState.IDLE].values()]:
                 if free > 0 and lease.pending and worker.job == lease.job and not self.short:
+                    if lease.pending[0].alone and self.busy:
+                        break
                     self._start(worker, lease, now, effects)
                     free -= 1
             starting = sum(w.job == lease.job for w in self.those[WorkerState.STARTING].values())
@@ -590,6 +593,9 @@ class Slots:
         seconds = now - self.ticked_s if self.ticked_s is not None else 0.0
         self.ticked_s = now
         self._serve(seconds)
+        if self.stuck and not self.usable and self.slots < self.configured:
+            self.slots = self.configured  # those that no process was had for, before they hang
+            self._share(effects)
         for lease in list(self.leases.values()):
             # a beat early: at the latest lost_s after a cut its slots are to be free
             if now - lease.heard_s > self.limits.lost_s - self.limits.beat_s:
@@ -603,7 +609,9 @@ class Slots:
                 reason = f"killed after {now - worker.since_s:.0f} s, task_timeout_s is {limit:g} s"
                 self._kill_busy(worker, reason, now, effects)
             state, seconds = worker.state, now - worker.since_s
-            if state is WorkerState.ENDING and not worker.told and seconds > STUCK_SECS:
+            # its fork server, which may import the engine, kills one that it has not made yet
+            late = seconds > (STUCK_SECS if worker.started else STARTING_SECS)
+            if state is WorkerState.ENDING and not worker.told and late:
                 worker.told = True
                 effects.append(Stuck(worker.id, seconds))
                 self._share(effects)
@@ -673,9 +681,12 @@ class Slots:
     def _refused(self, worker: int, reason: str, effects: list[Effect]) -> None:
         """Do with the workers that there are; without any, the task that waits has to fail."""
         found = self._ended(worker)
-        if found is None or found.state is WorkerState.ENDING:
+        if found is None:
             return
-        if self.workers:
+        if found.state is WorkerState.ENDING:
+            if found.told:
+                self._share(effects)
+        elif len(self.workers) > len(self.those[WorkerState.ENDING]):
             self.slots = len(self.workers)
             effects.append(Fewer(self.slots, reason))
             self._share(effects)

@@ -57,7 +57,10 @@ NODE_CHARACTERS = 100
 STATUS_CHARACTERS = 400_000
 #: for the last messages to the agents
 LINGER_MS = 500
-UNSTARTED = "it begins with none of its tasks: its workers do not start"
+UNSTARTED = (
+    "it begins with none of its tasks: others have its slots or its memory, their arguments are on "
+    "the way, or its workers do not start"
+)
 MEMORY_REMEDY = (
     "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
 )
@@ -134,7 +137,7 @@ class Broker:
         self.phases: list[protocol.Phase] = []
         self.began_s: list[float] = []  # of each phase (monotonic)
         self.progress = protocol.Beat()  # its counts of the job, as of the last beat
-        self.unstarted: list[str] = []  # nodes whose workers do not start, as of then
+        self.unstarted: list[str] = []  # nodes that begin with none of their tasks, as of then
         self.exporter: metrics.Exporter | None = None
         self.next_beat_s = 0.0
         self.peers = Peers(

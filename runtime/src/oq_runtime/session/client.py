@@ -117,7 +117,11 @@ class Session:
                 if message.note:
                     started_s = time.monotonic()
                 states = [node.state for node in message.nodes]
-                pairs = [(n.host, n.reason) for n in message.nodes if n.reason]
+                pairs = [
+                    (n.host, n.reason)
+                    for n in message.nodes
+                    if n.reason and n.state is not NodeState.LEASED
+                ]
                 reasons = "; ".join(grouped(pairs))
                 if set(states) == {NodeState.REFUSED}:
                     raise errors.NoWorkers(f"no node takes this job: {reasons}")
