@@ -82,6 +82,15 @@ def test_tasks_on_the_controller_are_never_those_of_root() -> None:
         assert (task["become"], task["vars"]["ansible_become"]) == (False, False), task["name"]
 
 
+def test_no_host_chooses_a_file_of_the_controller() -> None:
+    """What it says of itself could be a path there, of a file that somebody else has written."""
+    files = [*(ROOT / "roles").glob("*/*/*.yml"), *(ROOT / "playbooks").rglob("*.yml")]
+    names = re.compile(r"(?:include_\w+|import_\w+|src|file|tasks_from|vars_from): *(.*\{\{.*)")
+    chosen = {name for path in files for name in names.findall(path.read_text())}
+    assert '"{{ openquake_os_family }}.yml"' in chosen
+    assert [name for name in chosen if "ansible_facts" in name] == []
+
+
 def test_no_proxy_is_asked_for_the_hosts_own_services() -> None:
     files = [*(ROOT / "roles").glob("*/tasks/*.yml"), *(ROOT / "playbooks").rglob("*.yml")]
     asked = re.compile(r"ansible\.builtin\.uri:\n(.*?)(?:\n\n|\Z)", re.DOTALL)

@@ -8,8 +8,13 @@ systemd and the database are real.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +23,7 @@ import pytest
 from tests.leftovers import wait_for
 from tests.provisioning.machine import NOTIFIES, role
 from tests.provisioning.machines import Machines
+from tests.provisioning.roles import ROOT
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -204,9 +210,45 @@ def test_jobs_that_have_started_since_are_not_lost(cluster: Machines) -> None:
     cluster["m1"].sh("cd /opt/openquake/venv-new/bin; touch oq-workers.job oq-workers.broken")
     done = cluster.play(UPGRADE)
     assert done.returncode != 0
-    assert f"venv-old again, and {DATABASE} was kept, for it has jobs" in done.stdout
+    assert f"venv-old again, and {DATABASE} was kept, for its jobs are not" in done.stdout
     assert (environment(cluster), database(cluster)) == ("venv-old", (501, "venv-new"))
     assert running(cluster, *ALL) == ALL
+
+
+@pytest.mark.parametrize(
+    ("since", "kept"),
+    [
+        ("", ""),
+        ("UPDATE auth_user SET last_login = 'now'", ""),
+        ("INSERT INTO job VALUES (2)", "jobs"),
+        ("DELETE FROM job WHERE id > 0", "jobs"),
+        ("UPDATE auth_user SET password = 'new'", "accounts"),
+        ("INSERT INTO auth_user VALUES ('bob', 'his', 1, 0, 0, NULL)", "accounts"),
+    ],
+)
+def test_what_people_have_done_since_keeps_the_job_database(
+    tmp_path: Path, since: str, kept: str
+) -> None:
+    before, now = tmp_path / "before", tmp_path / "now"
+    with contextlib.closing(sqlite3.connect(before)) as database, database:
+        database.executescript(
+            "CREATE TABLE job (id); INSERT INTO job VALUES (0), (1);"
+            "CREATE TABLE auth_user (username, password, is_active, is_staff, is_superuser,"
+            "                        last_login);"
+            "INSERT INTO auth_user VALUES ('admin', 'first', 1, 1, 1, NULL)"
+        )
+    shutil.copy(before, now)
+    with contextlib.closing(sqlite3.connect(now)) as database, database:
+        database.execute("CREATE TABLE of_the_new_version (x)")
+        database.execute(since or "SELECT 1")
+    command = [sys.executable, ROOT / "roles/openquake_engine/files/copy_database.py"]
+    done = subprocess.run([*command, before, now, "back"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = f"{now} was kept, for its {kept} are not those of {before}\n"
+    assert done.stdout == (told if kept else "")
+    with contextlib.closing(sqlite3.connect(now)) as database:
+        new = database.execute("SELECT * FROM sqlite_master WHERE name = 'of_the_new_version'")
+        assert bool(new.fetchall()) == bool(kept)
 
 
 def kill_in_the_midst(cluster: Machines) -> None:

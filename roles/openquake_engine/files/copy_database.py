@@ -1,8 +1,8 @@
 """Copy an SQLite database, of which others may be reading: ``python3 - FROM TO HOW``.
 
 TO is whole or as it was before, whatever happens meanwhile. HOW is ``once``: only where there is no
-TO; or ``back``: only where TO has no jobs beyond those of FROM, else a line says that it was kept.
-Where there is no FROM, nothing is done.
+TO; or ``back``: only where what people have put into TO is in FROM too, else a line says that it
+was kept: jobs, and the accounts of the WebUI. Where there is no FROM, nothing is done.
 """
 
 import os
@@ -10,23 +10,37 @@ import sqlite3
 import sys
 from contextlib import closing
 
+#: what people put there; a login changes a row of auth_user as well, and is no reason to keep it
+QUERIES = {
+    "jobs": "SELECT id FROM job",
+    "accounts": "SELECT username, password, is_active, is_staff, is_superuser FROM auth_user",
+}
 
-def last_job(path: str) -> int:
-    """Return the number of the last job; 0 where the database cannot be read."""
-    try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-            return int(database.execute("SELECT coalesce(max(id), 0) FROM job").fetchone()[0])
-    except sqlite3.Error:
-        return 0
+
+def content(path: str) -> dict[str, set[tuple[object, ...]]]:
+    """Return what people have put into a database; nothing where it cannot be read."""
+    found = {}
+    for name, query in QUERIES.items():
+        found[name] = set()
+        try:
+            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+                found[name].update(database.execute(query))
+        except sqlite3.Error:
+            pass  # a database that no WebUI has used has no accounts
+    return found
 
 
 source, target, how = sys.argv[1:]
 os.umask(0o077)
 if not os.path.exists(source) or (how == "once" and os.path.exists(target)):
     sys.exit()
-if how == "back" and last_job(target) > last_job(source):
-    print(f"{target} was kept, for it has jobs that are not in {source}")
-    sys.exit()
+if how == "back":
+    before, now = content(source), content(target)
+    # one that was deleted since is in FROM alone
+    other = [name for name in QUERIES if now[name] and now[name] != before[name]]
+    if other:
+        print(f"{target} was kept, for its {' and '.join(other)} are not those of {source}")
+        sys.exit()
 half = target + ".half"
 if os.path.exists(half):
     os.unlink(half)
