@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,6 +223,29 @@ def test_master_and_worker_that_have_changed_places(machine: Machine) -> None:
     assert machine.play(standing, host="m1").returncode == 0
     done = machine.play(standing, host="w1")
     assert "w1 is the master of a cluster that stands" in failures(done.stdout)[0]
+
+
+def test_worker_whose_address_is_not_known_is_not_shut_out(machine: Machine) -> None:
+    """As from a checkout that has no facts of it, when it is too busy to answer."""
+    machine.sh(
+        "mkdir -p /etc/systemd/system /opt/openquake;"
+        "echo X-Settings=1 >/etc/systemd/system/openquake-dbserver.service;"
+        "echo 'host_cores = 192.0.2.2 -1, 192.0.2.77 4' >/opt/openquake/openquake.cfg"
+    )
+    standing = role("openquake", "standing")
+    known = {
+        "openquake_worker_hosts": ["w1", "w3"],
+        "openquake_worker_addresses": ["192.0.2.2"],
+        "openquake_addresses": {"w1": "192.0.2.2"},
+    }
+    args = ("-e", json.dumps(known))
+    done = machine.play(standing, args=args)
+    [message] = failures(done.stdout)
+    assert message.startswith("The workers of this cluster have the addresses 192.0.2.77 as well")
+    assert "set openquake_address for w3" in message
+    # a new one, which nobody has reached yet, keeps nobody from anything
+    machine.sh("echo 'host_cores = 192.0.2.2 -1' >/opt/openquake/openquake.cfg")
+    assert machine.play(standing, args=args).returncode == 0
 
 
 #: what two machines of one image say of themselves
