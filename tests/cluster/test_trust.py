@@ -123,10 +123,10 @@ def test_nodes_with_another_key_or_none(cluster: Cluster, tmp_path: Path) -> Non
 
 def check_refused(cluster: Cluster, texts: dict[str, str]) -> None:
     """A job runs on node3 alone; it and the refused nodes say what differs there."""
-    run = under_way(cluster, stream(cluster, 16, 0.5), "node3")
+    run = under_way(cluster, stream(cluster, 40, 0.5), "node3")
     rows = status(cluster)
     assert not any(rows[node].get("jobs") for node in texts), rows
-    log = check_stream(run, 16)["log"]
+    log = check_stream(run, 40)["log"]
     [line] = [line for line in log.splitlines() if "running without" in line]
     for node, text in texts.items():
         assert re.search(rf"{re.escape(cluster.net.address[node])}: [^;]*{text}", line), line

@@ -31,12 +31,12 @@ def test_kept_for_others(tmp_path: Path, change: str) -> None:
         spec={"files": ["job.ini"]}, rest=["job"], facts=[{}], inputs=[inputs], note=told.append,
         table=None,
     )  # fmt: skip
-    jobs.facts[0] = job.Jobs.as_now(jobs, 0, None)
+    jobs.facts[0] = job.Jobs.as_now(jobs, 0, None, "")
     directory = tmp_path / "calc_1.journal"
     Writer(directory, {}, budget_bytes=1 << 30).close()
     if change == "an input has changed":
         inputs[0].write_text("2")
-        assert job.Jobs.as_now(jobs, 0, None) != jobs.facts[0]
+        assert job.Jobs.as_now(jobs, 0, None, "") != jobs.facts[0]
     elif change:
         journal.remove(directory)
     job.Jobs.keep_for_others(jobs, directory)

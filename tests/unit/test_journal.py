@@ -182,6 +182,70 @@ def test_ends_at_its_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert read(tmp_path / "k") == found[:-1], "an attempt that has failed must not stay"
 
 
+@pytest.mark.parametrize("names", [1, 120])
+def test_its_budget_counts_all_that_is_written(tmp_path: Path, names: int) -> None:
+    used: Event = Used(tuple(f"a_parameter_with_a_long_name_{n}" for n in range(names)))
+    write(tmp_path / "j", [(used, b"")] * 2000, budget_bytes=100_000)
+    assert 90_000 < journal.size(tmp_path / "j") <= 100_000
+
+
+def test_a_log_that_fails_costs_neither_job_nor_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's is a database, which may lie on the same full disk."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "the database is full")
+
+    monkeypatch.setattr(journal.log, "warning", fail)
+    writer = Writer(tmp_path / "j", HEAD, budget_bytes=1000)
+    for event, body in some(20):
+        writer.put(event, body)
+    assert writer.stopped
+    writer.close()
+    writer = Writer(tmp_path / "k", HEAD, budget_bytes=GB)
+    monkeypatch.setattr(writer, "_append", fail)
+    writer.put(*some(1)[0])
+    assert wait_for(lambda: writer.stopped, LIMIT_S)
+    assert wait_for(writer._queue.empty, LIMIT_S)
+    writer.close()
+
+
+def test_a_segment_that_became_shorter_ends_a_replay_and_no_process(tmp_path: Path) -> None:
+    write(tmp_path / "j", [(Consumed(1, 2), bytes(200_000))])
+    reader = Reader(tmp_path / "j")
+    os.truncate(tmp_path / "j/000000.oqj", 10_000)
+    with pytest.raises(JournalError, match="the file ends there"):
+        reader.body(reader.records[0])
+    reader.close()
+
+
+def test_one_that_is_removed_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has its lock while it is being removed, and a lock without a journal is none."""
+    write(tmp_path / "j", some(3))
+    remove, others = shutil.rmtree, []
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        with pytest.raises(JournalError):
+            journal.claim(path)
+        others.append(os.open(path / journal.LOCK, os.O_RDWR))
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert journal.remove(tmp_path / "j") and len(others) == 1
+    os.close(others[0])
+    with pytest.raises(JournalError):
+        journal.claim(tmp_path / "j")
+    assert not (tmp_path / "j").exists()
+
+
+def test_a_look_does_not_keep_a_job_from_its_journal(tmp_path: Path) -> None:
+    write(tmp_path / "j", some(3))
+    looking = journal.claim(tmp_path / "j")
+    threading.Timer(0.05, os.close, [looking]).start()
+    os.close(journal.claim(tmp_path / "j"))
+
+
 def test_ends_at_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A limit of the size of files stands for it: the same call fails, with another number."""
     items = some(200)

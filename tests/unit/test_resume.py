@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from openquake import baselib
@@ -16,6 +17,7 @@ from openquake.baselib import config
 from oq_runtime.engine import resume
 from oq_runtime.engine.history import History
 from oq_runtime.engine.reads import Collector
+from oq_runtime.errors import JournalError
 from oq_runtime.files.journal import Consumed, Event, Reader, Slots, Submitted, Used, Writer
 
 JOB, OTHER = "/jobs/job.ini", "/jobs/other.ini"
@@ -135,6 +137,35 @@ def test_an_engine_that_was_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert resume.facts({}) == then
     model.write_text("10")
     assert resume.differences(then, resume.facts({})) == ["the engine's files"]
+
+
+def test_a_package_that_the_engine_imports_was_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "of_ours"
+    own.mkdir()
+    for name in ("__init__.py", "model.py"):
+        (own / name).write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("OQ_IMPORT_PATH", f"{own.name}:not_there")
+    before = resume.facts({})
+    assert resume.facts({}) == before
+    (own / "model.py").write_text("x = 1")
+    assert resume.differences(before, resume.facts({})) == ["the engine's files"]
+
+
+def test_parents(tmp_path: Path) -> None:
+    """Beside the job file, where the engine looks; and none that cannot be looked at."""
+    table: Any = SimpleNamespace(job=lambda number: None)
+    (tmp_path / "haz.hdf5").write_text("1")
+    before = resume.of_parent(table, "haz.hdf5", str(tmp_path))
+    (tmp_path / "haz.hdf5").write_text("12")
+    assert resume.differences(before, resume.of_parent(table, "haz.hdf5", str(tmp_path)))
+    assert resume.of_parent(table, None, str(tmp_path)) == {}
+    for parent, said in ("haz.ini", "calculates the hazard"), ("-1", "No such"), ("9", "No such"):
+        (tmp_path / "haz.ini").touch()
+        with pytest.raises(JournalError, match=said):
+            resume.of_parent(table, parent, str(tmp_path))
 
 
 def test_files(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ class Jobs:
                 ]
                 self.values = [resume.values(oq) if oq else {} for oq in checked]
             if self.before is not None:
-                resume.check(self.before, self.as_now(0, self.parent))
+                resume.check(self.before, self.as_now(0, self.parent, params[0]["base_path"]))
             self.create(params, self.place)
             hazard = self.rest[0]
             code = COMPLETE
@@ -440,10 +440,19 @@ class Jobs:
         self.note(f"going on with job {number}: the results of {reader.results} tasks are kept")
         return reader
 
-    def as_now(self, number: int, parent: int | str | None) -> dict[str, str]:
-        """Return what must be the same of a job, with the bytes that its inputs have just now."""
+    def as_now(self, number: int, parent: int | str | None, base_path: str) -> dict[str, str]:
+        """Return what must be the same of a job, with the bytes that its inputs have just now.
+
+        Raises JournalError where that cannot be told; InputError for a job that is to go on.
+        """
         files = resume.digests(self.inputs[number])
-        return self.facts[number] | files | resume.of_parent(self.table, parent)
+        try:
+            of_parent = resume.of_parent(self.table, parent, base_path)
+        except JournalError as exc:
+            if self.before is not None:
+                raise InputError(f"--resume {self.spec['resume']}: {exc}") from exc
+            raise
+        return self.facts[number] | files | of_parent
 
     @contextlib.contextmanager
     def history(self, job: Any) -> Iterator[History | None]:
@@ -463,7 +472,10 @@ class Jobs:
             History.begin(None)
             if history is not None:
                 for_others = complete and history.collector is not None
-                history.close(keep=bool(history.results) and (for_others or not complete))
+                # one that the machine's next start goes on with may not have got to a result
+                waits = self.spec["detached"] is not None and not complete
+                worth = bool(history.results) and (for_others or not complete)
+                history.close(keep=worth or waits)
                 if history.results and for_others:
                     self.keep_for_others(history.writer.directory)
 
@@ -490,7 +502,12 @@ class Jobs:
             # what it lacked is there by now
             self.inputs[number] = resume.inputs(job.params, oq)
             self.values[number] = resume.values(oq)
-        facts = self.facts[number] = self.as_now(number, hazard)  # it may have waited for long
+        try:
+            # it may have waited for long
+            facts = self.facts[number] = self.as_now(number, hazard, job.params["base_path"])
+        except JournalError as exc:
+            self.note(f"the job runs without a journal, and cannot be resumed: {exc}")
+            return None
         head = {"job": job.calc_id, "database": self.place, "spec": spec, "facts": facts}
         head["values"] = self.values[number]
         before, self.before = self.before, None
@@ -498,10 +515,15 @@ class Jobs:
             resume.check(before, facts)
 
         def deleted(other: int) -> bool:  # a row may be in another database
-            gone = not (datadir / f"calc_{other}.hdf5").exists()
-            return gone and self.table.job(other) is None
+            row = self.table.job(other)
+            if row is None:
+                return not (datadir / f"calc_{other}.hdf5").exists()
+            # killed before it could remove its journal
+            unused = not journal.is_complete(journal.directory_of(datadir, other))
+            return row.status in jobtable.COMPLETE and unused
 
         most_bytes = self.spec["journal_bytes"]
+        writer = claimed = None
         try:
             for other in journal.make_room(datadir, most_bytes, job.calc_id, deleted):
                 self.note(f"job {other} cannot go on any more: its journal made room for others")
@@ -522,6 +544,11 @@ class Jobs:
             if self.spec["resume"] and before is not None:  # not of the jobs after the one resumed
                 raise InputError(f"--resume {job.calc_id}: {exc}") from exc
             self.note(f"the job runs without a journal, and cannot be resumed: {exc}")
+            if writer is not None:
+                writer.discard()
+            elif claimed is not None:  # of what was taken over
+                shutil.rmtree(directory, ignore_errors=True)
+                os.close(claimed)
             return None
         return History(writer, before, self.note, reads.begin() if self.spec["reuse"] else None)
 

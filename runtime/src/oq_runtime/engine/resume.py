@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ from oq_runtime.engine import messages, versions
 from oq_runtime.engine.canonical import digest
 from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.engine.reads import ALL
-from oq_runtime.errors import InputError
+from oq_runtime.errors import InputError, JournalError
 from oq_runtime.files.journal import Consumed, Reader, Used
 
 #: packages whose version may change what the engine submits, or what a result is
@@ -44,6 +45,8 @@ NO_MATTER = ("limit", "soft_mem_limit", "hard_mem_limit", "shared_dir", "custom_
 NO_CODE = {"__pycache__", "tests", "qa_tests_data"}
 #: bytes of a file that are read at a time
 PIECE_BYTES = 8 << 20
+#: how a hazard is named that the engine calculates within the job
+JOB_FILES = (".ini", ".zip")
 
 
 def facts(params: Mapping[str, Any]) -> dict[str, str]:
@@ -96,19 +99,25 @@ def inputs(params: Mapping[str, Any], oqparam: Any) -> list[Path]:
     return [path for path in found if os.path.isfile(path)]
 
 
-def of_parent(table: JobTable, parent: int | str | None) -> dict[str, str]:
+def of_parent(table: JobTable, parent: int | str | None, base_path: str) -> dict[str, str]:
     """Return what must be the same of the job that another one starts from.
 
     :param parent: its number, or the path of its results; None: there is none
+    :param base_path: of the job file, for a path in it
+
+    Raises JournalError where that cannot be told.
     """
     if not parent:
         return {}
+    if not str(parent).isdigit() and str(parent).endswith(JOB_FILES):
+        # a calculation within this job, whose inputs and parameters the engine keeps for itself
+        raise JournalError(f"it calculates the hazard of {parent} itself; run that first, for --hc")
     job = table.job(int(parent)) if str(parent).isdigit() else None
-    path = Path(job.path if job else str(parent))
+    path = Path(job.path) if job else Path(base_path, str(parent))
     try:
         found = path.stat()
-    except OSError as exc:  # the engine says so when it needs the file
-        return {f"the results of job {parent}": f"{exc.strerror}"}
+    except OSError as exc:
+        raise JournalError(f"the results of job {parent}, {path}: {exc.strerror}") from exc
     return {f"the results of job {parent}": f"{found.st_size} bytes of {found.st_mtime_ns}"}
 
 
@@ -169,17 +178,25 @@ def usable(reader: Reader, facts: Mapping[str, str], job_file: str, now: Mapping
 
 
 def _code() -> str:
-    """Return a digest of the engine's files, by their times: who develops a model edits one."""
+    """Return a digest of the engine's files, by their times: who develops a model edits one.
+
+    And of those of the packages that the engine imports as its own, of OQ_IMPORT_PATH.
+    """
     from openquake import baselib
 
     hashed = xxhash.xxh3_128()
-    root = os.path.dirname(os.path.dirname(baselib.__file__))
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - NO_CODE)
-        for path in (os.path.join(folder, name) for name in sorted(names)):
-            found = os.lstat(path)
-            line = f"{path[len(root) :]} {found.st_size} {found.st_mtime_ns}\n"
-            hashed.update(os.fsencode(line))
+    roots = [os.path.dirname(os.path.dirname(baselib.__file__))]
+    for package in filter(None, os.environ.get("OQ_IMPORT_PATH", "").split(":")):
+        with contextlib.suppress(ImportError, ValueError):  # the engine says so
+            spec = importlib.util.find_spec(package)
+            roots += (spec and spec.submodule_search_locations) or []
+    for root in roots:
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(set(folders) - NO_CODE)
+            for path in (os.path.join(folder, name) for name in sorted(names)):
+                found = os.lstat(path)
+                line = f"{path[len(root) :]} {found.st_size} {found.st_mtime_ns}\n"
+                hashed.update(os.fsencode(line))
     return hashed.hexdigest()
 
 

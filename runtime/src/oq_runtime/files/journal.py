@@ -21,7 +21,6 @@ import errno
 import fcntl
 import json
 import logging
-import mmap
 import os
 import queue
 import re
@@ -59,6 +58,8 @@ SEGMENT_BYTES = 1 << 30
 SYNC_SECS = 1.0
 #: seconds after which a user is told that the end of a job waits for the disk
 WAIT_SECS = 2.0
+#: seconds for which another process may look whether somebody has a journal
+GLANCE_SECS = 0.2
 #: bytes of bodies that may wait for the disk
 WAITING_BYTES = 256 << 20
 #: bytes of the largest event that is read: what a stranger's file may claim
@@ -194,29 +195,39 @@ class Claimed(JournalError):
     """Another process has the journal."""
 
 
-def claim(directory: Path) -> int:
+def claim(directory: Path, wait_s: float = GLANCE_SECS) -> int:
     """Return a descriptor that keeps other processes from this journal until it is closed.
 
-    Raises JournalError when one has it.
+    :param wait_s: how long it may be another's, which may only look whether somebody has it
+
+    Raises JournalError when one has it, or has removed it.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = -1
-    try:
-        descriptor = os.open(directory / LOCK, flags, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        if descriptor >= 0:
-            os.close(descriptor)
-        if isinstance(exc, BlockingIOError):
-            raise Claimed(f"{directory} belongs to a job that runs") from None
-        raise JournalError(f"{directory / LOCK}: {exc.strerror}") from None
-    return descriptor
+    until_s = time.monotonic() + wait_s
+    while True:
+        descriptor = -1
+        try:
+            descriptor = os.open(directory / LOCK, flags, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = os.stat(directory / LOCK, follow_symlinks=False)
+        except OSError as exc:
+            if descriptor >= 0:
+                os.close(descriptor)
+            if not isinstance(exc, BlockingIOError):
+                raise JournalError(f"{directory / LOCK}: {exc.strerror}") from None
+        else:
+            if os.path.samestat(os.fstat(descriptor), there):
+                return descriptor
+            os.close(descriptor)  # of a journal that was removed meanwhile
+        if time.monotonic() >= until_s:
+            raise Claimed(f"{directory} belongs to a job that runs")
+        time.sleep(0.01)
 
 
 def claimed(directory: Path) -> bool:
     """Whether a process has this journal."""
     try:
-        os.close(claim(directory))
+        os.close(claim(directory, wait_s=0))
     except Claimed:
         return True
     return False
@@ -234,11 +245,11 @@ def size(directory: Path) -> int:
 def remove(directory: Path) -> bool:
     """Delete a journal, unless a process has it; return whether it is gone."""
     try:
-        if claimed(directory):
-            return False
-    except JournalError:  # nobody can say
+        claimed = claim(directory, wait_s=0)
+    except JournalError:  # a process has it, or nobody can say
         return False
     shutil.rmtree(directory, ignore_errors=True)
+    os.close(claimed)
     return True
 
 
@@ -329,6 +340,8 @@ def _copy(source: Path, target: Path, nbytes: int) -> None:
             if not copied:
                 raise JournalError(f"{source} has become shorter")
             nbytes -= copied
+        written.flush()
+        os.fsync(written.fileno())
 
 
 def _header(event: bytes, nbytes: int, digest: bytes) -> bytes:
@@ -367,10 +380,10 @@ class Writer:
         self.used_bytes = size(directory)
         self.number = len(segments(directory))
         self.waiting_bytes = 0
-        self.stopped = ""  # why nothing more is written
+        self.stopped = self._untold = ""  # why nothing more is written
         self._discarded = False
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[tuple[Event, Buffer] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[bytes, Buffer] | None] = queue.SimpleQueue()
         write_atomically(directory / HEAD, _head_text(head))
         self._file = self._open()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -383,20 +396,24 @@ class Writer:
 
         :param body: bytes or a view of them, which must not change any more
         """
+        data = _encode(event)
+        taken = HEADER.size + len(data) + len(body)
+        taken += -taken % ALIGN
         with self._lock:
-            if self.stopped and not isinstance(event, Cut):
-                return
             # one alone may have more, and what has no body needs no memory
-            if body and self.waiting_bytes and self.waiting_bytes + len(body) > WAITING_BYTES:
+            waits = body and self.waiting_bytes and self.waiting_bytes + len(body) > WAITING_BYTES
+            if not self.stopped and waits:
                 self._stop(f"the disk of {self.directory} is too slow for it")
-                return
-            taken = HEADER.size + len(body) + 2 * ALIGN
-            if self.used_bytes + taken > self.budget_bytes and not isinstance(event, Cut):
+            full = self.used_bytes + taken > self.budget_bytes and not isinstance(event, Cut)
+            if not self.stopped and full:
                 self._stop(f"it has the {self.budget_bytes / 1e9:.1f} GB that it may take")
-                return
-            self.used_bytes += taken
-            self.waiting_bytes += len(body)
-        self._queue.put((event, body))
+            taking = isinstance(event, Cut) or not self.stopped
+            if taking:
+                self.used_bytes += taken
+                self.waiting_bytes += len(body)
+        if taking:
+            self._queue.put((data, body))
+        self._tell()
 
     def close(self, tell: Callable[[str], None] | None = None) -> None:
         """Write what waits, and end; what the disk does not take is left out.
@@ -420,14 +437,23 @@ class Writer:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _stop(self, reason: str) -> None:
-        """Take no more; to be called with the lock."""
-        self.stopped = reason
-        log.warning("the journal ends here: %s; the job goes on", reason)
+        """Take no more; to be called with the lock, and followed by ``_tell`` without it."""
+        self.stopped = self._untold = reason
+
+    def _tell(self) -> None:
+        """Say why nothing more is written; the engine's log is a database, maybe on that disk."""
+        with self._lock:
+            reason, self._untold = self._untold, ""
+        if reason:
+            with contextlib.suppress(Exception):  # the job goes on without that line
+                log.warning("the journal ends here: %s; the job goes on", reason)
 
     def _open(self) -> FileIO:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         path = _segment(self.directory, self.number)
-        return open(path, "xb", buffering=0, opener=lambda name, _: os.open(name, flags, 0o600))
+        descriptor = os.open(path, flags, 0o600)
+        _sync(self.directory)
+        return open(descriptor, "wb", buffering=0)
 
     def _run(self) -> None:
         dirty_since_s: float | None = None
@@ -458,13 +484,17 @@ class Writer:
         except OSError as exc:
             with self._lock:
                 self._stop(f"{self.directory}: {exc.strerror}")
-            while self._queue.get() is not None:
-                pass
+            ended = False
+            with contextlib.suppress(queue.Empty):  # at once, for it is memory
+                while not ended:
+                    ended = self._queue.get_nowait() is None
+            self._tell()
+            while not ended:
+                ended = self._queue.get() is None
         finally:
             self._file.close()
 
-    def _append(self, event: Event, body: Buffer) -> None:
-        data = _encode(event)
+    def _append(self, data: bytes, body: Buffer) -> None:
         view = memoryview(body).cast("B")
         hashed = xxhash.xxh3_128()
         for piece in _pieces(view):
@@ -509,6 +539,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def regular(path: Path) -> BinaryIO:
@@ -537,7 +577,7 @@ class Reader:
         self.records: list[Record] = []
         self.torn = ""  # where the first record is that is not whole, if there is one
         self.whole_bytes: dict[int, int] = {}  # segment -> bytes of whole records
-        self._maps: dict[int, mmap.mmap] = {}
+        self._files: dict[int, BinaryIO] = {}
         for path in segments(directory):
             number = int(path.stem)
             try:
@@ -612,14 +652,23 @@ class Reader:
         """
         if record.nbytes == 0:
             return memoryview(bytearray())
-        if record.segment not in self._maps:
-            with regular(_segment(self.directory, record.segment)) as file:
-                self._maps[record.segment] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        end = record.offset + record.nbytes
-        with memoryview(self._maps[record.segment]) as whole:
-            copied = memoryview(bytearray(whole[record.offset : end]))
+        name = _segment(self.directory, record.segment).name
+        if record.segment not in self._files:
+            self._files[record.segment] = regular(_segment(self.directory, record.segment))
+        # not by a map: what a disk cannot read would be a signal that ends the process
+        copied = memoryview(bytearray(record.nbytes))
+        at = 0
+        while at < record.nbytes:
+            file = self._files[record.segment].fileno()
+            try:
+                got = os.preadv(file, [copied[at:]], record.offset + at)
+            except OSError as exc:
+                what = f"{name} at byte {record.offset + at}: {exc.strerror}"
+                raise JournalError(what) from None
+            if not got:
+                raise JournalError(f"{name} at byte {record.offset + at}: the file ends there")
+            at += got
         if xxhash.xxh3_128(copied).digest() != record.digest:
-            name = _segment(self.directory, record.segment).name
             raise JournalError(f"{name} at byte {record.offset}: the body is damaged")
         return copied
 
@@ -635,7 +684,8 @@ class Reader:
                 path.unlink()
             else:
                 os.truncate(path, self.whole_bytes[int(path.stem)])
+                _sync(path)  # before what comes after it
 
     def close(self) -> None:
-        for mapped in self._maps.values():
-            mapped.close()
+        for file in self._files.values():
+            file.close()
