@@ -184,6 +184,20 @@ def test_what_is_mounted_and_of_no_use_is_mounted_anew(machine: Machine, lacks: 
     assert ("changed=0" in done.stdout) == (lacks == ""), done.stdout
 
 
+@pytest.mark.parametrize("kind", ["mount", "automount"])
+def test_mount_of_another_server_that_is_down_is_not_replaced(machine: Machine, kind: str) -> None:
+    validate = role("openquake_nfs_client", "validate")
+    text = {
+        "mount": "[Mount]\\nWhat=192.0.2.9:/x\\nWhere=/opt/openquake\\nType=nfs4\\n",
+        "automount": "[Automount]\\nWhere=/opt/openquake\\n",
+    }
+    path = f"/etc/systemd/system/opt-openquake.{kind}"
+    machine.sh(f"printf '{text[kind]}' >{path}; systemctl daemon-reload")
+    done = machine.play(validate, host="w1")
+    [message] = failures(done.stdout)
+    assert message.startswith(f"/opt/openquake is already a mount of this host, by {path}; ")
+
+
 @pytest.mark.slow
 def test_mounts_of_another_address_of_the_master_are_no_strangers(machine: Machine) -> None:
     machine.sh("touch /usr/sbin/mount.nfs4; mv /usr/bin/findmnt /usr/bin/findmnt.real")
