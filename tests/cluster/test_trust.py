@@ -126,7 +126,8 @@ def check_refused(cluster: Cluster, texts: dict[str, str]) -> None:
     run = under_way(cluster, stream(cluster, 40, 0.5), "node3")
     rows = status(cluster)
     assert not any(rows[node].get("jobs") for node in texts), rows
-    log = check_stream(run, 40)["log"]
+    check_stream(run, 40)
+    log = run.log.read_text(errors="replace")
     [line] = [line for line in log.splitlines() if "running without" in line]
     for node, text in texts.items():
         assert re.search(rf"{re.escape(cluster.net.address[node])}: [^;]*{text}", line), line
