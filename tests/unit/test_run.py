@@ -242,11 +242,11 @@ def test_what_a_job_waits_for() -> None:
     assert waits((0, leased), (2, leased)) == ("", "")
     assert waits((0, leased), (0, calling)) == ("slots", NO_SHARE)
     assert waits((0, calling)) == ("nodes", NO_NODE)
-    nodes = [Node(host=f"n{n}", slots=1, busy=1, state=leased, reason="R") for n in range(2)]
+    nodes = [Node(host=f"n{n}", slots=1, busy=1, state=leased, unstarted=True) for n in range(2)]
     nodes.append(Node(host="idle", slots=1, busy=0, state=leased))
     hangs = Status(phases=[], nodes=nodes)
     assert waits_for(hangs, cluster=True) == ("workers", NOT_STARTED)
-    nodes[1].reason = ""
+    nodes[1].unstarted = False
     assert waits_for(hangs, cluster=True) == ("", "")
     assert waits((0, calling), note="all in use") == ("a port", "all in use")
     assert waits_for(status((0, calling)), cluster=False) == ("", "")

@@ -1217,6 +1217,13 @@ def test_alone_waits_for_the_node_that_is_full_with_what_runs_there() -> None:
     assert core.handle(NodeSeen("b", False, 20), 1.0) == [Assign("b", 2, 2, alone=True)]
 
 
+def alive(core: Scheduler, now: float) -> list[Effect]:
+    """The effects of a tick at which all nodes have just been heard of."""
+    for name in core.nodes:
+        core.handle(NodeSeen(name), now)
+    return core.handle(Tick(), now)
+
+
 def test_what_does_not_start_on_a_node_goes_to_another() -> None:
     core = Scheduler(LIMITS)
     core.handle(NodeJoined("a", 1), 0.0)
@@ -1224,28 +1231,15 @@ def test_what_does_not_start_on_a_node_goes_to_another() -> None:
     for task in (1, 2):
         core.handle(Submitted(task, 0, 0), 0.0)
     core.handle(AttemptStarted("a", 1, 1), 0.0)
-
-    def at(now: float) -> list[Effect]:
-        for name in core.nodes:
-            core.handle(NodeSeen(name), now)
-        return core.handle(Tick(), now)
-
-    assert at(UNSTARTED_S + 1) == [], "the other has no slot that is free"
+    assert alive(core, UNSTARTED_S + 1) == [], "the other has no slot that is free"
     assert core.unstarted(UNSTARTED_S + 1) == ["b"]
     core.handle(AttemptEnded("a", 1, 1, 1), UNSTARTED_S + 1)
-    assert at(UNSTARTED_S + 2) == [AbortAttempt("b", 2, 1), Assign("a", 2, 2)]
+    assert alive(core, UNSTARTED_S + 2) == [AbortAttempt("b", 2, 1), Assign("a", 2, 2)]
     assert core.unstarted(UNSTARTED_S + 3) == []
-    assert at(2 * UNSTARTED_S + 3) == [], "it may have to wait for its arguments"
-    assert at(3 * UNSTARTED_S + 3) == [AbortAttempt("a", 2, 2), Assign("b", 2, 3)]
+    assert alive(core, 2 * UNSTARTED_S + 3) == [], "it may have to wait for its arguments"
+    assert alive(core, 3 * UNSTARTED_S + 3) == [AbortAttempt("a", 2, 2), Assign("b", 2, 3)]
     core.handle(NodeGone("a", "left"), 3 * UNSTARTED_S + 3)
-    assert at(99 * UNSTARTED_S) == [], "there is no other"
-
-
-def alive(core: Scheduler, now: float) -> list[Effect]:
-    """The effects of a tick at which all nodes have just been heard of."""
-    for name in core.nodes:
-        core.handle(NodeSeen(name), now)
-    return core.handle(Tick(), now)
+    assert alive(core, 99 * UNSTARTED_S) == [], "there is no other"
 
 
 def test_one_that_may_not_go_to_a_free_node_does_not_keep_the_others_waiting() -> None:

@@ -1,8 +1,8 @@
 """Copy an SQLite database, of which others may be reading: ``python3 - FROM TO HOW``.
 
 TO is whole or as it was before, whatever happens meanwhile. HOW is ``once``: only where there is no
-TO; or ``back``: only where what people have put into TO is in FROM too, else a line says that it
-was kept: jobs, and the accounts of the WebUI. Where there is no FROM, nothing is done.
+TO; or ``back``: only where its jobs and the accounts of the WebUI are those of FROM, or cannot be
+read; else a line says that it was kept. Where there is no FROM, nothing is done.
 """
 
 import os
@@ -36,7 +36,6 @@ if not os.path.exists(source) or (how == "once" and os.path.exists(target)):
     sys.exit()
 if how == "back":
     before, now = content(source), content(target)
-    # one that was deleted since is in FROM alone
     other = [name for name in QUERIES if now[name] and now[name] != before[name]]
     if other:
         print(f"{target} was kept, for its {' and '.join(other)} are not those of {source}")

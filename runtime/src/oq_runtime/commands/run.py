@@ -454,7 +454,7 @@ def waits_for(status: Status, *, cluster: bool) -> tuple[str, str]:
     if status.note:
         return "a port", status.note
     busy = [node for node in status.nodes if node.busy]
-    if cluster and busy and all(node.reason for node in busy):
+    if cluster and busy and all(node.unstarted for node in busy):
         return "workers", NOT_STARTED
     if not cluster or any(node.slots for node in status.nodes):
         return "", ""
@@ -705,8 +705,7 @@ class Run:
             what, why = waits_for(self.status, cluster=self.spec["cluster"])
             waits |= {why: what} if why else {}
         found = [("", why) for why in waits]
-        away = [node for node in nodes if node.state is not NodeState.LEASED]
-        found += [(node.host, node.reason) for node in away if node.reason]
+        found += [(node.host, node.reason) for node in nodes if node.reason]
         self.true_since_s = {fact: self.true_since_s.get(fact, now) for fact in found}
         waited = [(now - self.true_since_s["", why], what) for why, what in waits.items() if what]
         waited_s, what = max(waited, default=(0.0, ""))

@@ -57,10 +57,6 @@ NODE_CHARACTERS = 100
 STATUS_CHARACTERS = 400_000
 #: for the last messages to the agents
 LINGER_MS = 500
-UNSTARTED = (
-    "it begins with none of its tasks: others have its slots or its memory, their arguments are on "
-    "the way, or its workers do not start"
-)
 MEMORY_REMEDY = (
     "; give the nodes more memory, or make the tasks smaller by a higher concurrent_tasks"
 )
@@ -531,13 +527,13 @@ class Broker:
             slots, busy = (found.slots, found.busy) if found else (0, 0)
             if found and not self.core.tasks:
                 slots = line.slots  # its share is small because it wants nothing now
-            reason = UNSTARTED if line.name in self.unstarted else line.peer.reason
             node = protocol.Node(
                 host=clean(line.host or line.name, most),
                 slots=slots,
                 busy=busy,
                 state=line.peer.told,
-                reason=clean(reason, most),
+                reason=clean(line.peer.reason, most),
+                unstarted=line.name in self.unstarted,
             )
             nodes.append(node)
         note = ""

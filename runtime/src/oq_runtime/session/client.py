@@ -117,11 +117,7 @@ class Session:
                 if message.note:
                     started_s = time.monotonic()
                 states = [node.state for node in message.nodes]
-                pairs = [
-                    (n.host, n.reason)
-                    for n in message.nodes
-                    if n.reason and n.state is not NodeState.LEASED
-                ]
+                pairs = [(n.host, n.reason) for n in message.nodes if n.reason]
                 reasons = "; ".join(grouped(pairs))
                 if set(states) == {NodeState.REFUSED}:
                     raise errors.NoWorkers(f"no node takes this job: {reasons}")

@@ -220,7 +220,7 @@ class NodeState(enum.StrEnum):
 class Node(msgspec.Struct, kw_only=True):
     """What a broker knows of a node.
 
-    ``reason``: why it has no lease, or does nothing with it.
+    ``reason``: why it has no lease; ``unstarted``: it begins with none of its tasks.
     """
 
     host: Words
@@ -228,6 +228,7 @@ class Node(msgspec.Struct, kw_only=True):
     busy: int
     state: NodeState
     reason: Words = ""
+    unstarted: bool = False
 
 
 class Status(Message, frozen=True, tag="status"):
