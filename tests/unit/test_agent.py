@@ -823,6 +823,24 @@ def test_a_private_agent_ends_with_its_owner_whatever_the_beat(tmp_path: Path, l
         assert not found.thread.is_alive()
 
 
+def test_a_fork_server_that_still_imports_ends_with_the_last_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openquake.cfg").write_text("[oq_runtime]\npreload = hanging\n")
+    monkeypatch.setenv("HANGS", "1")
+    with stage(tmp_path, slots=2) as here:
+        assert wait_for(lambda: len(here.agent.processes) == 2 and here.agent.forkserver)
+        assert here.agent.forkserver is not None
+        importer = here.agent.forkserver.process.pid
+        here.send(protocol.Release())
+        assert wait_for(lambda: here.agent.forkserver is None)
+        assert not alive(importer) and not here.agent.processes
+        monkeypatch.delenv("HANGS")
+        here.lease()
+        here.give(1, "square", 3)
+        assert here.ended(1) == [{"sum": 9}]
+
+
 def test_a_drained_agent_sends_its_results_and_ends(here: Stage) -> None:
     here.give(1, "grow", 1, b"x", 1_000_000)
     ended = here.expect(protocol.Ended)

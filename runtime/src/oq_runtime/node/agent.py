@@ -759,25 +759,28 @@ class Agent:
         except EOFError:
             self._forkserver_gone(forkserver)
             return
-        if not (self.ready or self.processes or self.slots.leases):
+        # while it imports the engine it takes no orders, also not to kill what it has not made
+        if not (self.ready or self._pids() or self.slots.leases):
             self._close_forkserver(forkserver)
 
-    def _close_forkserver(self, forkserver: ForkServer) -> int:
+    def _close_forkserver(self, forkserver: ForkServer, words: str = "") -> int:
+        """End it and its workers, for which ``words`` say why there was no process of theirs."""
         self.poller.unregister(forkserver.fileno())
         self.forkserver = None
-        return forkserver.close(self._pids())
+        code = forkserver.close(self._pids())
+        for worker, process in list(self.processes.items()):
+            exited = Exited(worker, process.pid or forkserver.process.pid, code)
+            self._reap(exited, "" if process.pid else words)
+        return code
 
     def _pids(self) -> list[int]:
         return [process.pid for process in self.processes.values() if process.pid]
 
     def _forkserver_gone(self, forkserver: ForkServer) -> None:
         """It has died, or could not import the engine; the kernel ends its workers with it."""
-        code = self._close_forkserver(forkserver)
         words = "".join(_tail(self.directory / FORKSERVER_LOG)[-1:])
+        code = self._close_forkserver(forkserver, words)
         log.info(f"the fork server ended with {code}: {words}")
-        for worker, process in list(self.processes.items()):
-            exited = Exited(worker, process.pid or forkserver.process.pid, code)
-            self._reap(exited, "" if process.pid else words)
 
     def _reap(self, exited: Exited, why: str = "") -> None:
         process = self.processes[exited.worker]
