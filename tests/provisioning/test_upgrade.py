@@ -344,21 +344,58 @@ def test_worker_that_dies_meanwhile_is_left_out(cluster: Machines) -> None:
     assert running(cluster, "m1", "w1") == ["m1", "w1"]
 
 
+THEIRS = "/opt/openquake/oqdata/db.sqlite3"
+#: as GEM's installer leaves a server: a directory, and the job database of its openquake.cfg
+ANOTHER = f"""
+install -d -o openquake -g openquake /opt/openquake/oqdata
+mv {DATABASE} {THEIRS}
+cd /opt/openquake
+rm venv
+cp -a venv-old venv
+touch venv/of-another /tmp/oq_runtime.whl
+printf '[dbserver]\\nhost = localhost\\nfile = {THEIRS}\\n[directory]\\n' >venv/openquake.cfg
+"""
+
+
 @pytest.mark.slow
 def test_environment_of_another_installer_is_taken_over(cluster: Machines) -> None:
     """A directory in place of the link, as the engine's own installer makes it."""
     machine = cluster["m1"]
-    machine.sh("cd /opt/openquake; rm venv; mkdir venv; touch venv/of-another /tmp/oq_runtime.whl")
-    wanted = ("-e", "__openquake_engine_wanted=/opt/openquake/venv-new")
+    machine.sh(ANOTHER)
+    assert database(cluster, THEIRS) == (500, "")
+    book = role("openquake_engine")
+    args = ("-e", "__openquake_engine_wanted=/opt/openquake/venv-new")
+    all_are = f"""
+import sqlite3, sys
+with sqlite3.connect("{THEIRS}") as db:
+    db.execute("UPDATE job SET status = ?", sys.argv[1:])
+"""
+    machine.sh("python3 - executing", "openquake", stdin=all_are)
+    refused = machine.play(book, args=args, openquake_engine_runtime="/tmp/oq_runtime.whl")
+    assert "Job 1, 2, 3" in refused.stdout, refused.stdout
+    assert running(cluster, "m1") == ["m1"]
+    machine.sh("python3 - complete", "openquake", stdin=all_are)
     for _ in range(2):
-        done = machine.play(
-            role("openquake_engine"), args=wanted, openquake_engine_runtime="/tmp/oq_runtime.whl"
-        )
+        done = machine.play(book, args=args, openquake_engine_runtime="/tmp/oq_runtime.whl")
         assert done.returncode == 0, done.stdout
-    assert machine.can("test -e /opt/openquake/venv.kept/of-another", "root")
+    kept = "cd /opt/openquake/venv.kept; test -e of-another -a -e openquake-dbserver.service"
+    assert machine.can(kept, "root")
     assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
-    assert database(cluster, f"{DATABASE}.of-venv.kept") == (500, "")
+    assert database(cluster, f"{DATABASE}.of-venv.kept") == database(cluster, THEIRS) == (500, "")
     assert running(cluster, "m1") == []
+    assert not machine.can(f"systemctl cat {DBSERVER}", "root")
+
+
+@pytest.mark.slow
+def test_job_databases_of_both_stay(cluster: Machines) -> None:
+    machine = cluster["m1"]
+    machine.sh(f"cp -p {DATABASE} /tmp/ours; {ANOTHER} mv /tmp/ours {DATABASE}")
+    args = ("-e", "__openquake_engine_wanted=/opt/openquake/venv-new")
+    done = machine.play(
+        role("openquake_engine"), args=args, openquake_engine_runtime="/tmp/oq_runtime.whl"
+    )
+    assert f"{DATABASE} stays as it is; {THEIRS} is not used" in done.stdout
+    assert database(cluster) == (500, "venv-new") and database(cluster, THEIRS) == (500, "")
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Copy an SQLite database, of which others may be reading: ``python3 - FROM TO HOW``.
 
 TO is whole or as it was before, whatever happens meanwhile. HOW is ``once``: only where there is no
-TO; or ``back``: only where its jobs and the accounts of the WebUI are those of FROM, or cannot be
-read; else a line says that it was kept. Where there is no FROM, nothing is done.
+TO, else a line says where both are; or ``back``: only where its jobs and the accounts of the WebUI
+are those of FROM, or cannot be read; else a line says that it was kept. Where there is no FROM,
+nothing is done.
 """
 
 import os
@@ -32,7 +33,10 @@ def content(path: str) -> dict[str, set[tuple[object, ...]]]:
 
 source, target, how = sys.argv[1:]
 os.umask(0o077)
-if not os.path.exists(source) or (how == "once" and os.path.exists(target)):
+if not os.path.exists(source):
+    sys.exit()
+if how == "once" and os.path.exists(target):
+    print(f"{target} stays as it is; {source} is not used")
     sys.exit()
 if how == "back":
     before, now = content(source), content(target)
