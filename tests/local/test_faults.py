@@ -125,6 +125,28 @@ def test_signal(env: dict[str, str], calculating: Calculating, name: str) -> Non
     assert_closed(env, calculating.number)
 
 
+#: the disk takes five seconds when the files of a job are closed, which begins with an alarm
+SLOW_DISK = """
+import signal, time
+real = signal.alarm
+signal.alarm = lambda seconds: (real(seconds), time.sleep(5))
+"""
+
+
+def test_interrupted_job_closes_its_files_on_a_slow_disk(
+    env: dict[str, str], tmpdir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_DISK)
+    path = os.pathsep.join(filter(None, [str(tmp_path / "slow"), env.get("PYTHONPATH", "")]))
+    calculating = Calculating(env | {"PYTHONPATH": path}, tmpdir)
+    calculating.process.send_signal(signal.SIGINT)
+    _, err = calculating.process.communicate(timeout=60)
+    assert calculating.process.returncode == 130 and "interrupted" in err.splitlines()[-1], err
+    assert "waiting: the job has ended; its files are being closed" in err
+    assert_closed(env, calculating.number)
+
+
 @pytest.mark.parametrize(
     "victim, expected, words",
     [
@@ -235,6 +257,22 @@ def test_the_lock_alone_keeps_a_session(tmpdir: Path) -> None:
     os.close(lock)
     launch.sweep(tmpdir)
     assert not sessions(tmpdir)
+
+
+@pytest.mark.light
+def test_a_session_whose_lock_was_cleaned_away_stays(tmpdir: Path) -> None:
+    """As by systemd-tmpfiles, which removes plain files of ten days and spares sockets."""
+    session = tmpdir / "oq-run-for-weeks"
+    session.mkdir(mode=0o700)
+    lock = launch.lock(session)
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(session / "control"))
+        (session / "lock").unlink()
+        os.utime(session, (time.time() - private.STALE_SECS - 60,) * 2)
+        launch.sweep(tmpdir)
+        assert sessions(tmpdir) == [session]
+    os.close(lock)
+    shutil.rmtree(session)
 
 
 @pytest.mark.light

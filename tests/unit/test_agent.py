@@ -833,8 +833,8 @@ def test_a_fork_server_that_still_imports_ends_with_the_last_lease(
         assert here.agent.forkserver is not None
         importer = here.agent.forkserver.process.pid
         here.send(protocol.Release())
-        assert wait_for(lambda: here.agent.forkserver is None)
-        assert not alive(importer) and not here.agent.processes
+        assert wait_for(lambda: here.agent.forkserver is None and not here.agent.processes)
+        assert not alive(importer)
         monkeypatch.delenv("HANGS")
         here.lease()
         here.give(1, "square", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -99,6 +100,21 @@ def test_bytes_with_the_same_checksum_are_different_blobs(
     monkeypatch.setattr(blobs, "KEEP_BYTES", 0)
     kept.done(Counter(blob.digest for blob in found))
     assert not kept.known and not kept.by_check and not kept.by_object
+
+
+def test_digests_are_had_on_a_host_in_fips_mode(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = hashlib.blake2b
+
+    def blake2b(*args: Any, usedforsecurity: bool = True, **kwargs: Any) -> Any:
+        if usedforsecurity:
+            raise ValueError("[digital envelope routines] unsupported")
+        return real(*args, usedforsecurity=False, **kwargs)
+
+    monkeypatch.setattr(hashlib, "blake2b", blake2b)
+    array = np.full(100_000, 1.0)
+    assert len(Blobs(*places).add(frames(array), array).digest) == 32
 
 
 def test_what_nobody_needs_is_kept_while_it_is_little(

@@ -27,14 +27,15 @@ def raise_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def check(number: int) -> None:
+def check(number: int, strangers: int = 0) -> None:
     """Raise ConfigError where the limit is too low for a broker of ``number`` nodes, or an agent.
 
     Without a descriptor libzmq ends its process in the midst, by an assertion.
 
     :param number: of nodes, or of slots
+    :param strangers: connections that anybody may have open with it
     """
-    needed = BASE + EACH * number
+    needed = BASE + EACH * number + strangers
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != most < needed:
         raise ConfigError(

@@ -638,7 +638,7 @@ class Run:
             if not self.loaded and now - started_s > LOAD_SECS:
                 self._print(LOADING)
                 self.loaded = True
-            if self.interrupted_s and now - self.interrupted_s > STOP_SECS:
+            if self.interrupted_s and now - self.interrupted_s > STOP_SECS and not self.closing:
                 process.kill()
         self._release()
 
@@ -722,10 +722,17 @@ class Run:
             self._print(f"without {line}")
         self.told = self.told.union(untold).intersection(found)
 
+    @property
+    def closing(self) -> bool:
+        """Whether the job has ended; killed before its files are closed, they cannot be opened."""
+        return self.outcome is not None
+
     def _standstills(self) -> Iterator[str]:
         """Yield what keeps the job from going on, on this machine."""
         assert self.directory is not None and self.process is not None
-        if self.interrupted_s is not None:
+        if self.closing:
+            yield "the job has ended; its files are being closed, for a minute at most"
+        if self.closing or self.interrupted_s is not None:
             return  # it ends, whatever it waits for
         if self.unanswered:
             yield self.unanswered
@@ -788,7 +795,7 @@ class Run:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def _interrupt(self, *_: object) -> None:
-        if self.interrupted_s is None:
+        if self.interrupted_s is None and not self.closing:
             self.interrupted_s = time.monotonic()
             if self.process is not None:
                 self.process.send_signal(signal.SIGINT)

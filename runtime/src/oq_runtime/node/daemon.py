@@ -23,7 +23,7 @@ from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
 from oq_runtime.node import systemd
 from oq_runtime.node.agent import DIRECTORIES, Agent
-from oq_runtime.wire import security
+from oq_runtime.wire import security, strangers
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         wanted, why = config.available_cores()
     keys = security.Keys.derive(security.read_secret(cluster.authkey))
     os.umask(0o077)
-    descriptors.check(wanted)
+    descriptors.check(wanted, strangers.MOST)
     cgroups.check_processes(wanted)
     descriptors.raise_limit()
     # named alike each time, so that what a killed predecessor has left is found

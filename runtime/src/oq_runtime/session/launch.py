@@ -29,7 +29,7 @@ from oq_runtime.config import Config
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, places, private
 from oq_runtime.priority import Priority
-from oq_runtime.wire import security
+from oq_runtime.wire import security, strangers
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +85,11 @@ def start(config: Config, owner: int, priority: Priority = Priority.NORMAL) -> P
 
 def check(config: Config) -> None:
     """Raise ConfigError for a secret that is weak or not this user's to read, and a low limit."""
-    if config.cluster is not None:
+    if config.cluster is None:
+        descriptors.check(config.cores)
+    else:
         security.read_secret(config.cluster.authkey)
-    descriptors.check(config.cores if config.cluster is None else len(config.cluster.hosts))
+        descriptors.check(len(config.cluster.hosts), strangers.MOST)
 
 
 def pids(directory: Path) -> list[int]:
@@ -170,7 +172,10 @@ def sweep(temporary: Path) -> None:
             if not private.is_own(directory):
                 continue
             if not (directory / "lock").exists():
-                private.remove_stale(directory)  # it was killed in its first moment
+                # killed in its first moment; else what cleans up by age has taken the lock of one
+                # that may be alive
+                if {*os.listdir(directory)} <= {"lock.new"}:
+                    private.remove_stale(directory)
                 continue
             with (directory / "lock").open("r+b") as file:
                 if file.read() != os.fsencode(socket.gethostname()):
