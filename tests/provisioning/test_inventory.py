@@ -211,6 +211,16 @@ VALUES: dict[str, tuple[object, str]] = {
         ["ro,soft"],
         "ro,soft is not understood; give options without",
     ),
+    "openquake_engine_runtime": (
+        "/nowhere/oq_runtime.whl",
+        "openquake_engine_runtime=/nowhere/oq_runtime.whl is not there; give a path of the machine",
+    ),
+    "openquake_engine_constraints": ("/nowhere", "_engine_constraints=/nowhere is not there; give"),
+    "openquake_verify_job": ("/nowhere", "openquake_verify_job=/nowhere is not there; give a path"),
+    "openquake_nfs_client_mounts": (
+        [{"path": "/etc"}],
+        "openquake_nfs_client_mounts: /etc is no path for a mount; give an absolute one of its own",
+    ),
     "openquake_webui_proxy": (
         "a b",
         "openquake_webui_proxy: a b is not understood; give the address",
@@ -243,8 +253,8 @@ def test_settings_of_the_engine_that_have_a_variable(site: Site) -> None:
 
 #: of openquake_shared_dir, _prefix, _home, _config_dir and _custom_tmp, and what they are called
 PATHS = [
-    (["/", "/opt/a b", "/srv/../home", "/etc/oq/", "tmp"], "is not an absolute path"),
-    (["oq_shared", "/opt/'x'", "/srv/.", "/etc//oq", "/srv/x;y"], "is not an absolute path"),
+    (["/", "/opt/a b", "/srv/../home", "/etc/oq/", "tmp"], "only, without / at its end"),
+    (["oq_shared", "/opt/'x'", "/srv/.", "/etc//oq", "/srv/x;y"], "only, without / at its end"),
     (["/usr", "/var/log/oq", "/var/lib/dpkg", "/etc", "/etc/tmp"], "is a directory of the system"),
     (["/srv", "/home", "/etc/oq", "/usr/oq", "/root"], "is a directory of the system"),
 ]

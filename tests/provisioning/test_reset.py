@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -28,7 +29,10 @@ echo '[Service]' >/etc/systemd/system/nftables.service.d/openquake.conf
 printf '[Service]\nExecStart=sleep infinity\n' >/etc/systemd/system/openquake-$1.service
 systemctl start openquake-$1.service
 """
-MASTER = """
+EXPORTS = "/etc/exports.d/openquake.exports"
+MASTER = f"""
+mkdir -p /etc/exports.d
+echo '/oq_shared 192.0.2.2(ro) 192.0.2.3(ro)' >{EXPORTS}
 mkdir -p /opt/openquake/venv-old/bin
 cd /opt/openquake
 ln -s venv-old venv
@@ -95,7 +99,8 @@ def test_taken_down(cluster: Machines) -> None:
     """An empty job database, which a first run has left that was killed, runs no job.
 
     Where something fails nobody else is stopped, also where that is all workers, nor by a dead one;
-    and their turn comes. The administrator's own file and another's environment are spared.
+    and their turn comes; until then they may mount what they did. The administrator's own file and
+    another's environment are spared.
     """
     cluster.sh(f"echo mine >/etc/openquake/openquake.cfg; {STAYS}", "w1", "w2")
     there = cluster.sh(TRACES, "w1", "w2")
@@ -109,6 +114,12 @@ def test_taken_down(cluster: Machines) -> None:
     done = cluster.play(RESET, *YES)
     assert "w2: did not answer, or something failed there" in done.stdout, done.stdout
     assert done.stdout.count("failed=0") == 4, done.stdout
+    assert cluster["m1"].can(f"grep -q 192.0.2.3 {EXPORTS}", "root"), "w2 still mounts it"
+    inventory = cluster.folder / "inventory.ini"
+    inventory.write_text(re.sub("^w2 .*\n", "", inventory.read_text(), flags=re.MULTILINE))
+    done = cluster.play(RESET, *YES)
+    assert done.returncode == 0, done.stdout
+    assert not cluster["m1"].can(f"test -e {EXPORTS}", "root")
     left = {"m1": "/opt/openquake\n/usr/bin/oq", "w1": "/etc/openquake", "w2": there["w2"]}
     assert cluster.sh(TRACES) == left
     assert cluster["m1"].sh("find /opt/openquake -type f") == "/opt/openquake/venv/bin/oq"

@@ -522,6 +522,19 @@ def test_swap_stays_off_and_comes_back(machine: Machine) -> None:
     assert not machine.can("ls /etc/systemd/system/*.d/openquake-swap.conf", "root")
 
 
+@pytest.mark.slow
+def test_swap_that_is_gone_stops_no_reset(machine: Machine) -> None:
+    """A unit that somebody has removed since it was masked; the others come back."""
+    machine.sh(SWAP, stdin=SWAPON)
+    here = ("-e", '{"openquake_in_container": false, "openquake_swap_off": true}')
+    machine.play(role("openquake_swap", "off"), host="w1", args=here)
+    machine.sh("rm /usr/lib/systemd/system/zramswap.service; systemctl daemon-reload")
+    done = machine.play(role("openquake_swap", "restore"), host="w1", args=here)
+    assert done.returncode == 0, done.stdout
+    assert "Not all swap is on again" in done.stdout and "zramswap" in done.stdout, done.stdout
+    assert machine.sh("systemctl is-active dphys-swapfile") == "active"
+
+
 SSHD = "/etc/ssh/sshd_config.d/openquake.conf"
 
 

@@ -155,11 +155,12 @@ def test_the_ports_are_open_for_the_nodes_alone(tmp_path: Path) -> None:
             done = net.run(host, [*nft, "-f", tmp_path / f"{host}.nft"])
             assert done.returncode == 0, done.stderr
             python = [sys.executable, "-ISc"]
-            server = net.popen(host, [*python, LISTEN, *ports], stdout=subprocess.PIPE)
+            every = [*ports, "111"]  # where somebody has unmasked rpcbind
+            server = net.popen(host, [*python, LISTEN, *every], stdout=subprocess.PIPE)
             assert server.stdout and server.stdout.readline() == "listening\n"
 
         def opened(source: str, host: str) -> list[str]:
-            probe = [*python, PROBE, net.address[host], *PORTS[host]]
+            probe = [*python, PROBE, net.address[host], *PORTS[host], "111"]
             return net.run(source, probe).stdout.split()
 
         assert opened("w1", "m1") == opened("w3", "m1") == PORTS["m1"]

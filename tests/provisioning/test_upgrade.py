@@ -23,7 +23,7 @@ import pytest
 from tests.leftovers import wait_for
 from tests.provisioning.machine import NOTIFIES, role
 from tests.provisioning.machines import Machines
-from tests.provisioning.roles import ROOT
+from tests.provisioning.roles import ROOT, failures
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -349,6 +349,7 @@ THEIRS = "/opt/openquake/oqdata/db.sqlite3"
 ANOTHER = f"""
 install -d -o openquake -g openquake /opt/openquake/oqdata
 mv {DATABASE} {THEIRS}
+rm -r $(dirname {DATABASE})
 cd /opt/openquake
 rm venv
 cp -a venv-old venv
@@ -389,13 +390,19 @@ with sqlite3.connect("{THEIRS}") as db:
 @pytest.mark.slow
 def test_job_databases_of_both_stay(cluster: Machines) -> None:
     machine = cluster["m1"]
-    machine.sh(f"cp -p {DATABASE} /tmp/ours; {ANOTHER} mv /tmp/ours {DATABASE}")
+    machine.sh(f"cp -p {DATABASE} /tmp/ours; {ANOTHER}")
+    machine.sh(f"umask 077; mkdir $(dirname {DATABASE}); cp /tmp/ours {DATABASE}", "openquake")
     args = ("-e", "__openquake_engine_wanted=/opt/openquake/venv-new")
     done = machine.play(
         role("openquake_engine"), args=args, openquake_engine_runtime="/tmp/oq_runtime.whl"
     )
     assert f"{DATABASE} stays as it is; {THEIRS} is not used" in done.stdout
     assert database(cluster) == (500, "venv-new") and database(cluster, THEIRS) == (500, "")
+    machine.sh("cd /opt/openquake; rm venv; mkdir venv")
+    done = machine.play(
+        role("openquake_engine"), args=args, openquake_engine_runtime="/tmp/oq_runtime.whl"
+    )
+    assert "move that one elsewhere" in failures(done.stdout)[0]
 
 
 @pytest.mark.slow
@@ -407,6 +414,17 @@ def test_new_secret_with_a_dead_worker(cluster: Machines) -> None:
     secrets = cluster.sh("cat /etc/openquake/authkey")
     assert secrets["m1"] == secrets["w1"] != secrets["w2"] == "the-secret-of-yesterday"
     assert running(cluster, "m1", "w1") == ["m1", "w1"]
+
+
+@pytest.mark.slow
+def test_new_secret_that_cannot_be_written_stops_nobody(cluster: Machines) -> None:
+    cluster.sh("mkdir -p /etc/openquake; echo the-secret-of-yesterday >/etc/openquake/authkey")
+    kept = "/etc/openquake"
+    cluster["m1"].sh(f"mount --bind {kept} {kept}; mount -o remount,bind,ro {kept}")
+    done = cluster.play("playbooks/rotate_authkey.yml")
+    assert done.returncode != 0, done.stdout
+    assert running(cluster, "m1", "w1", "w2") == ["m1", "w1", "w2"]
+    assert set(cluster.sh("cat /etc/openquake/authkey").values()) == {"the-secret-of-yesterday"}
 
 
 ROTATE, VERIFY = "playbooks/rotate_authkey.yml", "playbooks/verify.yml"

@@ -61,11 +61,13 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         made.close()
 
 
-def verify(machine: Machine, place: str, **changed: Any) -> dict[str, str]:
+def verify(
+    machine: Machine, place: str, *, by: tuple[str, ...] = (), **changed: Any
+) -> dict[str, str]:
     """Return the details of the checks, those of a failed one after a ``!``."""
     settings = json.dumps(SETTINGS | changed)
     proxy = {"http_proxy": "http://127.0.0.1:9"}  # of the host, to other hosts
-    done = machine.run("python3", "-", place, settings, stdin=SCRIPT.read_text(), env=proxy)
+    done = machine.run(*by, "python3", "-", place, settings, stdin=SCRIPT.read_text(), env=proxy)
     rows = json.loads(done.stdout)
     return {row["check"]: ("" if row["ok"] else "!") + row["detail"] for row in rows}
 
@@ -83,6 +85,88 @@ def test_mounts(machine: Machine) -> None:
     machine.sh("umount /oq_shared")
     found = verify(machine, "worker", nfs=False)
     assert found["mounts"].startswith("!/oq_shared is not mounted; see systemctl status /oq_shared")
+
+
+def test_root_is_nobody_in_a_shared_directory(machine: Machine) -> None:
+    """As over NFS, whose server takes root for nobody: ``touch`` is refused before it is read-only.
+
+    And the account writes where the mount lets it, whatever the table of mounts says.
+    """
+    squashed = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    own = "uid=880,gid=880,mode=3770"
+    machine.sh(f"umount /oq_shared; mount -t tmpfs -o ro,{own} results /oq_shared")
+    said = machine.run(*squashed, "touch", "/oq_shared/x").stderr
+    assert "Permission denied" in said, said
+    assert verify(machine, "worker", by=squashed, nfs=False)["mounts"] == "read-only, of the master"
+    machine.sh(f"mount -o remount,rw,{own} /oq_shared")
+    found = verify(machine, "worker", by=squashed, nfs=False)["mounts"]
+    assert found == "!/oq_shared is not mounted read-only; run site.yml"
+
+
+@pytest.mark.parametrize(
+    "kind, source, options, fault",
+    [
+        ("nfs4", "192.0.2.1:/home", "ro,vers=4.2", ""),
+        ("nfs4", "192.0.2.9:/home", "ro,vers=4.2", "/home is nfs4 of 192.0.2.9:/home, not"),
+        ("nfs4", "192.0.2.1:/srv", "ro,vers=4.2", "/home is nfs4 of 192.0.2.1:/srv, not"),
+        ("nfs", "192.0.2.1:/home", "ro,vers=3", "/home is nfs of 192.0.2.1:/home, not"),
+        ("nfs4", "192.0.2.1:/home", "ro,vers=4.1", "/home is not mounted with vers=4.2; run"),
+        ("nfs4", "192.0.2.1:/home", "rw,vers=4.2", "/home is not mounted read-only; run site.yml"),
+    ],
+)
+def test_mount_of_another_kind(
+    monkeypatch: pytest.MonkeyPatch, kind: str, source: str, options: str, fault: str
+) -> None:
+    settings = json.dumps(SETTINGS | {"master": "192.0.2.1"})
+    monkeypatch.setattr(sys, "argv", ["verify.py", "worker", settings])
+    script = runpy.run_path(str(SCRIPT))
+    mount = script["Mount"](kind, source, set(options.split(",")))
+    told = ""
+    try:
+        script["check_mount"](Path("/home"), mount)
+    except script["Wrong"] as exc:
+        told = str(exc)
+    assert told.startswith(fault) and bool(told) == bool(fault)
+
+
+#: each with one defect: another engine, no DbServer, workers that ssh does not reach, an export to
+#: a stranger, swap, a packet filter that somebody has flushed
+DEFECTS = """
+mount -o remount,rw /opt/openquake
+mkdir -p /opt/openquake/venv/bin; cd /opt/openquake/venv/bin
+printf '#!/bin/sh\\necho 3.25.1\\n' >python
+printf '#!/bin/sh\\necho "$1: Connection refused" >&2\\nexit 255\\n' >/usr/bin/ssh
+mkdir -p /var/lib/nfs /etc/openquake
+printf '/opt/openquake\\t192.0.2.2(ro,root_squash)\\n/opt/openquake\\t*(ro,root_squash)\\n' \
+    >/var/lib/nfs/etab
+printf 'Filename Type Size Used Priority\\n/dev/sdb1 partition 1 0 -2\\n' >/run/swaps
+mount --bind /run/swaps /proc/swaps
+touch /etc/openquake/firewall.nft
+cd /etc/systemd/system
+printf '[Service]\\nType=oneshot\\nRemainAfterExit=yes\\nExecStart=true\\n' \
+    >openquake-firewall.service
+printf '[Install]\\nWantedBy=spare.target\\n' >>openquake-firewall.service
+chmod +x /opt/openquake/venv/bin/python /usr/bin/ssh
+systemctl enable --now openquake-firewall
+"""
+
+
+def test_each_defect_is_told_with_its_remedy(machine: Machine) -> None:
+    machine.sh(DEFECTS)
+    found = verify(machine, "master", workers=["192.0.2.2", "192.0.2.3"])
+    found |= {"swap": verify(machine, "worker", swap_off=True)["swap"]}
+    wanted = {
+        "engine": "!engine 3.25.1, and the inventory says 3.26.2; run playbooks/upgrade.yml",
+        "dbserver": "!openquake-dbserver.service is inactive; see journalctl -u openquake-dbserver",
+        "gate": "!ssh does not reach 192.0.2.2: openquake@192.0.2.2: Connection refused; "
+        "192.0.2.3: openquake@192.0.2.3: Connection refused; ssh openquake@WORKER",
+        "exports": "!/opt/openquake is exported to ['*', '192.0.2.2'], not to ['192.0.2.2', '192.",
+        "swap": "!swap is on: /dev/sdb1; run site.yml",
+        "firewall": "!the table of the firewall is not loaded; run site.yml",
+    }
+    assert {name for name, text in wanted.items() if not found[name].startswith(text)} == set(), (
+        found
+    )
 
 
 def test_nodes(machine: Machine) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONNECT_SECS = 3.0
-#: of the facts of two hosts, which are not gathered at the same moment
+#: of two hosts, for the answers of which the ways to them count
 CLOCK_SECS = 60
 LEAST_FREE_MB = 256
 COMMAND_SECS = 300.0
@@ -244,10 +244,19 @@ def results() -> str:
 
 
 def gate() -> str:
+    found = []
     for worker in SETTINGS["workers"]:
-        answer = as_openquake("ssh", f"openquake@{worker}", "ping").strip()
-        if answer != "pong":
-            raise Wrong(f"ssh openquake@{worker} ping: {answer!r}")
+        command = [*OPENQUAKE, "ssh", f"openquake@{worker}", "ping"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECS)
+        except subprocess.TimeoutExpired:
+            found.append(f"{worker}: no answer within {COMMAND_SECS:g} s")
+            continue
+        if done.stdout.strip() != "pong":
+            found.append(f"{worker}: {reason(done)}")
+    if found:
+        remedy = "ssh openquake@WORKER ping as openquake on the master shows more; run site.yml"
+        raise Wrong(f"ssh does not reach {'; '.join(found)}", remedy)
     return "all workers answer to ssh"
 
 
@@ -306,20 +315,25 @@ def mounts() -> str:
         return "its own directories"
     for path in (PREFIX, SHARED):
         as_openquake("stat", "--file-system", f"{path}/.")  # mounts what waits for its use
-        mount = mounted(path, Path("/proc/self/mountinfo").read_text())
-        if mount is None:
-            raise Wrong(f"{path} is not mounted", f"see systemctl status {path}, and run site.yml")
-        source = f"{SETTINGS['master']}:{path}"
-        if SETTINGS["nfs"] and (mount.kind, mount.source) != ("nfs4", source):
-            raise Wrong(f"{path} is {mount.kind} of {mount.source}, not {source}")
-        if SETTINGS["nfs"] and "vers=4.2" not in mount.options:
-            raise Wrong(f"{path} is not mounted with vers=4.2")
+        check_mount(path, mounted(path, Path("/proc/self/mountinfo").read_text()))
         file = f"{path}/.openquake-verify"
-        tried = subprocess.run([*OPENQUAKE, "touch", file], capture_output=True)
-        if "ro" not in mount.options or not tried.returncode:
+        if not subprocess.run([*OPENQUAKE, "touch", file], capture_output=True).returncode:
             subprocess.run([*OPENQUAKE, "rm", "-f", file], capture_output=True)
-            raise Wrong(f"{path} is not mounted read-only")
+            raise Wrong(f"{path} can be written to")
     return "read-only, of the master"
+
+
+def check_mount(path: Path, mount: Mount | None) -> None:
+    """Raise Wrong where this is not what the role mounts there."""
+    if mount is None:
+        raise Wrong(f"{path} is not mounted", f"see systemctl status {path}, and run site.yml")
+    source = f"{SETTINGS['master']}:{path}"
+    if SETTINGS["nfs"] and (mount.kind, mount.source) != ("nfs4", source):
+        raise Wrong(f"{path} is {mount.kind} of {mount.source}, not {source}")
+    if SETTINGS["nfs"] and "vers=4.2" not in mount.options:
+        raise Wrong(f"{path} is not mounted with vers=4.2")
+    if "ro" not in mount.options:
+        raise Wrong(f"{path} is not mounted read-only")
 
 
 def owner() -> str:
