@@ -154,6 +154,24 @@ def test_a_job_without_a_fault_has_no_cause() -> None:
     assert told[-1] == "nothing stands out that you could change" and "retries: none" in told
 
 
+@pytest.mark.parametrize("waits", ["queued_s", "blocked_s"])
+def test_what_a_slow_node_waits_for_is_said(waits: str) -> None:
+    cpu_s = 20.0 if waits == "queued_s" else 10.0
+    slow = replaced(lambda one: one.node == "b", cpu_s=cpu_s, queued_s=30.0 - cpu_s - 2.0)
+    slow = slow if waits == "queued_s" else replaced(lambda one: one.node == "b", cpu_s=cpu_s)
+    job = run(THREE, EVEN, longer={"b": 3.0}, made=slow)
+    [found] = [one for one in causes(job, divide(job)) if one.cause is Cause.SLOW_NODE]
+    what = "a CPU" if waits == "queued_s" else "files"
+    assert (found.node, found.reason) == ("b", f"its tasks wait for {what}")
+
+
+def test_a_straggler_of_few_tasks_counts_once() -> None:
+    job = run(TWO, [10.0] * 4 + [90.0])
+    found = {one.cause: one for one in causes(job, divide(job))}
+    assert found[Cause.STRAGGLER].part > 0.5
+    assert Cause.FEW_TASKS not in found or found[Cause.FEW_TASKS].part < 0.3
+
+
 def test_a_slow_node_is_not_taken_for_a_straggler() -> None:
     """The last task runs on the slow node, alone."""
     job = run({"a": 4, "b": 1}, [10.0] * 40, longer={"b": 9.0})

@@ -130,6 +130,21 @@ def test_times_are_those_of_the_broker() -> None:
     assert ledger.pop("j", 10) == b"", "told once"
 
 
+@pytest.mark.parametrize("stray", [core.GrantUpload("a", 5, 2), core.AttemptStarted("a", 6, 1)])
+def test_what_is_not_under_way_is_not_noted(stray: core.Event | core.Effect) -> None:
+    ledger = begun()
+    ledger.take(stray, 11.0)
+    assert ledger.pop("j", 10) == b"" and [*ledger.tasks[5].open] == [1]
+
+
+def test_results_that_were_damaged_on_the_way() -> None:
+    ledger = begun()
+    ledger.take(core.AttemptEnded("a", 5, 1, 77), 14.0)
+    ledger.take(core.Uploaded("a", 5, 1, False), 15.0)
+    assert row(ledger)["outcome"] == Outcome.DAMAGED
+    assert [*ledger.reasons][1:] == ["damaged on the way"]
+
+
 @pytest.mark.parametrize(
     "event, outcome, started_s",
     [

@@ -235,6 +235,25 @@ def test_alone_kills_no_worker_twice() -> None:
     node.check_invariants()
 
 
+def test_alone_behind_another_waits_though_workers_are_idle() -> None:
+    node = leased(3)
+    node.handle(TaskGiven("j", 1, 1), 0.0)
+    node.handle(MemoryUsed(85, 100), 0.0)
+    node.handle(TaskGiven("j", 2, 1), 0.0)
+    assert node.handle(TaskGiven("j", 3, 2, True), 0.0) == []
+    started = [one for one in node.handle(MemoryUsed(10, 100), 1.0) if isinstance(one, RunOn)]
+    assert [one.task for one in started] == [2]
+    node.check_invariants()
+
+
+def test_a_killed_worker_for_which_there_never_was_a_process() -> None:
+    node = leased(1, ready=False)
+    assert Kill(1) in node.handle(Released("j", "done"), 0.0)
+    assert node.handle(WorkerRefused(1, "too many processes"), 1.0) == []
+    assert not node.workers
+    node.check_invariants()
+
+
 def test_alone_that_is_aborted_holds_nothing_back() -> None:
     node = leased(1)
     node.handle(TaskGiven("j", 1, 1), 0.0)
