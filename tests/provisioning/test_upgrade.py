@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -342,6 +343,20 @@ def test_worker_that_dies_meanwhile_is_left_out(cluster: Machines) -> None:
     assert "unreachable=1" in output
     assert (environment(cluster), database(cluster)) == ("venv-new", (500, "venv-new"))
     assert running(cluster, "m1", "w1") == ["m1", "w1"]
+
+
+def test_the_backup_of_the_page(cluster: Machines) -> None:
+    """The commands of docs/operating.md, with jobs that come between."""
+    text = (ROOT / "docs/operating.md").read_text().partition("## Backups")[2].partition("\n## ")[0]
+    kept, back = (block[1:] for block in re.findall(r"\n\n((?:    .+\n)+)", text))
+    machine = cluster["m1"]
+    machine.sh("printf '[Service]\\nExecStart=sleep infinity\\n' >/etc/systemd/system/"
+               "openquake-webui.service; systemctl daemon-reload")  # fmt: skip
+    machine.sh(kept)
+    machine.sh(f"rm {DATABASE}; touch {DATABASE}", "openquake")
+    machine.sh(back)
+    assert database(cluster) == (500, "") and running(cluster, "m1") == ["m1"]
+    assert machine.can(f"test -O {DATABASE} -a ! -e {DATABASE[:-7]}backup", "openquake")
 
 
 THEIRS = "/opt/openquake/oqdata/db.sqlite3"
