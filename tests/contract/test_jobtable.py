@@ -367,6 +367,24 @@ def test_abort_of_one_job_of_several_of_a_process(database: Database, table: Job
         assert processes.look(pid).command == ""  # type: ignore[union-attr]
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be somebody else")
+def test_abort_of_a_job_of_somebody_else(database: Database, table: JobTable) -> None:
+    with titled("oq-job-1") as pid:
+        number = database.job(pid=pid)
+        reading, writing = os.pipe()
+        if not (child := os.fork()):
+            os.setuid(65534)
+            os.write(writing, abort.end(table, number).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writing)
+        with os.fdopen(reading) as said:
+            told = said.read()
+        assert told.endswith("only they or root can abort it"), told
+        assert processes.look(pid).command  # type: ignore[union-attr]
+    assert database.status(number) == "executing"
+
+
 def test_abort_without_a_process(database: Database, table: JobTable) -> None:
     with program("sleep", "99") as pid:
         number = database.job(pid=pid)

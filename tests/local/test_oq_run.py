@@ -220,6 +220,14 @@ def test_directory_of_exports_that_cannot_be_made(env: dict[str, str]) -> None:
     assert said in one_line(err)
 
 
+def test_directory_of_exports_is_not_looked_at_when_nothing_is_exported(
+    env: dict[str, str],
+) -> None:
+    job = corpus("classical/case_02/job.ini")
+    code, _, err = run(env, job, "-p", "export_dir=/proc/none/x", "--no-progress")
+    assert code == 0, err
+
+
 def test_malformed_xml(env: dict[str, str], tmp_path: Path) -> None:
     folder = example(tmp_path)
     path = folder / "source_model_low.xml"
