@@ -20,6 +20,7 @@ PYTHON = """\
 #!/bin/sh
 case "$*" in
 "-m venv .") mkdir -p bin lib && cp "$0" bin/python ;;
+*import*openquake*) mkdir -p "$NUMBA_CACHE_DIR" && echo "$HOME" >"$NUMBA_CACHE_DIR/x" ;;
 *install*engine*) echo begin >>packages/log; sleep 1; echo end >>packages/log ;;
 esac
 """
@@ -48,6 +49,10 @@ def test_two_builds_of_one_environment(tmp_path: Path) -> None:
     assert (tmp_path / "packages/log").read_text() == "begin\nend\nsynced\n"
     assert (tmp_path / ".complete").stat().st_mode & 0o777 == 0o644
     assert (tmp_path / "bin").stat().st_mode & 0o777 == 0o755
+    # what numba compiles is there for all, and nothing of a home of root's
+    assert (tmp_path / "compiled/x").stat().st_mode & 0o777 == 0o644
+    home = Path((tmp_path / "compiled/x").read_text().strip())
+    assert home == tmp_path / "packages/home" and not home.exists()
 
 
 @pytest.mark.parametrize("terminal", [False, True])

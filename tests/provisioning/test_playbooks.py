@@ -29,6 +29,21 @@ def test_lint() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_sudo_of_a_busy_host_has_a_minute() -> None:
+    done = ansible("ansible-config", "dump", "--only-changed")
+    assert re.search(r"^DEFAULT_TIMEOUT\(\S+\) = 60$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_a_kernel_without_nftables_is_found_before_swap_goes() -> None:
+    """By the role itself, which installs the program that asks."""
+    plays = yaml.safe_load((ROOT / "playbooks/site.yml").read_text())
+    named = [[role["role"] for role in play.get("roles", [])] for play in plays]
+    both = [names for names in named if "openquake_swap" in names]
+    assert both and all(
+        names.index("openquake_firewall") < names.index("openquake_swap") for names in both
+    )
+
+
 def test_lint_is_strict() -> None:
     settings = yaml.safe_load((ROOT / ".ansible-lint").read_text())
     assert settings["profile"] == "production"

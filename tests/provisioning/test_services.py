@@ -334,6 +334,7 @@ def test_rpcbind_is_shut_on_a_worker_too_until_its_last_mount_goes(machine: Mach
         machine.play(mount, host="w1", openquake_shared_dir=shared)
         assert rpcbind(machine) == "masked"
         assert not machine.can("systemctl is-active rpcbind.socket", "root")
+        assert machine.sh("readlink /etc/systemd/system/rpc-statd.service") == "/dev/null"
     done = machine.play(role("openquake_nfs_client", "remove"), host="w1")
     assert done.returncode == 0, done.stdout
     assert rpcbind(machine) == "static"

@@ -152,6 +152,7 @@ def test_a_job_without_a_fault_has_no_cause() -> None:
     assert division.part(Use.COMPUTED) > 0.95
     told = lines(job, division, [])
     assert told[-1] == "nothing stands out that you could change" and "retries: none" in told
+    assert "nodes: a 80 tasks on 4 slots, b 80 tasks on 4 slots, c 80 tasks on 4 slots" in told
 
 
 @pytest.mark.parametrize("waits", ["queued_s", "blocked_s"])
