@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.conftest import Attacks
+from tests.leftovers import wait_for
 from tests.provisioning.machine import PATH, Machine, role
 from tests.provisioning.packages import download
 from tests.provisioning.roles import ROOT, failures, read, tasks_of
@@ -44,6 +45,41 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 def state(machine: Machine, path: str) -> str:
     """Owner, mode and content of a directory, as far as an attack could change them."""
     return machine.sh(f"stat --format='%U %G %a' {path}; ls -A {path}")
+
+
+# ---- the DbServer, which asks nobody who he is
+
+SERVER = """
+import socket
+with socket.create_server(("192.0.2.1", 1908)) as server:
+    open("/run/serves", "w").close()
+    while True:
+        server.accept()[0].close()
+"""
+CLIENT = "python3 -c 'import socket; socket.create_connection((\"192.0.2.1\", 1908), 5)'"
+
+
+def test_account_without_the_group_asks_the_dbserver(tmp_path: Path, attacks: Attacks) -> None:
+    machine = Machine(tmp_path, services=True, address="192.0.2.1")
+    try:
+        machine.sh("mkdir -p /etc/openquake; groupadd --system --gid 880 openquake")
+        machine.sh("useradd --system --uid 880 --gid openquake openquake")
+        machine.sh("for name in alice mallory; do useradd $name; done; gpasswd -a alice openquake")
+        machine.sh("cat >/root/server", stdin=SERVER)
+        machine.sh("systemd-run --unit=server python3 /root/server")
+        assert wait_for(lambda: machine.can("test -e /run/serves", "root"))
+        assert machine.can(CLIENT, "mallory"), "there is a server"
+        for _ in range(2):
+            done = machine.play(role("openquake_firewall"))
+            assert done.returncode == 0, done.stdout
+        assert "changed=0" in done.stdout
+        attacks.tried(successes=machine.can(CLIENT, "mallory"))
+        assert all(machine.can(CLIENT, name) for name in ("root", "openquake", "alice"))
+        machine.sh("gpasswd -d alice openquake")
+        machine.play(role("openquake_firewall"))
+        attacks.tried(successes=machine.can(CLIENT, "alice"))
+    finally:
+        machine.close()
 
 
 # ---- the shared directory
