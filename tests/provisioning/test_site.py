@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from tests.leftovers import wait_for
 from tests.provisioning.machine import NOTIFIES
 from tests.provisioning.machines import Machines
+from tests.provisioning.packages import download
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -53,6 +55,11 @@ rm -f /etc/ssh/ssh_host_* /run/nologin
 ssh-keygen -A
 systemctl start ssh
 """
+#: on a machine that nobody logs in to
+SSHD = """
+ln -sf /bin/true /usr/sbin/policy-rc.d
+DEBIAN_FRONTEND=noninteractive dpkg --install {packages}/*.deb >/dev/null
+"""
 MOUNTS = """
 ln -s venv-new /opt/openquake/venv
 mkdir /oq_shared
@@ -76,6 +83,8 @@ def cluster(tmp_path: Path) -> Iterator[Machines]:
     )
     try:
         made.connect()
+        if shutil.which("sshd") is None:
+            made.sh(SSHD.format(packages=download("openssh-server")))
         made.sh(ENVIRONMENT)
         made.sh(MOUNTS, "w1", "w2")
         yield made
