@@ -373,9 +373,11 @@ def test_abort_of_a_job_of_somebody_else(database: Database, table: JobTable) ->
         number = database.job(pid=pid)
         reading, writing = os.pipe()
         if not (child := os.fork()):
-            os.setuid(65534)
-            os.write(writing, abort.end(table, number).encode())
-            os._exit(0)
+            try:
+                os.setuid(65534)
+                os.write(writing, abort.end(table, number).encode())
+            finally:
+                os._exit(0)
         os.waitpid(child, 0)
         os.close(writing)
         with os.fdopen(reading) as said:

@@ -141,7 +141,10 @@ def test_interrupted_job_closes_its_files_on_a_slow_disk(
     path = os.pathsep.join(filter(None, [str(tmp_path / "slow"), env.get("PYTHONPATH", "")]))
     calculating = Calculating(env | {"PYTHONPATH": path}, tmpdir)
     calculating.process.send_signal(signal.SIGINT)
-    _, err = calculating.process.communicate(timeout=60)
+    try:
+        _, err = calculating.process.communicate(timeout=60)
+    finally:
+        calculating.process.kill()
     assert calculating.process.returncode == 130 and "interrupted" in err.splitlines()[-1], err
     assert "waiting: the job has ended; its files are being closed" in err
     assert_closed(env, calculating.number)

@@ -88,10 +88,7 @@ def test_mounts(machine: Machine) -> None:
 
 
 def test_root_is_nobody_in_a_shared_directory(machine: Machine) -> None:
-    """As over NFS, whose server takes root for nobody: ``touch`` is refused before it is read-only.
-
-    And the account writes where the mount lets it, whatever the table of mounts says.
-    """
+    """As over NFS: it takes root for nobody, so ``touch`` is refused before it is read-only."""
     squashed = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
     own = "uid=880,gid=880,mode=3770"
     machine.sh(f"umount /oq_shared; mount -t tmpfs -o ro,{own} results /oq_shared")
