@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -45,7 +46,10 @@ def test_node_that_joins_gets_tasks(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
-    """Its command has ended, with a number; who watches it hears of its end."""
+    """Its command has ended, with a number; who watches it hears of its end.
+
+    The last line says how many tasks each node has done.
+    """
     [row] = result(calculate(cluster, "--detach"), 60)["jobs"]
     watching = cluster.run(["-m", "oq_runtime.commands.run", "--watch", str(row["job"])], {})
     out, _ = watching.communicate(timeout=JOB_LIMIT_S)
@@ -53,6 +57,10 @@ def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
     assert out == f"job {row['job']} is complete\n", (watching.log.read_text(), said)
     datastore = cluster.datadir / f"calc_{row['job']}.hdf5"
     assert not compare(undisturbed, datastore), said
+    [ended] = json.loads(said.strip().splitlines()[-1])["jobs"]
+    assert ended["nodes"].keys() == {cluster.net.address[node] for node in cluster.slots}, said
+    # the others were alone in their phase: the engine has done these itself
+    assert 0 < sum(ended["nodes"].values()) <= ended["tasks"], said
 
 
 def test_big_argument_and_results(cluster: Cluster) -> None:

@@ -20,7 +20,7 @@ from oq_runtime.commands.checks import (
     check_places,
     check_priority,
 )
-from oq_runtime.commands.lines import describe, exports, surveyed
+from oq_runtime.commands.lines import describe, exports, shared_out, surveyed
 from oq_runtime.commands.run import (
     NO_NODE,
     NO_SHARE,
@@ -80,6 +80,16 @@ def test_exports_are_counted_by_directory() -> None:
         "exported 1 file to /x/cl: f_1.csv",
     ]
     assert exports([]) == []
+
+
+def test_each_node_has_its_share_of_the_tasks() -> None:
+    assert shared_out({"w1": 7}) == []
+    assert shared_out({"w1": 7, "w2": 0}) == ["tasks of 2 nodes: w1 7, w2 0"]
+    [line] = shared_out({f"w{number}": 100 - number for number in range(100)})
+    assert line == (
+        "tasks of 100 nodes: w0 100, w1 99, w2 98, w3 97, w4 96, ..., "
+        "w95 5, w96 4, w97 3, w98 2, w99 1"
+    )
 
 
 def test_the_description_of_a_job_file_is_clean(tmp_path: Path) -> None:

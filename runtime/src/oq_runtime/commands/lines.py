@@ -12,6 +12,8 @@ from oq_runtime.text import MOST_NAMES, clean, counted
 
 #: characters of a job's description, and names of exported files, that are shown
 DESCRIPTION_CHARACTERS, MOST_FILES = 100, 4
+#: nodes that have done most tasks, and that have done least, which are named
+MOST_NODES = 5
 
 #: what oq plot draws, by the output that it needs; the first that there is
 PLOTS = {"Hazard Maps": "hmaps", "Hazard Curves": "hcurves"}
@@ -48,6 +50,19 @@ def surveyed(row: dict[str, Any]) -> str:
         found.append(f"the hazard of job {row['parent']}")
     tasks = f"{row['tasks']} tasks" if row["tasks"] else "2 tasks a slot"
     return f"{row['file']}: {row['mode']}, {', '.join(found)}; about {tasks} in its main phase"
+
+
+def shared_out(nodes: dict[str, int]) -> list[str]:
+    """Say how many tasks of a job each node has done, where there is more than one.
+
+    :param nodes: tasks of each, most first
+    """
+    if len(nodes) < 2:
+        return []
+    found = [f"{node} {tasks}" for node, tasks in nodes.items()]
+    if len(found) > 2 * MOST_NODES:  # who has done least tells as much as who has done most
+        found = [*found[:MOST_NODES], "...", *found[-MOST_NODES:]]
+    return [f"tasks of {counted(len(nodes), 'node')}: {', '.join(found)}"]
 
 
 def exports(files: Sequence[str]) -> list[str]:

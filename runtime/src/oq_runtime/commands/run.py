@@ -32,7 +32,15 @@ from rich.console import Console
 from oq_runtime import cgroups, config, descriptors, processes
 from oq_runtime.commands import checks, logout, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
-from oq_runtime.commands.lines import describe, exports, next_steps, place, reported, surveyed
+from oq_runtime.commands.lines import (
+    describe,
+    exports,
+    next_steps,
+    place,
+    reported,
+    shared_out,
+    surveyed,
+)
 from oq_runtime.commands.notice import Notice
 from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.config import Config, check_cores
@@ -930,6 +938,8 @@ class Run:
                 f"job {row['job']} {row['state']} in {row['seconds']:.1f} s: {row['tasks']} tasks, "
                 f"{row['retries']} retried, slot efficiency {row['busy_seconds'] / capacity:.0%}"
             )
+            for line in shared_out(row["nodes"]):
+                out.print(clean(line, LINE_CHARACTERS))
             out.print(f"datastore {clean(row['datastore'])} ({row['bytes'] / 1e6:.1f} MB)")
             for one in row["outputs"]:
                 out.print(f"  {one['id']:>5}  {clean(one['name'])}")

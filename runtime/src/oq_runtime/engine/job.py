@@ -30,7 +30,7 @@ from typing import Any
 
 from oq_runtime import processes
 from oq_runtime.config import SESSION_VARIABLE
-from oq_runtime.engine import archives, jobtable, messages, queue, reads, resume, survey
+from oq_runtime.engine import archives, jobtable, kept, messages, queue, reads, resume, survey
 from oq_runtime.engine.history import History
 from oq_runtime.engine.hook import activate
 from oq_runtime.engine.jobtable import JobTable, Status
@@ -614,6 +614,7 @@ def summary(logs: Any, job_id: int, started_s: float) -> dict[str, Any]:
         if "task_info" in dstore:
             info = dstore["task_info"][:]
             tasks, busy_s = len(info), float(info["duration"].sum())
+        nodes = kept.tasks_of_nodes(dstore.hdf5)
     lines = logs.dbcmd("list_outputs", job_id, True)
     outputs = []
     for line in lines:
@@ -624,6 +625,7 @@ def summary(logs: Any, job_id: int, started_s: float) -> dict[str, Any]:
         "job": job_id,
         "state": clean(logs.dbcmd("get_job", job_id).status),
         "tasks": tasks,
+        "nodes": nodes,
         "busy_seconds": round(busy_s, 2),
         "datastore": str(path),
         "bytes": path.stat().st_size,

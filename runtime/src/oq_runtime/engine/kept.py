@@ -108,6 +108,17 @@ def write(
         group.create_dataset(name, data=numpy.array(words, object), dtype=TEXT)
 
 
+def tasks_of_nodes(file: h5py.File) -> dict[str, int]:
+    """Return how many tasks each node has done, most first; nothing where nothing is kept."""
+    if GROUP not in file:
+        return {}
+    names = file[GROUP]["nodes"].asstr()[:].tolist()
+    rows = file[GROUP]["attempts"][:]
+    committed = rows["node"][rows["outcome"] == Outcome.COMMITTED]
+    done = numpy.bincount(committed, minlength=len(names)).tolist()
+    return dict(sorted(zip(names, done, strict=True), key=lambda of: (-of[1], of[0])))
+
+
 def read(file: h5py.File) -> explain.Job | None:
     """Return what is kept in a datastore; None where there is nothing, or a later format."""
     group = file.get(GROUP)
