@@ -26,7 +26,9 @@ from tests.leftovers import wait_for
 from tests.provisioning.packages import files_of_the_roles
 from tests.provisioning.roles import ROOT
 
-UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--uts", "--ipc")
+#: it ends with the tests, however these end
+UNSHARE = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child",
+           "--net", "--uts", "--ipc")  # fmt: skip
 #: $1: an empty directory, $2: its cgroup for systemd or nothing, $3: an address or nothing,
 #: $4: files that it has besides, $5...: directories that are seen as they are
 MAKE = """

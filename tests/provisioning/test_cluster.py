@@ -15,6 +15,7 @@ from tests.provisioning.roles import failures
 pytestmark = pytest.mark.timeout(600)
 
 VALIDATE = "playbooks/validate.yml"
+LEAVING = ("playbooks/remove_worker.yml", "-e", "openquake_leaving=w2")
 #: of a host whose clock is an hour before the others'
 AHEAD = """\
 #!/bin/sh
@@ -93,7 +94,7 @@ systemctl start openquake-worker
 def test_worker_that_dies_while_it_leaves_is_not_shut_out(cluster: Machines) -> None:
     """It still mounts what the master exports: with /home, nobody could log in there any more."""
     cluster["w2"].sh(HELD)
-    process = cluster.start("playbooks/remove_worker.yml", "-e", "openquake_leaving=w2")
+    process = cluster.start(*LEAVING)
     assert wait_for(lambda: cluster["w2"].can("test -e /tmp/held", "root"), 300)
     cluster.cut("w2")
     cluster["w2"].sh("rm /tmp/held")
@@ -106,18 +107,29 @@ cd /etc/systemd/system
 printf '[Unit]\\nDescription=OpenQuake: /oq of the master when it is used\\n' >oq.automount
 printf '[Automount]\\nWhere=/oq\\n' >>oq.automount
 printf '[Mount]\\nWhat=tmpfs\\nWhere=/oq\\nType=tmpfs\\n' >oq.mount
-printf '[Service]\\nExecStart=sleep infinity\\n' >openquake-worker.service
 mkdir -p /oq
-systemctl start oq.mount openquake-worker
+systemctl start oq.mount
 """
 
 
 @pytest.mark.slow
 def test_worker_that_leaves_unmounts_before_the_master_hears_of_it(cluster: Machines) -> None:
-    """The run ends there, for the master is away; what comes next would shut the worker out."""
-    cluster["w2"].sh(UNITS)
+    """The run ends there, for the master has died; what comes next would shut the worker out."""
+    cluster["w2"].sh(UNITS + HELD)
+    process = cluster.start(*LEAVING)
+    assert wait_for(lambda: cluster["w2"].can("test -e /tmp/held", "root"), 300)
     cluster.cut("m1")
-    done = cluster.play("playbooks/remove_worker.yml", "-e", "openquake_leaving=w2")
-    assert done.returncode != 0
+    cluster["w2"].sh("rm /tmp/held")
+    output, _ = process.communicate()
+    assert process.returncode != 0, output
     left = "ls /etc/systemd/system | grep -E '^(oq|openquake)' || test -e /oq"
-    assert not cluster["w2"].can(left, "root"), done.stdout
+    assert not cluster["w2"].can(left, "root"), output
+
+
+def test_worker_stays_while_something_is_wrong_with_the_others(cluster: Machines) -> None:
+    cluster["w2"].sh(HELD)
+    cluster["w1"].sh(DATE, stdin=AHEAD)
+    done = cluster.play(*LEAVING)
+    assert done.returncode != 0
+    assert [message for message in failures(done.stdout) if message.startswith("The clock here")]
+    assert cluster["w2"].can("systemctl is-active openquake-worker", "root"), done.stdout

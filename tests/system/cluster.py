@@ -92,6 +92,11 @@ class Cluster:
         return [one for one in self.hosts.values() if one.process is not None]
 
     @property
+    def shared(self) -> str:
+        """The directory whose files the workers see."""
+        return str(self.settings.get("openquake_shared_dir", "/home"))
+
+    @property
     def members(self) -> list[Host]:
         """The hosts of the inventory."""
         return [self.master, *(self.hosts[name] for name in self.workers)]
@@ -171,13 +176,14 @@ class Cluster:
     # ---- jobs
 
     def give_example(self, user: str, example: str) -> str:
-        """Copy an example into the home of a user; returns the path of its job file there."""
+        """Copy an example to where the workers see it; returns the path of its job file there."""
         name = EXAMPLES[example]
         archive = subprocess.run(
             ("tar", "-C", str(ROOT / "examples"), "-cf", "-", name), check=True, capture_output=True
         ).stdout
-        subprocess.run(self.master.ssh("tar -xf -", user), input=archive, check=True)
-        return f"/home/{user}/{name}/job.ini"
+        place = f"{self.shared}/{user}"
+        subprocess.run(self.master.ssh(f"tar -C {place} -xf -", user), input=archive, check=True)
+        return f"{place}/{name}/job.ini"
 
     def submit(self, user: str, job: str, *args: str) -> Job:
         """Start ``oq-run`` as a user who has logged in."""

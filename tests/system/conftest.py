@@ -31,6 +31,7 @@ ORDER = (
     "test_resume",
     "test_memory",
     "test_verify",
+    "test_moving",
     "test_newcomer",
     "test_webui",
     "test_leaving",

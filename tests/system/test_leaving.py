@@ -73,7 +73,7 @@ def test_another_secret(cluster: Cluster) -> None:
 
 def test_the_cluster_is_taken_down(cluster: Cluster) -> None:
     """Hosts as before, but for the data."""
-    kept = cluster.master.out("ls /home/*/oqdata/calc_*.hdf5").splitlines()
+    kept = cluster.master.out(f"ls {cluster.shared}/*/oqdata/calc_*.hdf5").splitlines()
     assert kept
     refused = cluster.play("playbooks/reset.yml", answers=answers("no"))
     assert refused.code != 0
@@ -85,7 +85,7 @@ def test_the_cluster_is_taken_down(cluster: Cluster) -> None:
         assert one.out("swapon --show --noheadings"), f"swap of {one.name} is not on again"
         one.reboot()
         assert traces(one) == [], one.name
-    assert cluster.master.out("ls /home/*/oqdata/calc_*.hdf5").splitlines() == kept
+    assert cluster.master.out(f"ls {cluster.shared}/*/oqdata/calc_*.hdf5").splitlines() == kept
     assert cluster.jobs(), "the job database is gone"
 
 

@@ -24,7 +24,10 @@ def check_services(cluster: Cluster) -> None:
     for name in cluster.workers:
         host = cluster.hosts[name]
         assert host.out("systemctl is-active openquake-worker") == "active"
-        assert host.out("stat -f -c %T /home/ /opt/openquake/").split() == ["nfs", "nfs"]
+        assert host.out(f"stat -f -c %T {cluster.shared}/ /opt/openquake/").split() == [
+            "nfs",
+            "nfs",
+        ]
 
 
 def test_a_worker_loses_its_power_in_a_job(

@@ -37,11 +37,11 @@ def test_a_detached_job_goes_on_after_a_power_cut(
     ended = wait_for(
         lambda: cluster.jobs()[number] in ("complete", "failed", "aborted"), JOB_LIMIT_S, 2.0
     )
-    said = master.out(f"cat /home/{user}/oqdata/oq-run_{number}.log", user)
+    said = master.out(f"cat {cluster.shared}/{user}/oqdata/oq-run_{number}.log", user)
     unit = master.out(f"journalctl -b --no-pager -u openquake-resume@{user}")
     assert ended and cluster.jobs()[number] == "complete", (said, unit)
     assert "took over the results of" in said, (said, unit)
-    datastore = f"/home/{user}/oqdata/calc_{number}.hdf5"
+    datastore = f"{cluster.shared}/{user}/oqdata/calc_{number}.hdf5"
     found = cluster.fetch(user, datastore, tmp_path / "risk.hdf5")
     assert not compare(embedded["risk"], found)
 
@@ -70,9 +70,9 @@ def test_a_detached_job_outlives_its_users_log_in(
             return cluster.jobs()[kept] in ("complete", "failed", "aborted")
 
         assert wait_for(ended, JOB_LIMIT_S, 2.0)
-        said = master.out(f"cat /home/{user}/oqdata/oq-run_{kept}.log", user)
+        said = master.out(f"cat {cluster.shared}/{user}/oqdata/oq-run_{kept}.log", user)
         assert cluster.jobs()[kept] == "complete", said
-        datastore = f"/home/{user}/oqdata/calc_{kept}.hdf5"
+        datastore = f"{cluster.shared}/{user}/oqdata/calc_{kept}.hdf5"
         found = cluster.fetch(user, datastore, tmp_path / "risk.hdf5")
         assert not compare(embedded["risk"], found)
         assert cluster.jobs()[lost] != "complete", "the log-in's end has ended it"

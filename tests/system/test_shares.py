@@ -12,7 +12,6 @@ import pytest
 from tests.system.cluster import USERS, WORKERS, Cluster
 from tests.system.host import Host
 
-PATHS = ("/opt/openquake", "/home")
 FILES = 50
 #: answers each line of its input: ``write PATH TEXT`` appends and flushes, ``read PATH`` prints
 FILE_SERVER = """
@@ -34,6 +33,11 @@ for line in sys.stdin:
 """
 
 
+def paths(cluster: Cluster) -> tuple[str, str]:
+    """What the master exports."""
+    return "/opt/openquake", cluster.shared
+
+
 @contextlib.contextmanager
 def file_server(host: Host, user: str) -> Iterator[subprocess.Popen[str]]:
     """Reads and writes files on a host as a user, for a few milliseconds each."""
@@ -53,10 +57,8 @@ def ask(server: subprocess.Popen[str], line: str) -> str:
     return server.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("worker", WORKERS)
-def test_mounts_are_of_nfs_4_2_and_read_only(cluster: Cluster, worker: str) -> None:
-    host = cluster.hosts[worker]
-    for path in PATHS:
+def check_mounts(cluster: Cluster, host: Host) -> None:
+    for path in paths(cluster):
         host.run(f"ls {path}/ >/dev/null")  # mounted at the first use
         found = json.loads(host.out(f"findmnt --json --types nfs,nfs4 --mountpoint {path}"))
         [mount] = found["filesystems"]
@@ -67,9 +69,14 @@ def test_mounts_are_of_nfs_4_2_and_read_only(cluster: Cluster, worker: str) -> N
 
 
 @pytest.mark.parametrize("worker", WORKERS)
+def test_mounts_are_of_nfs_4_2_and_read_only(cluster: Cluster, worker: str) -> None:
+    check_mounts(cluster, cluster.hosts[worker])
+
+
+@pytest.mark.parametrize("worker", WORKERS)
 @pytest.mark.parametrize("user", ["root", "openquake"])
 def test_nobody_writes_on_a_worker(cluster: Cluster, worker: str, user: str) -> None:
-    for path in (*PATHS, f"/home/{USERS[0]}/oqdata"):
+    for path in (*paths(cluster), f"{cluster.shared}/{USERS[0]}/oqdata"):
         done = cluster.hosts[worker].run(f"runuser -u {user} -- touch {path}/written", check=False)
         assert done.returncode != 0
         expected = ("Read-only file system", "Permission denied")  # the latter in a private home
@@ -77,14 +84,19 @@ def test_nobody_writes_on_a_worker(cluster: Cluster, worker: str, user: str) -> 
     assert "Read-only file system" in done.stderr or user == "root", done.stderr
 
 
-def test_exports_are_for_the_workers_alone(cluster: Cluster) -> None:
+def check_exports(cluster: Cluster) -> None:
+    """They are for the workers alone."""
     rows = cluster.master.out("exportfs -s").splitlines()
     found = {(row.split()[0], row.split()[1].partition("(")[0]) for row in rows}
     addresses = [cluster.hosts[name].address for name in cluster.workers]
-    assert found == {(path, address) for path in PATHS for address in addresses}
+    assert found == {(path, address) for path in paths(cluster) for address in addresses}
     for row in rows:
         options = set(row.partition("(")[2].rstrip(")").split(","))
         assert {"ro", "root_squash"} <= options, row
+
+
+def test_exports_are_for_the_workers_alone(cluster: Cluster) -> None:
+    check_exports(cluster)
 
 
 def test_nfs_listens_on_one_port(cluster: Cluster) -> None:
@@ -103,7 +115,7 @@ def test_nfs_listens_on_one_port(cluster: Cluster) -> None:
 def test_a_worker_sees_at_once_what_the_master_flushes(cluster: Cluster) -> None:
     """50 new files, and 50 additions to one that the worker has read before; each at once."""
     user, worker = USERS[0], cluster.hosts[WORKERS[0]]
-    directory = f"/home/{user}/oqdata"
+    directory = f"{cluster.shared}/{user}/oqdata"
     cluster.master.run(f"mkdir -p {directory}", user)
     late = []
     with file_server(cluster.master, user) as writer, file_server(worker, "openquake") as reader:

@@ -20,7 +20,7 @@ SITE = "site.yml"
 class Defect:
     """
     :param host: on which it is
-    :param inject: a command for root that makes it
+    :param inject: a command for root that makes it, with SHARED for the shared directory
     :param says: what the line about it has, beside the name of the host
     :param remedy: what it has of what to do
     :param by_hand: a command for root: what an administrator mends before ``site.yml``
@@ -69,8 +69,8 @@ ROUNDS = {
     "services, accounts, clock and version": (
         Defect(
             "mounted for writing", OTHER,
-            "systemctl stop openquake-worker; umount /home; mount -t nfs4 -o rw,vers=4.2 "
-            "$(findmnt -no SOURCE -t nfs4 /opt/openquake | cut -d: -f1):/home /home; "
+            "systemctl stop openquake-worker; umount SHARED; mount -t nfs4 -o rw,vers=4.2 "
+            "$(findmnt -no SOURCE -t nfs4 /opt/openquake | cut -d: -f1):SHARED SHARED; "
             "systemctl start openquake-worker",
             "read-only",
         ),
@@ -98,7 +98,7 @@ ROUNDS = {
         ),
         Defect(
             "oqdata closed to the group", MASTER,
-            "chmod 0755 /home/alice/oqdata; setfacl -b /home/alice/oqdata",
+            "chmod 0755 SHARED/alice/oqdata; setfacl -b SHARED/alice/oqdata",
             "oqdata",
         ),
         Defect(
@@ -155,7 +155,7 @@ def test_it_passes_on_a_sound_cluster(cluster: Cluster) -> None:
 def test_it_names_each_defect(cluster: Cluster, subject: str) -> None:
     defects = ROUNDS[subject]
     for defect in defects:
-        cluster.hosts[defect.host].run(defect.inject)
+        cluster.hosts[defect.host].run(defect.inject.replace("SHARED", cluster.shared))
     try:
         played = cluster.play(VERIFY)
     finally:
