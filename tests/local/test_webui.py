@@ -294,6 +294,10 @@ def check_report(site: Site, session: requests.Session, job: int) -> None:
     said = {"error": "another report is being made; try again in a minute"}
     assert (refused.status_code, refused.json()) == (503, said)
     assert not list(site.database.parent.rglob("report_*"))
+    html = {"Accept": "text/html"}
+    none = session.get(f"{site.url}/engine/99999/report", headers=html)
+    assert none.status_code >= 400 and none.headers["Content-Type"].startswith("text/plain")
+    assert len(none.text.splitlines()) == 1 and not none.text.startswith("{"), none.text
     code = "import django, sys; django.setup(); from oq_runtime.webui import reports; "
     code += "reports.LIMIT_S = 0.1; reports.made(sys.argv[1])"
     datastore = f"{site.env['OQ_DATADIR']}/calc_{job}.hdf5"

@@ -290,6 +290,8 @@ def test_results_that_the_site_has_not_written(
             attacks.tried(successes=int(not refused and name != "secret"))
             assert not (refused and name == "secret"), answer.text
         assert bob.get(f"{v1}/{job}/log/0:10").ok
+        shown = bob.get(f"{site.url}/engine/activity").text
+        assert f">{job}<" in shown and f'"/engine/{job}/report"' not in shown
 
 
 @pytest.mark.attack

@@ -212,9 +212,9 @@ class Access:
                 return JsonResponse(aborted(int(arguments[0])))
         except Refused as exc:
             log.warning("refused %s to %s: %s", name, clean(str(request.user), 150), exc)
-            return JsonResponse({"error": str(exc)}, status=exc.status)
+            return _line(request, str(exc), exc.status)
         except (InputError, *MALFORMED) as exc:
-            return JsonResponse({"error": clean(str(exc))}, status=400)
+            return _line(request, str(exc), 400)
         return JsonResponse({"success": False}) if rule is Rule.ELSEWHERE else None
 
     def process_exception(self, request: Any, exc: Exception) -> Any:
@@ -222,9 +222,9 @@ class Access:
         if isinstance(exc, (Http404, PermissionDenied)):
             return None
         if isinstance(exc, Refused):
-            return JsonResponse({"error": str(exc)}, status=exc.status)
+            return _line(request, str(exc), exc.status)
         if isinstance(exc, (InputError, *MALFORMED)):
-            return JsonResponse({"error": clean(str(exc))}, status=400)
+            return _line(request, str(exc), 400)
         if isinstance(exc, OSError) and rule_of(request.resolver_match) is Rule.READER:
             return JsonResponse(
                 {"error": f"the results cannot be read: {clean(str(exc))}"}, status=404
@@ -284,6 +284,16 @@ def check_owner(request: Any, number: int, *, change: bool) -> None:
     own = job.user_name in utils.get_valid_users(request) or utils.is_superuser(request)
     if not own and (change or not utils.user_has_permission(request, job.user_name, job.status)):
         raise Refused(403, f"calculation {number} belongs to somebody else")
+
+
+def _line(request: Any, line: str, status: int) -> HttpResponse:
+    """Answer with a line: as JSON, or as text where a browser shows what comes as a page."""
+    line = clean(line)
+    if request.resolver_match.url_name == "report" and "text/html" in request.headers.get(
+        "Accept", ""
+    ):
+        return HttpResponse(f"{line}\n", status=status, content_type="text/plain; charset=utf-8")
+    return JsonResponse({"error": line}, status=status)
 
 
 def check_results(number: int) -> None:

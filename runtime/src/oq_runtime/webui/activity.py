@@ -26,6 +26,7 @@ from oq_runtime.engine.jobtable import UNFINISHED, JobTable, seconds
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.node import memory
 from oq_runtime.text import clean, duration
+from oq_runtime.webui.access import Refused, check_results
 from oq_runtime.wire.protocol import AgentState
 
 #: seconds for which an answer of the nodes is shown
@@ -51,7 +52,7 @@ class NodeRow:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """A job, in words. ``own``: the user of the request may have the report."""
+    """A job, in words. ``report``: the user of the request can have it."""
 
     number: int
     user: str
@@ -60,7 +61,7 @@ class JobRow:
     since: str
     status: str
     progress: str
-    own: bool
+    report: bool
 
 
 class Nodes:
@@ -135,9 +136,19 @@ def job_rows(request: Any, *, running: bool) -> list[JobRow]:
         if bool(is_running) != running or (status in UNFINISHED and not running):
             continue  # 3.23 lists what is shared in any case
         far, began = progress(number) if running else "", since(seconds(start))
-        own = everybody or user in users
-        found.append(JobRow(number, user, mode, description, began, status, far, own))
+        report = not running and (everybody or user in users) and has_results(number)
+        found.append(JobRow(number, user, mode, description, began, status, far, report))
     return found
+
+
+def has_results(number: int) -> bool:
+    """Whether a calculation has results that this site may read."""
+    try:
+        check_results(number)
+    except Refused:
+        return False
+    job = JobTable.of_engine().job(number)
+    return job is not None and os.path.exists(job.path)
 
 
 def since(started_s: float) -> str:
