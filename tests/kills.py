@@ -7,11 +7,13 @@ undisturbed. Then N runs, the jobs in turn: SIGKILL of one process of the master
 engine, the broker, the agent), or of all at once as when a machine dies, at a random moment from
 the start on or just when a result has reached the journal; in half of the runs the job that goes
 on is killed as well, at a random moment or while it replays. ``oq-run --resume`` then brings it to
-its end; a job that was killed before it had a journal is begun anew, as its user would.
+its end; a job that was killed before it had a journal is begun anew, as its user would. Where the
+job was faster than the kill, another one is drawn.
 
-One line per run, then ``runs=N equal=N left_behind=N again=X%``: of the tasks that had been
-committed when something was killed, those that were computed again. Exit code 1 unless all results
-are equal, nothing is left behind, and that part is 5 % at most.
+One line per run, then ``runs=N equal=N killed=N in_replay=N left_behind=N again=X%``: runs in which
+something was killed, kills of jobs that replayed; and of the tasks that had been committed when
+something was killed, those that were computed again. Exit code 1 unless all results are equal, each
+run had its kill, nothing is left behind, and that part is 5 % at most.
 Not covered: kills of workers, which end no job (``tests.chaos``), and the power cut of a machine,
 which takes what no disk has (``tests/system``).
 """
@@ -36,10 +38,10 @@ from oq_runtime.commands.progress import StatusReader
 from oq_runtime.errors import JournalError
 from oq_runtime.files import journal
 from oq_runtime.session import launch
-from tests.chaos import JOBS, LIMIT_S, command, private_engine
+from tests.chaos import JOBS, LIMIT_S, command, private_engine, workers
 from tests.conformance.compare import compare
 from tests.conformance.corpus import list_jobs, parent_of
-from tests.leftovers import wait_for
+from tests.leftovers import shm, unused_shm, wait_for
 
 #: of the committed tasks, those that may be computed again
 MOST_AGAIN = 0.05
@@ -51,6 +53,10 @@ LOOK_SECS = 0.05
 #: seconds in which a killed master's other processes end
 END_SECS = 30.0
 TOOK_OVER = re.compile(r"took over the results of (\d+) tasks")
+#: what oq-run says before it replays
+GOES_ON = "going on with job"
+#: plans for a run, of which the first that kills something counts
+MOST_PLANS = 5
 
 
 @dataclass
@@ -77,6 +83,11 @@ class Ended:
         return Path(done[-1]) if self.code == 0 and done else None
 
     @property
+    def in_replay(self) -> bool:
+        """Whether it was killed while it replayed."""
+        return bool(self.killed) and GOES_ON in self.log and not TOOK_OVER.search(self.log)
+
+    @property
     def error(self) -> str:
         text = str(self.report.get("error") or self.log.strip().rpartition("\n")[2])
         return f"exit {self.code}: {text}"
@@ -88,14 +99,17 @@ class Kill:
     :param victim: one of VICTIMS
     :param after_s: seconds from the start of ``oq-run``, or None: at a result
     :param results: that have reached the journal in this run
+    :param replay: the seconds are from the beginning of the replay
     """
 
     victim: str
     after_s: float | None
     results: int = 0
+    replay: bool = False
 
     def __str__(self) -> str:
         moment = f"at result {self.results}" if self.after_s is None else f"at {self.after_s:.1f}s"
+        moment += " of the replay" if self.replay else ""
         return f"{self.victim} {moment}"
 
 
@@ -141,7 +155,7 @@ class Master:
             )  # fmt: skip
         killed, committed = "", 0
         if kill is not None:
-            killed, committed = self._kill(process, kill, began_s, before)
+            killed, committed = self._kill(process, kill, began_s, before, log_path)
         try:
             out, _ = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -157,7 +171,12 @@ class Master:
         )
 
     def _kill(
-        self, process: subprocess.Popen[bytes], kill: Kill, began_s: float, before: set[int]
+        self,
+        process: subprocess.Popen[bytes],
+        kill: Kill,
+        began_s: float,
+        before: set[int],
+        log_path: Path,
     ) -> tuple[str, int]:
         """Wait for the moment and kill; return what was killed, and the tasks committed by then."""
         reader: StatusReader | None = None
@@ -168,7 +187,9 @@ class Master:
                     reader = StatusReader(found)
                 if reader is not None and (status := reader.poll()):
                     committed = sum(phase.done for phase in status.phases)
-                if kill.after_s is not None:
+                if kill.replay and GOES_ON not in log_path.read_text(errors="replace"):
+                    began_s = time.monotonic()
+                elif kill.after_s is not None:
                     if time.monotonic() - began_s >= kill.after_s:
                         return self._end(process, kill.victim), committed
                 elif number := max(self.numbers(), default=0):
@@ -208,7 +229,7 @@ class Master:
         return victim
 
     def left(self) -> list[str]:
-        """What is there when nothing runs: processes, and directories of sessions."""
+        """What is there when nothing runs: processes, which may have renamed themselves."""
 
         def processes() -> list[str]:
             mark = f"TMPDIR={self.tmpdir}"
@@ -219,7 +240,7 @@ class Master:
                         f"{name}={value}" for name, value in one.environ().items()
                     ):
                         found.append(f"process {one.pid} {' '.join(one.cmdline())[:80]}")
-            return found
+            return found + [f"worker {one.pid}" for one in workers(self.tmpdir)]
 
         wait_for(lambda: not processes(), END_SECS, 0.2)
         return processes()
@@ -252,14 +273,21 @@ def plan(rng: random.Random, seconds: float) -> list[Kill]:
         return Kill(victim, rng.uniform(0.0, longest_s))
 
     kills = [kill(seconds)]
-    if rng.random() < 0.5:  # half of these while it replays: that is soon after its start
-        kills.append(kill(seconds * rng.choice((0.5, 0.9))))
+    if rng.random() < 0.5:
+        again = Kill(rng.choice(VICTIMS), rng.uniform(0.0, 1.0), replay=True)
+        kills.append(again if rng.random() < 0.5 else kill(seconds * 0.9))
     return kills
 
 
-def one_run(master: Master, job: Path, kills: list[Kill]) -> tuple[Ended, list[str], int, int]:
-    """Run a job to its end; returns it, what was killed, tasks committed, and of these lost."""
+def one_run(
+    master: Master, job: Path, kills: list[Kill]
+) -> tuple[Ended, list[str], int, int, list[Ended]]:
+    """Run a job to its end.
+
+    :returns: its end, what was killed, tasks committed, and of these lost; the ends by a kill
+    """
     told: list[str] = []
+    killed: list[Ended] = []
     committed = lost = had = 0
     args: list[object] = [job]
     before = master.numbers()
@@ -267,7 +295,8 @@ def one_run(master: Master, job: Path, kills: list[Kill]) -> tuple[Ended, list[s
         ended = master.run(*args, kill=kill)
         if not ended.killed or ended.datastore is not None:
             told.append("no kill ended it")
-            return ended, told, committed, lost
+            return ended, told, committed, lost, killed
+        killed.append(ended)
         told.append(f"{kill}" if ended.killed == kill.victim else f"{kill}, as {ended.killed}")
         master.left()
         new = master.numbers() - before if len(args) == 1 else {int(str(args[1]))}
@@ -281,9 +310,12 @@ def one_run(master: Master, job: Path, kills: list[Kill]) -> tuple[Ended, list[s
             args, had = [job], 0
             told[-1] += " (begun anew)"
     ended = master.run(*args)
-    if len(args) == 2 and ended.datastore is not None and (found := TOOK_OVER.search(ended.log)):
-        told.append(f"took over {found[1]}")
-    return ended, told, committed, lost
+    if len(args) == 2 and ended.datastore is not None:
+        found = TOOK_OVER.search(ended.log)
+        took_over = int(found[1]) if found else 0
+        told.append(f"took over {took_over} of {had}")
+        lost += had - took_over
+    return ended, told, committed, lost, killed
 
 
 def drill(runs: int, seed: int, home: Path) -> int:
@@ -301,12 +333,23 @@ def drill(runs: int, seed: int, home: Path) -> int:
             continue
         undisturbed[job] = ended
         print(f"undisturbed {name}: {ended.seconds:.1f} s", flush=True)
-    equal = left_behind = committed = lost = 0
+    if not set(JOBS) <= set(jobs):
+        print("an example fails by itself")
+        return 1
+    memory = shm()
+    equal = killed = in_replay = left_behind = committed = lost = 0
     for number in range(runs):
         job = jobs[number % len(jobs)]
         reference = undisturbed[job].datastore
         assert reference is not None
-        ended, told, done, again = one_run(master, job, plan(rng, undisturbed[job].seconds))
+        for _ in range(MOST_PLANS):
+            kills = plan(rng, undisturbed[job].seconds)
+            ended, told, done, again, ends = one_run(master, job, kills)
+            if ends:
+                break
+            master.forget()
+        killed += bool(ends)
+        in_replay += sum(end.in_replay for end in ends)
         committed += done
         lost += again
         if ended.datastore is None:
@@ -317,6 +360,7 @@ def drill(runs: int, seed: int, home: Path) -> int:
             equal += not differences
         left = master.left() + [path.name for path in master.tmpdir.glob(f"{launch.PREFIX}*")]
         left += [f"journal of {one}" for one in master.numbers()] if ended.datastore else []
+        left += unused_shm(shm() - memory)
         left_behind += bool(left)
         name = f"{job.parent.name}/{job.stem}"
         words = f"{verdict}, {again} of {done} again"
@@ -324,8 +368,10 @@ def drill(runs: int, seed: int, home: Path) -> int:
               + (f"; left behind: {', '.join(left)}" if left else ""), flush=True)  # fmt: skip
         master.forget()  # also what a job has left that was begun anew
     part = lost / committed if committed else 0.0
-    print(f"runs={runs} equal={equal} left_behind={left_behind} again={part:.1%}", flush=True)
-    return 0 if equal == runs and not left_behind and part <= MOST_AGAIN else 1
+    print(f"runs={runs} equal={equal} killed={killed} in_replay={in_replay} "
+          f"left_behind={left_behind} again={part:.1%}", flush=True)  # fmt: skip
+    good = equal == killed == runs and not left_behind and part <= MOST_AGAIN
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
