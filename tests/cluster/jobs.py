@@ -43,6 +43,8 @@ SHORT_BEATS: dict[str, float] = {
     "lost_s": 4,
     "no_nodes_limit_s": 6,
 }
+#: a calculation that is still there when it is aborted
+MANY_YEARS = "ses_per_logic_tree_path=100000"
 
 
 def job_file(cluster: Cluster) -> Path:

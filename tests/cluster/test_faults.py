@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -354,3 +355,42 @@ def test_node_comes_back_before_all_is_given_up(cluster: Cluster) -> None:
     cluster.agents["node3"].wait()
     cluster.start_agent("node3")
     check_stream(run)
+
+
+#: as of a packet filter, or a router, that forgets connections on which nothing is said
+FORGETS = """
+table inet forgets {
+    chain in { type filter hook input priority 0; policy drop; iif lo accept
+        ct state established,related accept
+        ct state new tcp flags & (syn|ack) == syn accept
+        meta l4proto icmp accept
+    }
+    chain out { type filter hook output priority 0; policy drop; oif lo accept
+        ct state established,related accept
+        ct state new tcp flags & (syn|ack) == syn accept
+        meta l4proto icmp accept
+    }
+}
+"""
+#: seconds of silence after which it does
+FORGETS_S = 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nft"), reason="nft is not installed")
+def test_a_packet_filter_forgets_connections(cluster: Cluster, tmp_path: Path) -> None:
+    """On every node, while tasks say nothing for nine times as long; the default beats do."""
+    (rules := tmp_path / "rules").write_text(FORGETS)
+    remember = ("tcp_loose", 0), ("tcp_timeout_established", FORGETS_S)
+    script = "; ".join(f"echo {n} >/proc/sys/net/netfilter/nf_conntrack_{it}" for it, n in remember)
+    try:
+        for node in cluster.slots:
+            for command in ["sh", "-ec", script], ["nft", "-f", str(rules)]:
+                done = cluster.net.run(node, command)
+                assert done.returncode == 0, done.stderr
+        tasks = sum(cluster.slots.values())
+        found = result(drive(cluster, "slow", [(x, 9.0 * FORGETS_S) for x in range(tasks)]))
+        assert (found["value"], found["retries"]) == ({"sum": sum(range(tasks))}, 0), found
+    finally:
+        for node in cluster.slots:
+            cluster.net.run(node, ["nft", "delete", "table", "inet", "forgets"])

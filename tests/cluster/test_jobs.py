@@ -14,16 +14,21 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import (
     EXAMPLE,
     JOB_LIMIT_S,
+    MANY_YEARS,
     SHORT_BEATS,
+    busy,
     calculate,
     check_calculation,
     drive,
     result,
+    status,
     under_way,
 )
 from tests.cluster.netns import MASTER
 from tests.conformance.compare import compare
 
+METRICS_PORT = 9680
+GET = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=5).read().decode())"
 pytestmark = [pytest.mark.timeout(300), pytest.mark.settings(**SHORT_BEATS)]
 
 
@@ -45,13 +50,21 @@ def test_node_that_joins_gets_tasks(cluster: Cluster, tmp_path: Path) -> None:
     assert result(run)["value"] == {"sum": sum(range(tasks))}
 
 
+@pytest.mark.settings(notify="""sh -c 'cat >"$TMPDIR/notice"'""")
 def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
-    """Its command has ended, with a number; who watches it hears of its end.
+    """Its command has ended, with a number; who watches it hears of its end, as who is told of it.
 
     The last line says how many tasks each node has done.
     """
     [row] = result(calculate(cluster, "--detach"), 60)["jobs"]
     watching = cluster.run(["-m", "oq_runtime.commands.run", "--watch", str(row["job"])], {})
+    top = [sys.executable, "-m", "oq_runtime.commands.workers", "top"]
+    seen = rf"^ *{row['job']} +\w+ +\d+/\d+ +\d/8 "
+    shown = cluster.wait_for(
+        lambda: re.search(seen, cluster.net.run(MASTER, top, cluster.env(MASTER)).stdout, re.M),
+        60,
+    )
+    assert shown, cluster.net.run(MASTER, top, cluster.env(MASTER))
     out, _ = watching.communicate(timeout=JOB_LIMIT_S)
     said = Path(row["output"]).read_text()
     assert out == f"job {row['job']} is complete\n", (watching.log.read_text(), said)
@@ -61,6 +74,49 @@ def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
     assert ended["nodes"].keys() == {cluster.net.address[node] for node in cluster.slots}, said
     # the others were alone in their phase: the engine has done these itself
     assert 0 < sum(ended["nodes"].values()) <= ended["tasks"], said
+    notice = cluster.tmpdir(MASTER) / "notice"
+    assert cluster.wait_for(notice.exists, 60)
+    assert cluster.wait_for(notice.read_text, 60)
+    told = json.loads(notice.read_text())
+    notice.unlink()
+    assert (told["state"], told["jobs"]) == ("complete", [row["job"]]), told
+
+
+def test_a_detached_job_is_aborted(cluster: Cluster, undisturbed: Path) -> None:
+    [row] = result(calculate(cluster, "-p", MANY_YEARS, "--detach"), 60)["jobs"]
+    watching = cluster.run(["-m", "oq_runtime.commands.run", "--watch", str(row["job"])], {})
+    assert cluster.wait_for(lambda: busy(cluster), 120), status(cluster)
+    argv = [sys.executable, "-m", "openquake.commands", "abort", str(row["job"])]
+    # its imports compete with the tasks of all slots
+    done = cluster.net.run(MASTER, argv, cluster.env(MASTER), limit_s=JOB_LIMIT_S)
+    assert "aborted" in done.stdout, done
+    out, _ = watching.communicate(timeout=JOB_LIMIT_S)
+    assert (watching.returncode, out) == (1, f"job {row['job']} is aborted\n")
+    assert cluster.wait_for(lambda: not busy(cluster), 60), status(cluster)
+
+
+@pytest.mark.settings(metrics_port=METRICS_PORT)
+def test_agents_and_sessions_tell_their_figures(cluster: Cluster, tmp_path: Path) -> None:
+    """And without the setting nobody listens there."""
+    go, tasks = tmp_path / "go", 20
+    run = drive(cluster, "until", [(x, str(go)) for x in range(tasks)])
+    under_way(cluster, run, "node1")
+    node, master = cluster.net.address["node1"], cluster.net.address[MASTER]
+    for address, port, figure in (
+        (node, METRICS_PORT, "oq_agent_busy_slots 1.0"),
+        (master, METRICS_PORT + 1, f"oq_session_open_tasks {tasks}.0"),
+    ):
+        asked = [sys.executable, "-c", GET, f"http://{address}:{port}/metrics"]
+
+        def told(asked: list[str] = asked, figure: str = figure) -> bool:
+            return figure in cluster.net.run(MASTER, asked).stdout
+
+        assert cluster.wait_for(told, 30), cluster.net.run(MASTER, asked)
+    go.touch()
+    assert result(run)["value"] == {"sum": sum(range(tasks))}
+    cluster.configure(preload="")
+    cluster.start_agents()
+    assert not cluster.net.listens("node1", METRICS_PORT)
 
 
 def test_big_argument_and_results(cluster: Cluster) -> None:

@@ -6,7 +6,9 @@ import functools
 import json
 import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from tests.cluster.cluster import RECEIVER_PORTS, Cluster
 from tests.cluster.jobs import (
+    MANY_YEARS,
     broker_status,
     calculate,
     check_calculation,
@@ -31,8 +34,7 @@ from tests.terminal import COLUMNS, ENDED, Terminal
 
 pytestmark = [pytest.mark.timeout(300)]
 TINY = "classical/case_02/job.ini"
-#: a calculation that is still there when it is aborted, and tasks that go on meanwhile
-MANY_YEARS = "ses_per_logic_tree_path=100000"
+#: tasks that go on while another job is aborted
 TASKS = 100
 #: seconds in which an urgent job has slots, whatever else runs
 URGENT_S = 5.0
@@ -132,6 +134,31 @@ def test_two_users_calculate_side_by_side(cluster: Cluster, undisturbed: Path) -
         check_calculation(run, undisturbed)
         assert "waiting for job" not in run.log.read_text()
     assert seen == both
+
+
+def test_an_urgent_calculation_has_slots_of_one_that_has_all(
+    cluster: Cluster, undisturbed: Path
+) -> None:
+    """Soon after it wants them; the interrupted tasks of the other are run again."""
+    anna = calculate(cluster, "-p", MANY_YEARS, LOGNAME="anna")
+    slots = sum(cluster.slots.values())
+    assert cluster.wait_for(lambda: busy_of(anna) == slots or anna.poll() is not None, 200)
+    boris = calculate(cluster, "--priority", "urgent", LOGNAME="boris")
+    wanted_s = waited_s = 0.0
+
+    def has_slots() -> bool:
+        nonlocal wanted_s, waited_s
+        found = broker_status(boris)
+        if found and any(phase.total for phase in found.phases):
+            wanted_s = wanted_s or time.monotonic()
+            waited_s = time.monotonic() - wanted_s
+        return boris.poll() is not None or busy_of(boris) > 0
+
+    assert cluster.wait_for(has_slots, 200)
+    assert waited_s < URGENT_S, f"slots after {waited_s:.1f} s"
+    check_calculation(boris, undisturbed)
+    anna.send_signal(signal.SIGINT)
+    assert result(anna)["exit"] == 130
 
 
 def cluster_jobs(cluster: Cluster) -> list[dict[str, Any]]:

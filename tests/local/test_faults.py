@@ -565,17 +565,19 @@ def test_refused_cluster(env: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("delay_s", [0.05, 0.5, 1.5])
 def test_interrupt_during_start(env: dict[str, str], tmpdir: Path, delay_s: float) -> None:
     phase = f"SIGINT {delay_s} s after the start"
-    process = start(env, EXAMPLES / "hazard_classical/job.ini", "--no-progress")
+    process = start(env, EXAMPLES / "hazard_classical/job.ini", "--json")
     time.sleep(delay_s)  # the subject of the test
     started_s = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     took_s = time.monotonic() - started_s
     if err.startswith("Fatal Python error: init_"):
         return  # it came while the interpreter began, before there was anything of ours
     # a shell shows 130 as well for a process that SIGINT ended before Python had a handler
     assert process.returncode in (130, -signal.SIGINT), (phase, err)
     assert "Traceback" not in err, (phase, err)
+    if process.returncode == 130:
+        assert json.loads(out)["exit"] == 130, (phase, out)
     assert took_s < LIMIT_S, f"{phase}: ended after {took_s:.1f} s, load {os.getloadavg()[0]:.1f}"
     assert wait_for(lambda: not sessions(tmpdir)), f"{phase}: {sessions(tmpdir)}"
 
@@ -765,6 +767,22 @@ def test_two_jobs_from_one_parent_that_a_reader_has_open(env: dict[str, str]) ->
         assert [process.returncode for process in both] == [0, 0], said
         assert "hcurves-rlzs" in file or "hcurves-stats" in file
     assert {state for number, state, _ in jobs(env) if number >= parent} == {"complete"}
+
+
+def test_other_sites_than_those_of_the_parent(env: dict[str, str]) -> None:
+    """The engine takes them for the same, and fails somewhere by an index."""
+    job = corpus("classical/case_02/job.ini")
+    code, out, err = run(env, job, "-p", "sites=0.0 0.0, 0.1 0.0, 0.2 0.0", "--json")
+    assert code == 0, err
+    [parent] = json.loads(out)["jobs"]
+    child = ["-p", "sites=0.0 0.0, 0.2 0.0", "--hc", parent["job"]]
+    code, out, err = run(env, job, *child, "--json")
+    assert code == 1, (out, err)
+    said = (
+        f"; its sites (2) are not those of job {parent['job']} (3), from which it starts: give it "
+        "the same sites, or none"
+    )
+    assert json.loads(out)["error"].endswith(said), out
 
 
 @pytest.mark.slow

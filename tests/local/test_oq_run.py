@@ -349,10 +349,11 @@ SESSION = """
 import os
 from oq_runtime.commands.checks import check_user
 from oq_runtime.config import Config
+from oq_runtime.files import private
 from oq_runtime.session import client, launch
 check_user()
 directory = launch.start(Config(cores=1), os.getpid())
-print(client.Session(directory).slots)
+print(client.Session(directory).slots, private.memory_of(directory).exists())
 launch.stop(directory)
 """
 
@@ -366,7 +367,20 @@ def test_user_without_a_name(env: dict[str, str]) -> None:
         result = as_number(few, sys.executable, "-c", code)
         assert (result.returncode, result.stdout.strip()) == (0, "54321"), result.stderr
     result = as_number(few, sys.executable, "-c", SESSION)
-    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "1 True\n"), result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_no_shared_memory_where_the_end_of_a_log_in_removes_it(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    """As of a job that a service runs for its user, who logs in and out meanwhile."""
+    busctl = tmp_path / "busctl"
+    busctl.write_text("#!/bin/sh\ncase $* in *RemoveIPC) echo b true;; esac\n")
+    busctl.chmod(0o755)
+    few = {"PATH": f"{tmp_path}:{env['PATH']}", "HOME": "/tmp"}
+    result = as_number(few, sys.executable, "-c", SESSION)
+    assert (result.returncode, result.stdout) == (0, "1 False\n"), result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -836,6 +850,8 @@ def test_interrupt(env: dict[str, str], tmpdir: Path) -> None:
     assert wait_for(lambda: not session_processes(tmpdir))
     assert jobs(env)[-1][1:] == ("aborted", 0)
     assert took_s < LIMIT_INTERRUPT_S, f"{took_s:.1f} s"
+    code, told, err = run(env, "--explain", jobs(env)[-1][0])
+    assert code == 0 and ": aborted, " in told.splitlines()[0], (told, err)
 
 
 def test_relative_data_directory_and_exports_as_a_parameter(

@@ -83,6 +83,7 @@ def undisturbed(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFa
 
 def test_goes_on_after_each_kill(env: dict[str, str], undisturbed: Path) -> None:
     """Killed, and again when it has gone on; then complete, with equal results."""
+    env = env | {"PYTHONHASHSEED": "random"}  # which each process would take otherwise
     number = last(env) + 1
     err = kill(env, number, 8, JOB)
     assert "killed by SIGKILL" in err
@@ -243,6 +244,23 @@ def begin(env: dict[str, str], job: Path = JOB) -> int:
     number = last(env) + 1
     kill(env, number, 8, job)
     return number
+
+
+def test_the_next_run_tells_of_a_job_whose_row_others_have_mended(env: dict[str, str]) -> None:
+    """As the DbServer does after a power cut. Once, and not to who goes on with the job."""
+    number = last(env) + 1
+    process = start(env, JOB, "--cores=1", "--no-progress")
+    assert wait_for(lambda: results(env, number) > 2 or process.poll() is not None, 200)
+    family = psutil.Process(process.pid)
+    for one in [family, *family.children(recursive=True)]:
+        one.kill()
+    process.communicate()
+    with contextlib.closing(sqlite3.connect(datadir(env) / "db.sqlite3")) as db, db:
+        db.execute("UPDATE job SET status='failed', is_running=0 WHERE id=?", [number])
+    said = f"job {number} did not come to its end; to go on with it: oq-run --resume {number}\n"
+    for told in (1, 0):
+        code, _, err = run(env, corpus("classical/case_02/job.ini"), "--no-progress")
+        assert code == 0 and err.count(said) == told, err
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from tests.leftovers import wait_for
 from tests.terminal import COLUMNS, ENDED, FIRST_LINE_S, Terminal, needs_tmux
 
 from .test_oq_run import corpus, example, jobs, run, start
+from .test_resume import detached_runs
 
 pytestmark = [pytest.mark.timeout(500), needs_tmux]
 
@@ -170,9 +173,14 @@ def test_a_detached_job(
     number = int(said[1])
     one("kill-server")
     two = terminal(80)
-    two.run("--watch")
+    two.run("--watch -1")
     two.until(WHOLE.search)
     two.record("watch", *COLUMNS)
+    two("send-keys", "C-z")
+    stopped = two.until(lambda screen: "fg shows it again" in screen and screen.endswith("$"))
+    assert not WHOLE.search(stopped), stopped
+    two.type("fg")
+    two.until(WHOLE.search)
     assert jobs(env)[-1] == (number, "executing", 1)
     top = [sys.executable, "-m", "oq_runtime.commands.workers", "top"]
     shown = subprocess.run(top, env=one.env, capture_output=True, text=True).stdout
@@ -181,10 +189,11 @@ def test_a_detached_job(
     three.type(" ".join(top))
     three.until(lambda screen: re.search(rf"^ *{number} +\w+", screen, re.M))
     three.record("top", *COLUMNS, table=True)
+    for one_s in {"TERM": "dumb"}, {"FORCE_COLOR": "1"}:  # neither is renewed for ever
+        subprocess.run(top, env=one.env | one_s, capture_output=True, check=True, timeout=60)
     oq = Path(sys.executable).with_name("oq")
     subprocess.run([oq, "abort", str(number)], env=one.env, check=True, capture_output=True)
-    ended = two.until(ENDED.search)
-    assert f"job {number} is aborted" in ended and ENDED.findall(ended) == ["1"], ended
+    two.until(lambda screen: f"job {number} is aborted" in screen)
     output = Path(env["OQ_DATADIR"], f"oq-run_{number}.log")
     assert wait_for(lambda: "the job was aborted from elsewhere" in output.read_text())
     assert jobs(env)[-1] == (number, "aborted", 0)
@@ -199,8 +208,42 @@ def test_what_a_detached_job_is_refused_for(env: dict[str, str], tmp_path: Path)
     assert code == json.loads(out)["exit"] == 2, err
     assert "none.ini: No such file" in json.loads(out)["error"]
     assert set(Path(env["OQ_DATADIR"]).glob("oq-run_*.log")) == before
+    for option in ("--watch", "--explain=1"):
+        code, _, err = run(env, option, "--cores=2")
+        assert code == 2 and err.endswith("leave out --cores\n"), err
     code, _, err = run(env, "--watch", "99999")
-    assert code == 2 and "--watch: job 99999 is none of yours" in err
+    assert code == 2 and "--watch: job 99999 does not run on this machine" in err
+
+
+def test_odd_ends_are_told_to_who_watches(env: dict[str, str], tmp_path: Path) -> None:
+    """Its oq-run is killed, or its row is deleted; and a job that runs has no story yet."""
+    words = shlex.split(long_job(tmp_path))
+
+    def watching() -> tuple[int, subprocess.Popen[str]]:
+        code, out, err = run(env, "--detach", "--json", *words)
+        assert code == 0, err
+        [row] = json.loads(out)["jobs"]
+        process = start(env, "--watch", row["job"])
+        assert process.stderr is not None
+        assert ": " in process.stderr.readline()  # the first tasks
+        return row["job"], process
+
+    number, process = watching()
+    code, _, err = run(env, "--explain", number)
+    assert code == 2 and f"calc_{number} is executing; wait for its end" in err, err
+    [detached] = detached_runs(env)
+    detached.kill()
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (
+        1,
+        f"job {number} did not come to its end: its oq-run was killed; the next oq-run sets it to "
+        "failed and says whether it can go on\n",
+    )
+    number, process = watching()
+    with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db, db:
+        db.execute("DELETE FROM job WHERE id=?", [number])
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, f"job {number} was deleted\n")
 
 
 @pytest.mark.parametrize(

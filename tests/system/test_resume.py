@@ -34,6 +34,9 @@ def test_a_detached_job_goes_on_after_a_power_cut(
     master.cut()
     master.start()
     master.wait_up()
+    running = f"pgrep -u {user} -f oq_runtime"
+    assert wait_for(lambda: master.run(running, check=False).returncode == 0, 120.0)
+    master.run("true", user)  # who logs out takes his shared memory with him
     ended = wait_for(
         lambda: cluster.jobs()[number] in ("complete", "failed", "aborted"), JOB_LIMIT_S, 2.0
     )

@@ -13,7 +13,7 @@ ROOT = Path(oq_runtime.__file__).parent
 #: floors from the ground up, each a set of wings; a wing is a package or a module of the top level
 FLOORS = (
     {"errors", "priority", "text"},
-    {"logs", "descriptors"},
+    {"logs", "descriptors", "logind"},
     {"core", "wire", "processes", "cgroups"},
     {"files", "settings"},
     {"config", "facts", "metrics"},

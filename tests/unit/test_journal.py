@@ -262,6 +262,30 @@ def test_ends_at_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert len(caplog.records) == 1
 
 
+def test_one_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "calc_7.journal"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+            Writer(directory, HEAD, budget_bytes=GB)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not directory.exists()
+
+
+def test_who_was_told_is_told_again_when_the_job_has_gone_on(tmp_path: Path) -> None:
+    directory = tmp_path / "calc_7.journal"
+    writer = Writer(directory, HEAD, budget_bytes=GB)
+    assert journal.untold(tmp_path) == [], "it runs"
+    writer.close()
+    assert journal.untold(tmp_path) == [7]
+    journal.set_told(directory)
+    assert journal.untold(tmp_path) == []
+    write(directory, [], claimed=journal.claim(directory))
+    assert journal.untold(tmp_path) == [7]
+
+
 def test_syncs_also_while_something_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "SYNC_SECS", 0.0)
     waited = []

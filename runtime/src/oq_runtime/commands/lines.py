@@ -1,4 +1,4 @@
-"""What ``oq-run`` says of a job in a line: what and where it is, how large, what it has left."""
+"""What ``oq-run`` says of a job in a line: what and where it is, what it waits for and leaves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from oq_runtime.config import Config
 from oq_runtime.text import MOST_NAMES, clean, counted
+from oq_runtime.wire.protocol import NodeState, Status
 
 #: characters of a job's description, and names of exported files, that are shown
 DESCRIPTION_CHARACTERS, MOST_FILES = 100, 4
@@ -17,6 +18,32 @@ MOST_NODES = 5
 
 #: what oq plot draws, by the output that it needs; the first that there is
 PLOTS = {"Hazard Maps": "hmaps", "Hazard Curves": "hcurves"}
+
+NO_NODE = (
+    "no node has slots for this job; oq-workers status says why, oq-workers start starts those "
+    "that are down"
+)
+NO_SHARE = (
+    "no slot is free for this job; it gets its share in turn. oq-workers jobs says who has the "
+    "slots; oq-workers status names processes that were killed and do not end"
+)
+NOT_STARTED = (
+    "no node begins with its tasks; oq-workers jobs says whose tasks come first, oq-workers status "
+    "where workers do not start; big arguments may still be on their way"
+)
+
+
+def waits_for(status: Status, *, cluster: bool) -> tuple[str, str]:
+    """Return what the tasks of a job wait for, and a line on it, or no words."""
+    if status.note:
+        return "a port", status.note
+    busy = [node for node in status.nodes if node.busy]
+    if cluster and busy and all(node.unstarted for node in busy):
+        return "workers", NOT_STARTED
+    if not cluster or any(node.slots for node in status.nodes):
+        return "", ""
+    leased = any(node.state is NodeState.LEASED for node in status.nodes)
+    return ("slots", NO_SHARE) if leased else ("nodes", NO_NODE)
 
 
 def describe(path: Path) -> str:

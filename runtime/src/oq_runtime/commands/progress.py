@@ -7,11 +7,13 @@ has drawn leaves pieces of it behind.
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import zmq
 from rich.cells import cell_len
@@ -100,6 +102,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def screen(stream: TextIO) -> Console:
+    """Return a console that is a terminal where its stream is one.
+
+    FORCE_COLOR, which services that run tests set, makes none of a file or a pipe.
+    """
+    return Console(file=stream, force_terminal=None if stream.isatty() else False)
+
+
 def rate(done: int, seconds: float) -> str:
     """Return tasks per second, or seconds per task where that is the larger number."""
     if not done or seconds <= 0:
@@ -180,6 +190,19 @@ class Display:
             self.console.file.write(f"\x1b[{rows}A\r" + (CLEAR_BELOW if erase else ""))
             self.console.file.flush()
             self.drawn = []
+
+    def mind_stop(self, said: str) -> None:
+        """Have nothing half drawn on the screen when Ctrl-Z stops this process.
+
+        :param said: what goes on meanwhile
+        """
+        if self.framed and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, lambda *_: self._stop(said))
+
+    def _stop(self, said: str) -> None:
+        self.clear()
+        self.print(said)
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def close(self) -> None:
         """Leave the phases on the screen, with their times."""

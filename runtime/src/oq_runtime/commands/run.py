@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
-from oq_runtime import cgroups, config, descriptors, processes
-from oq_runtime.commands import checks, logout, sessions
+from oq_runtime import cgroups, config, descriptors, logind, processes
+from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.lines import (
     describe,
@@ -40,9 +41,10 @@ from oq_runtime.commands.lines import (
     reported,
     shared_out,
     surveyed,
+    waits_for,
 )
 from oq_runtime.commands.notice import Notice
-from oq_runtime.commands.progress import Display, StatusReader
+from oq_runtime.commands.progress import Display, StatusReader, screen
 from oq_runtime.config import Config, check_cores
 from oq_runtime.engine import jobtable
 from oq_runtime.errors import ConfigError, JournalError, OqRuntimeError
@@ -53,7 +55,7 @@ from oq_runtime.priority import Priority
 from oq_runtime.report import output
 from oq_runtime.session import launch
 from oq_runtime.text import clean, grouped
-from oq_runtime.wire.protocol import NodeState, Status
+from oq_runtime.wire.protocol import Status
 
 EXIT_FAILED, EXIT_NO_WORKERS, EXIT_INTERRUPTED = 1, 3, 130
 STATES = {0: jobtable.Status.COMPLETE, EXIT_INTERRUPTED: jobtable.Status.ABORTED}
@@ -77,22 +79,12 @@ LOCK_SECS = 1.5
 PROCESSES = ("engine process", "broker process", "agent process")
 #: characters of a line of the engine's log that are shown
 LINE_CHARACTERS = 2000
+#: messages of the engine of which more than the first line is shown, and how many lines
+GRAVE, MESSAGE_LINES = re.compile(r"^\[[^]]* (WARNING|ERROR|CRITICAL)\]"), 20
 #: lines of the engine's log that say what the display says, or nothing; and rows of its tables
 PERCENT = re.compile(r" \d+% \[\d+ submitted, \d+ queued\]$")
 EMPTY = re.compile(r"\[[^]]*\]\s*")
 ROW = re.compile(r"\s*[|+]|.* \| ")
-NO_NODE = (
-    "no node has slots for this job; oq-workers status says why, oq-workers start starts those "
-    "that are down"
-)
-NO_SHARE = (
-    "no slot is free for this job: other jobs have them, and it gets its part in turn (oq-workers "
-    "jobs), or processes that were killed and do not end (oq-workers status)"
-)
-NOT_STARTED = (
-    "no node begins with its tasks: other jobs have the slots (oq-workers jobs), arguments are on "
-    "the way, or workers do not start (oq-workers status)"
-)
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
 #: options of which nothing is a value
@@ -116,10 +108,17 @@ def parse_params(params: tuple[str, ...]) -> dict[str, str]:
 
 
 class Command(click.Command):
-    """Prints the JSON object of a refused call as well."""
+    """Prints the JSON object of a call that is refused, or interrupted before it has begun."""
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         given = sys.argv[1:] if args is None else list(args)
+        if "--watch" in given[:-1]:  # its number may be missing, and -1 looks like an option
+            at = given.index("--watch")
+            given[at : at + 2] = ["--watch"] if given[at + 1] == "-1" else given[at : at + 2]
+        if "--json" in given:
+            for number in ENDINGS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, end_at_once)
         try:
             return super().main(given, *more, **options | {"standalone_mode": False})
         except click.ClickException as exc:
@@ -127,6 +126,13 @@ class Command(click.Command):
             if "--json" in given:
                 print_json(exc.exit_code, exc.format_message(), [])
             sys.exit(exc.exit_code)
+
+
+def end_at_once(*_: object) -> None:
+    """End an interrupted call that has nothing to end yet."""
+    print_json(EXIT_INTERRUPTED, "interrupted", [])
+    sys.stdout.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 EPILOG = """The rest is done by the engine's own commands: oq engine --lhc and --lrc list jobs,
@@ -243,12 +249,10 @@ def main(
     if temporary := os.environ.get("TMPDIR"):  # what is started works in other directories
         os.environ["TMPDIR"] = os.path.abspath(temporary)
     if watch is not None:
-        if files or resume or detach or dry_run or params or hc or report is not None:
-            raise BadInput("--watch shows a job that runs: give no job file, and no other option")
+        check_alone("watch", "shows a job that runs")
         watched(watch or None, as_json)
     if explain is not None:
-        if files or resume or detach or dry_run or params or hc or report is not None:
-            raise BadInput("--explain tells of a job that was run: give no job file")
+        check_alone("explain", "tells of a job that was run")
         explained(explain, as_json)
     target = None if report is None else check_report(report, export_dir, files, dry_run)
     if bool(files) == bool(resume):
@@ -296,7 +300,7 @@ def main(
     call = Run(
         spec,
         settings,
-        Console(stderr=True),
+        screen(sys.stderr),
         datadir,
         priority=Priority(priority),
         quiet=no_progress or as_json,
@@ -320,6 +324,21 @@ def main(
     call.end_notice(code)
     call.forget_detached(code)
     sys.exit(code)
+
+
+def check_alone(option: str, what: str) -> None:
+    """Raise BadInput where something else is asked for with an option that runs no job."""
+    context = click.get_current_context()
+    shown = {option, "as_json", "no_progress"}
+    given = [
+        name
+        for name in context.params
+        if name not in shown and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        names = {name.name: max(name.opts, key=len) for name in main.params}
+        other = "a job file" if given[0] == "files" else names[given[0]]
+        raise BadInput(f"--{option} {what}: leave out {other}")
 
 
 def check_report(name: str, export_dir: str | None, files: Sequence[str], dry_run: bool) -> Path:
@@ -354,25 +373,35 @@ def again(
 
 def watched(number: int | None, as_json: bool) -> NoReturn:
     """Show a job that another ``oq-run`` runs, until its end."""
-    console = Console(stderr=True)
     try:
-        job, state = sessions.watch(number, console)
+        job, state = sessions.watch(number, screen(sys.stderr))
     except OqRuntimeError as exc:
         raise BadInput(str(exc)) from exc
-    code = EXIT_FAILED if state not in jobtable.COMPLETE else 0
+    code, said, error = EXIT_FAILED, f"is {state}", ""
+    if state in jobtable.COMPLETE:
+        code = 0
+    elif state in GONE:
+        state = jobtable.Status.DELETED
+        said = error = "was deleted"
+    elif state in jobtable.UNFINISHED:
+        said = error = (
+            "did not come to its end: its oq-run was killed; the next oq-run sets it to failed and "
+            "says whether it can go on"
+        )
     if as_json:
-        print_json(code, "", [{"job": job, "state": state}])
+        print_json(code, error and f"job {job} {error}", [{"job": job, "state": state}])
     else:
-        click.echo(f"job {job} is {state}")
+        click.echo(f"job {job} {said}")
     sys.exit(code)
 
 
 def explained(number: int, as_json: bool) -> NoReturn:
     """Say where the time of a job went."""
-    from oq_runtime.report.words import explained, find  # not wanted by the others: h5py
+    from oq_runtime.commands.report import find
+    from oq_runtime.report.words import explained  # not wanted by the others: h5py
 
     try:
-        told = explained(find(checks.data_directory(config.read()), number))
+        told = explained(find(str(number))[0])
     except OqRuntimeError as exc:
         raise BadInput(f"--explain: {exc}") from exc
     click.echo(json.dumps(told) if as_json else "\n".join(map(clean, told["lines"])))
@@ -391,7 +420,7 @@ def run_detached(folder: Path, as_json: bool) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     number_in, number_out = os.pipe()
     stream, name = tempfile.mkstemp(".log", "oq-run_", folder)
-    under, unkept = logout.outlive()
+    under, unkept = logind.outlive()
     command = processes.python("oq_runtime.commands.run", f"--tell={number_out}", *arguments)
     process = subprocess.Popen(
         [*under, *command],
@@ -457,19 +486,6 @@ def earlier(datadir: Path, number: str) -> dict[str, Any]:
     return asked | {"resume": found}
 
 
-def waits_for(status: Status, *, cluster: bool) -> tuple[str, str]:
-    """Return what the tasks of a job wait for, and a line on it, or no words."""
-    if status.note:
-        return "a port", status.note
-    busy = [node for node in status.nodes if node.busy]
-    if cluster and busy and all(node.unstarted for node in busy):
-        return "workers", NOT_STARTED
-    if not cluster or any(node.slots for node in status.nodes):
-        return "", ""
-    leased = any(node.state is NodeState.LEASED for node in status.nodes)
-    return ("slots", NO_SHARE) if leased else ("nodes", NO_NODE)
-
-
 class Run:
     """One call of ``oq-run``.
 
@@ -513,7 +529,7 @@ class Run:
         self.outcome: int | None = None  # exit code, as the engine process says itself
         self.pending: dict[int, bytes] = {}  # descriptor -> what has come of its next line
         self.traceback = False  # the engine's log is in the middle of one
-        self.held = ""  # the last line of the log, which may be the head of a table
+        self.held: list[str] = []  # the last message of the log, which may be a table
         self.table: jobtable.Outside | None = None
         self.current: int | None = None  # the job that has its turn
         self.turn_s = 0.0  # since when
@@ -544,8 +560,7 @@ class Run:
         for number in ENDINGS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or by a script
                 signal.signal(number, self._interrupt)
-        if self.display.framed and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
-            signal.signal(signal.SIGTSTP, self._stop)
+        self.display.mind_stop(STOPPED)
         process, reports = self._load()
         try:
             directory = self.directory = launch.start(self.settings, os.getpid(), self.priority)
@@ -577,7 +592,8 @@ class Run:
         env["OQ_DISTRIBUTE"] = "no" if self.spec["dry_run"] else "zmq"
         if "OQ_DATADIR" in env:  # the engine changes directories
             env["OQ_DATADIR"] = str(self.datadir)
-        env.setdefault("PYTHONHASHSEED", "0")  # a journal holds for the same order of sets only
+        if not env.get("PYTHONHASHSEED", "").isdigit():  # or it is "random"
+            env["PYTHONHASHSEED"] = "0"  # a journal holds for the same order of sets only
         if self.settings.cluster is None:
             env["OQ_NUM_CORES"] = str(self.settings.cores)
         self.loaded = compiling.done()
@@ -668,15 +684,19 @@ class Run:
         if line.startswith("["):
             self._release()
             if not EMPTY.fullmatch(line) and (self.quiet or not PERCENT.search(line)):
-                self.held = line
+                self.held = [line]
         elif ROW.match(line):
-            self.held = ""  # a table is for the log, too; its first row would say nothing alone
+            self.held = []  # a table is for the log, too; its first row would say nothing alone
+        elif self.held and GRAVE.search(self.held[0]) and not traceback and line.strip():
+            self.held.append(line)
 
     def _release(self) -> None:
-        """Show the line that is held, when no row of a table came behind it."""
-        if self.held:
-            self._print(self.held)
-            self.held = ""
+        """Show the message that is held, when no row of a table came behind it."""
+        for line in self.held[:MESSAGE_LINES]:
+            self._print(line)
+        if len(self.held) > MESSAGE_LINES:
+            self._print("... the rest of this message is in the log")
+        self.held = []
 
     def _print(self, line: str) -> None:
         self.display.print(clean(line, LINE_CHARACTERS))
@@ -764,7 +784,7 @@ class Run:
                     self.notice.add(jobs=self.jobs)
                 assert self.directory is not None
                 try:
-                    sessions.note(self.directory, row["job"], row["database"])
+                    sessions.note(self.directory, row["job"], row["database"], self.spec["cluster"])
                 except OSError as exc:
                     self._print(f"{self.directory}: {exc.strerror}; --watch will not find the job")
                 if self.tell is not None:
@@ -795,12 +815,6 @@ class Run:
                 self.surveys.append(row)
             case "end":
                 self.outcome = row["code"]
-
-    def _stop(self, *_: object) -> None:
-        """Stop as Ctrl-Z asks, with nothing half drawn; the engine has a session of its own."""
-        self.display.clear()
-        self._print(STOPPED)
-        os.kill(os.getpid(), signal.SIGSTOP)
 
     def _interrupt(self, *_: object) -> None:
         if self.interrupted_s is None and not self.closing:
@@ -952,6 +966,7 @@ class Run:
             where = f"oq engine --show-log {number}" if number else ""
             if number in journal.numbers(self.datadir):
                 where += f"; to go on: oq-run --resume {number}"
+                journal.set_told(journal.directory_of(self.datadir, number))
             where = f" ({where})" if where else ""
             click.echo(f"oq-run: {clean(self.error, LINE_CHARACTERS)}{where}", err=True)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from oq_runtime.commands.checks import BadInput
+from oq_runtime.commands.lines import waits_for
 from oq_runtime.commands.progress import Display, StatusReader
 from oq_runtime.engine import jobtable
 from oq_runtime.files import private
@@ -23,23 +24,26 @@ from oq_runtime.session import launch
 
 #: the file with a JSON object per job
 JOBS = "jobs"
+STOPPED = "the display is stopped, the job goes on; fg shows it again"
 #: seconds between two looks at a job
 LOOK_SECS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A job with the directory of its session, and where its job table is."""
+    """A job with the directory of its session, where its job table is, and whether on a cluster."""
 
     job: int
     directory: Path
     database: str
+    cluster: bool
 
 
-def note(directory: Path, job: int, database: str) -> None:
+def note(directory: Path, job: int, database: str, cluster: bool) -> None:
     """Note a job of a session."""
     with (directory / JOBS).open("a") as file:
-        file.write(json.dumps({"job": job, "database": database}) + "\n")
+        row = {"job": job, "database": database, "cluster": cluster}
+        file.write(json.dumps(row) + "\n")
 
 
 def running() -> list[Running]:
@@ -48,9 +52,9 @@ def running() -> list[Running]:
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     for directory in temporary.glob(f"{launch.PREFIX}*"):
         if private.is_own(directory):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, TypeError):
                 rows = map(json.loads, (directory / JOBS).read_text().splitlines())
-                found += [Running(row["job"], directory, row["database"]) for row in rows]
+                found += [Running(directory=directory, **row) for row in rows]
     return sorted(found, key=lambda one: one.job)
 
 
@@ -74,18 +78,21 @@ def rows() -> list[list[str]]:
     return found
 
 
-def watch(number: int | None, console: Console) -> tuple[int, str]:
+def watch(number: int | None, console: Console) -> tuple[int, str | None]:
     """Show a job until its end; return its number and status.
+
+    The status is None of a job that was deleted, and still one of ``jobtable.UNFINISHED`` where the
+    ``oq-run`` of the job was killed.
 
     :param number: None: the latest one
     :raises BadInput: where no such job runs
     """
     found = [one for one in running() if number in (None, one.job)]
     if not found:
-        which = "there is no job" if number is None else f"job {number} is none"
+        which = "no job of yours runs" if number is None else f"job {number} does not run"
         raise BadInput(
-            f"--watch: {which} of yours that oq-run runs on this machine with this TMPDIR; "
-            "oq engine --lhc lists all of them"
+            f"--watch: {which} on this machine by oq-run, or with another TMPDIR; "
+            "oq engine --lhc and --lrc list all jobs"
         )
     one = found[-1]
     table = jobtable.Outside(one.database)
@@ -93,17 +100,25 @@ def watch(number: int | None, console: Console) -> tuple[int, str]:
     with contextlib.suppress(OSError):  # it ends just now
         display.began_s -= time.time() - (one.directory / JOBS).stat().st_ctime
     display.enter("the engine is at work", f"job {one.job}")
+    display.mind_stop(STOPPED)
     status = StatusReader(one.directory)
+    state: str | None = jobtable.Status.EXECUTING
+    waits, since_s = "", time.monotonic()
     try:
-        state: str | None = jobtable.Status.EXECUTING
-        there = True
-        while state in jobtable.UNFINISHED and there:
-            display.show(status.poll())
+        while True:
             there = one.directory.exists()
             with contextlib.suppress(jobtable.DatabaseError):  # it is locked just now
                 state = table.status(one.job)
+                if state not in jobtable.UNFINISHED or not there:
+                    return one.job, state
+            display.show(status.poll())
+            what = waits_for(display.status, cluster=one.cluster)[0]
+            if state in (jobtable.Status.CREATED, jobtable.Status.SUBMITTED):
+                what = "its turn, behind other jobs"
+            if what != waits:
+                waits, since_s = what, time.monotonic()
+            display.wait(what, time.monotonic() - since_s)
             time.sleep(LOOK_SECS)
     finally:
         display.close()
         status.close()
-    return one.job, str(state)

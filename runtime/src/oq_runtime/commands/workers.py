@@ -23,10 +23,10 @@ from oq_runtime.cluster.jobs import Job, jobs
 from oq_runtime.cluster.pool import Answer, Killed, Pool, Unreachable, unreachable
 from oq_runtime.commands import sessions
 from oq_runtime.commands.printing import Group
-from oq_runtime.commands.progress import NARROW_COLUMNS, clock
+from oq_runtime.commands.progress import NARROW_COLUMNS, screen
 from oq_runtime.config import Config, read
 from oq_runtime.errors import ConfigError, NoWorkers, OqRuntimeError
-from oq_runtime.text import clean, grouped
+from oq_runtime.text import clean, duration, grouped
 from oq_runtime.wire import security
 
 EXIT_SILENT, EXIT_INPUT = 1, 2
@@ -132,7 +132,7 @@ def _job_row(job: Job) -> list[str]:
         f"{since:%H:%M}" if today else f"{since:%m-%d}",
         f"{job.busy}/{job.slots}",
         f"{job.done}/{job.total}",
-        "-" if job.left_s is None else clock(job.left_s),
+        "-" if job.left_s is None else duration(job.left_s),
     ]
 
 
@@ -160,11 +160,12 @@ def top() -> None:
         tell(exc)
         sys.exit(EXIT_INPUT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    console = Console()
+    console = screen(sys.stdout)
+    renewed = console.is_terminal and not console.is_dumb_terminal
     while True:
         hosts = [_row(*item) for item in pool.ask("status").items()] if pool else []
         own = sessions.rows()
-        if console.is_terminal:
+        if renewed:
             console.clear()
         if hosts:
             print_table(HOST_TITLES, hosts)
@@ -172,7 +173,7 @@ def top() -> None:
             print_table(JOB_TITLES, own)
         else:
             click.echo("no job of yours runs on this machine through oq-run")
-        if not console.is_terminal:
+        if not renewed:
             return
         time.sleep(TOP_SECS)
 

@@ -54,6 +54,8 @@ COMPLETE, FAILED, BAD_INPUT, NO_WORKERS, INTERRUPTED = 0, 1, 2, 3, 130
 DBSERVER_SECS = 30.0
 #: seconds that the files of a job have to close
 CLOSE_SECS = 60
+#: calculations of a hazard
+HAZARD = ("classical", "disaggregation", "event_based", "preclassical", "scenario")
 
 
 class Ignored(logging.Handler):
@@ -207,10 +209,22 @@ class Jobs:
             code, text = BAD_INPUT, messages.input_text(exc, inputs)
         else:
             code, text = FAILED, messages.explain(exc)
+            if job and messages.unforeseen(text):
+                text += self.other_sites(job)
         number = job.calc_id if job else None
         what = {"job": number, "error": self.as_given(text), "retries": self.retries()}
         self.report({"kind": "failed", **what})
         return code
+
+    def other_sites(self, job: Any) -> str:
+        """Say that a hazard calculation has other sites than the one that it starts from."""
+        parent = str(job.params.get("hazard_calculation_id") or "")
+        if not parent.isdigit() or job.params["calculation_mode"] not in HAZARD:
+            return ""  # those of a risk calculation are the sites of its assets
+        own, theirs = self.table.job(job.calc_id), self.table.job(int(parent))
+        if own is None or theirs is None:
+            return ""
+        return messages.other_sites(Path(own.path), Path(theirs.path), theirs.id)
 
     def as_given(self, text: str) -> str:
         """Return a text with the paths that the user knows instead of where they are unpacked."""
@@ -243,6 +257,8 @@ class Jobs:
                     f"job {job.id} of {clean(job.user)} did not come to its end, and its process "
                     f"is gone: it is failed{self.kept(job.id)}"
                 )
+                journal.set_told(journal.directory_of(self.datadir, job.id))
+            self.tell_of_others()
         except sqlite3.Error as exc:
             raise InputError(f"the job database {place}: {jobtable.explain(exc)}") from exc
         return place
@@ -265,10 +281,26 @@ class Jobs:
                 if told != what:
                     self.note(f"waiting: {(told := what)}")
 
+    @property
+    def datadir(self) -> Path:
+        """Of the results, the journals among them."""
+        return Path(self.logs.get_datadir())
+
     def kept(self, number: int) -> str:
         """Return how a job that is not complete can go on, if it can."""
-        kept = number in journal.numbers(Path(self.logs.get_datadir()))
+        kept = number in journal.numbers(self.datadir)
         return f"; to go on with it: oq-run --resume {number}" if kept else ""
+
+    def tell_of_others(self) -> None:
+        """Say once which jobs can go on whose rows others have mended, as after a power cut."""
+        for number in journal.untold(self.datadir):
+            job = self.table.job(number)
+            results = self.datadir / f"calc_{number}.hdf5"  # a row may be of another database
+            if job is None or (job.user, job.path) != (jobtable.user_name(), str(results)):
+                continue
+            if job.status == Status.FAILED and number != self.spec["resume"]:
+                self.note(f"job {number} did not come to its end{self.kept(number)}")
+                journal.set_told(journal.directory_of(self.datadir, number))
 
     def read(self, path: Path) -> dict[str, Any]:
         """Read a job file or an archive; return the engine's parameters.
@@ -313,7 +345,7 @@ class Jobs:
 
     def unpack(self, archive: Path) -> Path:
         """Unpack an archive and return its job file, the first where there are several."""
-        shared = Path(self.logs.get_datadir()) if self.spec["cluster"] else None
+        shared = self.datadir if self.spec["cluster"] else None
         try:
             folder = archives.place(Path(os.environ[SESSION_VARIABLE]), shared)
         except OSError as exc:
@@ -362,12 +394,11 @@ class Jobs:
     def create(self, params: list[dict[str, Any]], place: str) -> None:
         """Give each job a number."""
         spec = self.spec
-        datadir = Path(self.logs.get_datadir())
         for one in params:
-            self.table.skip_old_results(datadir)
+            self.table.skip_old_results(self.datadir)
             if self.before is not None and not self.rest:
                 one["job_id"] = number = self.before.head["job"]
-                for path in left_by(datadir, number):
+                for path in left_by(self.datadir, number):
                     path.unlink()
             try:
                 [job] = self.engine.create_jobs(
@@ -416,7 +447,7 @@ class Jobs:
         :raises InputError: where it cannot be read, or the job is not there any more
         """
         number: int = self.spec["resume"]
-        directory = journal.directory_of(Path(self.logs.get_datadir()), number)
+        directory = journal.directory_of(self.datadir, number)
         try:
             self.claimed = journal.claim(directory)
             reader = Reader(directory)
@@ -492,8 +523,7 @@ class Jobs:
             shutil.rmtree(directory, ignore_errors=True)
 
     def begin_history(self, job: Any) -> History | None:
-        datadir = Path(self.logs.get_datadir())
-        directory = journal.directory_of(datadir, job.calc_id)
+        directory = journal.directory_of(self.datadir, job.calc_id)
         number = len(self.spec["files"]) - len(self.rest)
         hazard = job.params.get("hazard_calculation_id")
         spec = {name: self.spec[name] for name in ("params", "exports", "export_dir")}
@@ -517,17 +547,17 @@ class Jobs:
         def deleted(other: int) -> bool:  # a row may be in another database
             row = self.table.job(other)
             if row is None:
-                return not (datadir / f"calc_{other}.hdf5").exists()
+                return not (self.datadir / f"calc_{other}.hdf5").exists()
             # killed before it could remove its journal
-            unused = not journal.is_complete(journal.directory_of(datadir, other))
+            unused = not journal.is_complete(journal.directory_of(self.datadir, other))
             return row.status in jobtable.COMPLETE and unused
 
         most_bytes = self.spec["journal_bytes"]
         writer = claimed = None
         try:
-            for other in journal.make_room(datadir, most_bytes, job.calc_id, deleted):
+            for other in journal.make_room(self.datadir, most_bytes, job.calc_id, deleted):
                 self.note(f"job {other} cannot go on any more: its journal made room for others")
-            free_bytes = shutil.disk_usage(datadir).free
+            free_bytes = shutil.disk_usage(self.datadir).free
             # of what is there already the disk need not have room
             budget_bytes = min(most_bytes, journal.size(directory) + free_bytes // 2)
             claimed = self.claimed if before is not None else None

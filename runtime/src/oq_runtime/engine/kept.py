@@ -45,6 +45,9 @@ def install_kept(engine: Any) -> None:
             calc = engine_run_calc(log, *args, **kwargs)
             state = Status.COMPLETE
             return calc
+        except (KeyboardInterrupt, SystemExit):  # by a signal, as the engine takes it
+            state = Status.ABORTED
+            raise
         finally:
             facts = {"began": began, "began_s": began_s, "state": state}
             try:

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import h5py
+
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.text import clean
 
@@ -164,6 +166,30 @@ def explain(exc: BaseException) -> str:
         path, function, line = (own or trace)[-1]
         text += f" ({function} in {path.rpartition('/openquake/')[2]}: {line})"
     return clean(text, MOST_CHARACTERS)
+
+
+def other_sites(own: Path, results: Path, parent: int) -> str:
+    """Say that a job has other sites than the one that it starts from; nothing where it has not.
+
+    The engine takes them for the same, and fails, if it does, at some place later.
+
+    :param own: the datastore of the job
+    :param results: that of job ``parent``
+    """
+    places = []
+    with contextlib.suppress(Exception):  # one of them has none, or cannot be read
+        there = map(h5py.File, h5py.h5f.get_obj_ids(types=h5py.h5f.OBJ_FILE))
+        opened = {file.filename: file for file in there}  # to write, by the engine
+        for path in map(str, (own, results)):
+            file = opened.get(path) or h5py.File(path, "r", locking=False)
+            places.append([file[f"sitecol/{axis}"][:].tolist() for axis in ("lon", "lat")])
+    if len(places) < 2 or places[0] == places[1]:
+        return ""
+    ours, theirs = (len(lon) for lon, _ in places)
+    return (
+        f"; its sites ({ours}) are not those of job {parent} ({theirs}), from which it starts: "
+        "give it the same sites, or none"
+    )
 
 
 def similar(text: str) -> str:

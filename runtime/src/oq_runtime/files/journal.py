@@ -48,6 +48,8 @@ FORMAT = 1
 HEAD, LOCK = "head.json", "lock"
 #: of the journal of a job that is complete, kept for others; its time is that of the last use
 COMPLETE = "complete"
+#: of a job that can go on, whose user knows that
+TOLD = "told"
 MAGIC = 0x314A514F  # "OQJ1"
 HEADER = struct.Struct("<IIQQ16s16s")
 PREFIX = struct.Struct("<IIQQ")
@@ -160,8 +162,29 @@ def is_complete(directory: Path) -> bool:
 
 def set_complete(directory: Path) -> None:
     """Keep the journal of a job that is complete for others, or note that one has used it."""
+    _mark(directory / COMPLETE)
+
+
+def untold(datadir: Path) -> list[int]:
+    """Return the calculations that can go on, of which nobody has told their user."""
+    found = []
+    for number in numbers(datadir):
+        directory = directory_of(datadir, number)
+        with contextlib.suppress(JournalError):  # an odd one
+            if not os.path.lexists(directory / TOLD) and not claimed(directory):
+                found.append(number)
+    return found
+
+
+def set_told(directory: Path) -> None:
+    """Note that the user has been told that a job can go on; until it does."""
+    with contextlib.suppress(OSError):  # then he is told once more
+        _mark(directory / TOLD)
+
+
+def _mark(path: Path) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(directory / COMPLETE, flags, 0o600)
+    descriptor = os.open(path, flags, 0o600)
     try:
         os.utime(descriptor)
     finally:
@@ -384,8 +407,15 @@ class Writer:
         self._discarded = False
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[bytes, Buffer] | None] = queue.SimpleQueue()
-        write_atomically(directory / HEAD, _head_text(head))
-        self._file = self._open()
+        try:
+            (directory / TOLD).unlink(missing_ok=True)
+            write_atomically(directory / HEAD, _head_text(head))
+            self._file = self._open()
+        except OSError:  # there is no room for it
+            if claimed is None:
+                shutil.rmtree(directory, ignore_errors=True)
+                os.close(self._claim)
+            raise
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 

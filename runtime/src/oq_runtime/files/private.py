@@ -81,13 +81,17 @@ def memory_name(directory: Path) -> Path:
     return SHARED_MEMORY / f"{directory.name}-{secrets.token_hex(8)}"
 
 
-def add_memory(directory: Path, memory: Path) -> None:
+def add_memory(directory: Path, memory: Path, *, stays: bool = True) -> None:
     """Make ``memory`` (see ``memory_name``) and note in our ``directory`` that it belongs there.
 
     Where shared memory has no room, or there is none, it is not made, and the disk has to do.
+
+    :param stays: whether nobody removes it while it is in use, see ``logind``; else it is not made
     Raises ConfigError when it cannot be made for another reason, or others could exchange it.
     """
     (directory / MEMORY).symlink_to(memory)  # first: what is not noted would be left for ever
+    if not stays:
+        return
     try:
         _check_above(memory.parent)
         memory.mkdir(mode=0o700)

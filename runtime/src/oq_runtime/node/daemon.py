@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import zmq
 
-from oq_runtime import cgroups, config, descriptors, facts, logs, metrics, processes
+from oq_runtime import cgroups, config, descriptors, facts, logind, logs, metrics, processes
 from oq_runtime.core.limits import DEFAULTS, Limits
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, private
@@ -104,7 +104,7 @@ def run_daemon(address: str | None, settings: config.Config) -> None:
         private.remove_memory(disk)
         for stale in [*directory.iterdir(), *disk.iterdir()]:
             stale.unlink(missing_ok=True)
-        private.add_memory(disk, memory)
+        private.add_memory(disk, memory, stays=not logind.removes_memory())
         signal.signal(signal.SIGTERM, lambda *_: agent.drain())
         signal.signal(signal.SIGINT, lambda *_: agent.stop())
         agent.exporter = metrics.start(address, metrics.agent_ports(settings.metrics_port))

@@ -42,7 +42,7 @@ def _content(opened: Store, lines: list[str], state: str, error: str) -> dict[st
     ours = own.getitem(kept.GROUP).attrs if kept.GROUP in own else {}
     number = opened.path.stem.removeprefix("calc_")
     mode = clean(str(getattr(oq, "calculation_mode", "unknown")))
-    state = clean(str(ours.get("state", "")) or state)
+    state = clean(state or str(ours.get("state", "")))
     began_s = store.began_s(opened)
     description = clean(str(getattr(oq, "description", "")))
     facts = [
@@ -80,7 +80,11 @@ def _content(opened: Store, lines: list[str], state: str, error: str) -> dict[st
             if table.rows:
                 about.append((f"{name} ({table.total})", table))
     found, missing = results.pictures(opened)
-    pictures, tables = work.pictures(opened)
+    try:
+        pictures, tables = work.pictures(opened)
+    except Exception as exc:  # the results are there all the same
+        pictures, tables = [], []
+        problems.append(f"Where the time went: {type(exc).__name__}: {clean(str(exc))}")
     title = f"Job {number}: {description or mode}"
     return {
         "title": title,

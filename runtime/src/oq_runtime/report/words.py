@@ -341,6 +341,6 @@ def _engines(file: h5py.File) -> list[str]:
         told.append("no task was run on a worker")
     return [
         *told,
-        "not known: when, where and on how many slots the tasks ran, and what failed; run it with "
-        "oq-run, which keeps that",
+        "not known: when, where and on how many slots the tasks ran, and what failed; a job of "
+        "oq-run has that at its end, unless its process was killed",
     ]

@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from oq_runtime import descriptors, processes
+from oq_runtime import descriptors, logind, processes
 from oq_runtime.config import Config
 from oq_runtime.errors import ConfigError, OqRuntimeError
 from oq_runtime.files import crashes, places, private
@@ -210,7 +210,8 @@ def main() -> None:
         shutil.rmtree(directory)
         sys.exit(f"TMPDIR {directory.parent} is too long for sockets; set a shorter TMPDIR")
     try:
-        private.add_memory(directory, private.memory_name(directory))
+        stays = not logind.removes_memory()
+        private.add_memory(directory, private.memory_name(directory), stays=stays)
     except ConfigError as exc:
         private.remove(directory)
         sys.exit(str(exc))
