@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 import oq_runtime
 from oq_runtime.commands.checks import (
@@ -31,7 +30,7 @@ from oq_runtime.commands.lines import (
     surveyed,
     waits_for,
 )
-from oq_runtime.commands.run import Run, again, check_report, parse_params
+from oq_runtime.commands.run import again, check_report, parse_params
 from oq_runtime.config import Cluster, Config
 from oq_runtime.engine import jobtable, messages
 from oq_runtime.errors import OqRuntimeError
@@ -240,30 +239,6 @@ def test_a_log_that_is_a_link_to_itself(tmp_path: Path) -> None:
     (tmp_path / "log").symlink_to("log")
     with pytest.raises(BadInput, match="log: Too many levels of symbolic links; give another one"):
         check_log(str(tmp_path / "log"))
-
-
-def test_a_message_of_several_lines_is_shown_whole_or_not_at_all(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run = Run({"files": []}, Config(cores=1), Console(file=sys.stdout), Path(),
-              priority=Priority.NORMAL, quiet=True)  # fmt: skip
-    head, many = "[2026-11-30 #1 WARNING]", [f"row {number}" for number in range(30)]
-    for line in (
-        f"{head} DuplicatedID:", "a b", "c d",
-        f"{head} outputs", "  1 | Hazard Curves", "  2 | Events",
-        f"{head} lost", "Traceback (most recent call last):", "  here", "ValueError: no",
-        "[2026-11-30 #1 INFO] Received 2 * 8 KB", "{'rmap': '8 KB'}", "released",
-        f"{head} long", *many, f"{head} last",
-    ):  # fmt: skip
-        run._show(line.encode())
-    run._release()
-    assert capsys.readouterr().out.splitlines() == [
-        f"{head} DuplicatedID:", "a b", "c d",
-        f"{head} lost", "ValueError: no",
-        "[2026-11-30 #1 INFO] Received 2 * 8 KB",
-        f"{head} long", *many[:19], "... the rest of this message is in the log",
-        f"{head} last",
-    ]  # fmt: skip
 
 
 def test_what_a_job_waits_for() -> None:

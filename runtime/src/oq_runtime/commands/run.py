@@ -79,8 +79,6 @@ LOCK_SECS = 1.5
 PROCESSES = ("engine process", "broker process", "agent process")
 #: characters of a line of the engine's log that are shown
 LINE_CHARACTERS = 2000
-#: messages of the engine of which more than the first line is shown, and how many lines
-GRAVE, MESSAGE_LINES = re.compile(r"^\[[^]]* (WARNING|ERROR|CRITICAL)\]"), 20
 #: lines of the engine's log that say what the display says, or nothing; and rows of its tables
 PERCENT = re.compile(r" \d+% \[\d+ submitted, \d+ queued\]$")
 EMPTY = re.compile(r"\[[^]]*\]\s*")
@@ -529,7 +527,7 @@ class Run:
         self.outcome: int | None = None  # exit code, as the engine process says itself
         self.pending: dict[int, bytes] = {}  # descriptor -> what has come of its next line
         self.traceback = False  # the engine's log is in the middle of one
-        self.held: list[str] = []  # the last message of the log, which may be a table
+        self.held = ""  # the last line of the log, which may be the head of a table
         self.table: jobtable.Outside | None = None
         self.current: int | None = None  # the job that has its turn
         self.turn_s = 0.0  # since when
@@ -684,19 +682,15 @@ class Run:
         if line.startswith("["):
             self._release()
             if not EMPTY.fullmatch(line) and (self.quiet or not PERCENT.search(line)):
-                self.held = [line]
+                self.held = line
         elif ROW.match(line):
-            self.held = []  # a table is for the log, too; its first row would say nothing alone
-        elif self.held and GRAVE.search(self.held[0]) and not traceback and line.strip():
-            self.held.append(line)
+            self.held = ""  # a table is for the log, too; its first row would say nothing alone
 
     def _release(self) -> None:
-        """Show the message that is held, when no row of a table came behind it."""
-        for line in self.held[:MESSAGE_LINES]:
-            self._print(line)
-        if len(self.held) > MESSAGE_LINES:
-            self._print("... the rest of this message is in the log")
-        self.held = []
+        """Show the line that is held, when no row of a table came behind it."""
+        if self.held:
+            self._print(self.held)
+            self.held = ""
 
     def _print(self, line: str) -> None:
         self.display.print(clean(line, LINE_CHARACTERS))
