@@ -20,8 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-import h5py
-
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.text import clean
 
@@ -176,6 +174,8 @@ def other_sites(own: Path, results: Path, parent: int) -> str:
     :param own: the datastore of the job
     :param results: that of job ``parent``
     """
+    import h5py  # which the others do not want: it is there where a job has run
+
     places = []
     with contextlib.suppress(Exception):  # one of them has none, or cannot be read
         there = map(h5py.File, h5py.h5f.get_obj_ids(types=h5py.h5f.OBJ_FILE))
