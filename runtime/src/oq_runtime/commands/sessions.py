@@ -25,6 +25,8 @@ from oq_runtime.session import launch
 #: the file with a JSON object per job
 JOBS = "jobs"
 STOPPED = "the display is stopped, the job goes on; fg shows it again"
+#: seconds after the end of a session in which the row of its job may still change
+SETTLE_SECS = 2.0
 #: seconds between two looks at a job
 LOOK_SECS = 0.5
 
@@ -103,13 +105,16 @@ def watch(number: int | None, console: Console) -> tuple[int, str | None]:
     display.mind_stop(STOPPED)
     status = StatusReader(one.directory)
     state: str | None = jobtable.Status.EXECUTING
-    waits, since_s = "", time.monotonic()
+    waits, since_s, gone_s = "", time.monotonic(), 0.0
     try:
         while True:
-            there = one.directory.exists()
+            if not gone_s and not one.directory.exists():
+                gone_s = time.monotonic()
             with contextlib.suppress(jobtable.DatabaseError):  # it is locked just now
                 state = table.status(one.job)
-                if state not in jobtable.UNFINISHED or not there:
+                settled = gone_s and time.monotonic() - gone_s > SETTLE_SECS
+                # one that is aborted has failed until its process has ended, and a little longer
+                if settled or state not in (*jobtable.UNFINISHED, jobtable.Status.FAILED):
                     return one.job, state
             display.show(status.poll())
             what = waits_for(display.status, cluster=one.cluster)[0]
