@@ -78,6 +78,18 @@ def test_python_is_the_same_as_on_the_master(machine: Machine) -> None:
     assert told in failures(done.stdout)[0], done.stdout
 
 
+def test_directory_of_ansible_is_used_as_long_as_it_is_there(machine: Machine) -> None:
+    """Also when another shared_dir is set: the home is read-only until the old one is unmounted."""
+    told = {"var": "ansible_remote_tmp"}
+    play = (role("openquake", "login"), {"name": "Tell", "ansible.builtin.debug": told})
+    where = '"ansible_remote_tmp": "/var/lib/openquake-ansible"'
+    for owner, used in ("root", True), ("nobody", False):  # it is another login's
+        machine.sh(f"install -d -m 0700 -o {owner} /var/lib/openquake-ansible")
+        done = machine.play(*play, host="w1", openquake_shared_dir="/oq_shared")
+        assert done.returncode == 0, done.stdout
+        assert (where in done.stdout) is used, done.stdout
+
+
 #: brings along what makes environments
 OWN_PYTHON = """case "$*" in
 "-m venv .") mkdir -p bin lib && cp "$0" bin/python ;;
