@@ -66,7 +66,7 @@ def test_the_table_of_jobs_is_tidy(
     assert len(lines) == 3, lines
     first, second = (line.split() for line in lines[1:])
     assert first[:3] == ["anna", "12345", "urgent"]
-    assert first[4:] == ["4/6", "1200/3000", "1:02:03"]
+    assert first[4:] == ["4/6", "1200/3000", "1", "h", "2", "min"]
     assert second[:3] + second[4:] == ["boris.lon…", "13", "low", "2/2", "0/0", "-"]
 
 
