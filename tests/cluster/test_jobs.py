@@ -56,15 +56,8 @@ def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
 
     The last line says how many tasks each node has done.
     """
-    [row] = result(calculate(cluster, "--detach"), 60)["jobs"]
+    [row] = result(calculate(cluster, "--detach"))["jobs"]
     watching = cluster.run(["-m", "oq_runtime.commands.run", "--watch", str(row["job"])], {})
-    top = [sys.executable, "-m", "oq_runtime.commands.workers", "top"]
-    seen = rf"^ *{row['job']} +\w+ +\d+/\d+ +\d/8 "
-    shown = cluster.wait_for(
-        lambda: re.search(seen, cluster.net.run(MASTER, top, cluster.env(MASTER)).stdout, re.M),
-        60,
-    )
-    assert shown, cluster.net.run(MASTER, top, cluster.env(MASTER))
     out, _ = watching.communicate(timeout=JOB_LIMIT_S)
     said = Path(row["output"]).read_text()
     assert out == f"job {row['job']} is complete\n", (watching.log.read_text(), said)
@@ -82,10 +75,17 @@ def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
     assert (told["state"], told["jobs"]) == ("complete", [row["job"]]), told
 
 
-def test_a_detached_job_is_aborted(cluster: Cluster, undisturbed: Path) -> None:
-    [row] = result(calculate(cluster, "-p", MANY_YEARS, "--detach"), 60)["jobs"]
+def test_a_detached_job_is_shown_and_aborted(cluster: Cluster, undisturbed: Path) -> None:
+    [row] = result(calculate(cluster, "-p", MANY_YEARS, "--detach"))["jobs"]
     watching = cluster.run(["-m", "oq_runtime.commands.run", "--watch", str(row["job"])], {})
     assert cluster.wait_for(lambda: busy(cluster), 120), status(cluster)
+    top = [sys.executable, "-m", "oq_runtime.commands.workers", "top"]
+    seen = rf"^ *{row['job']} +\w+ +\d+/\d+ +\d/8 "
+    shown = cluster.wait_for(
+        lambda: re.search(seen, cluster.net.run(MASTER, top, cluster.env(MASTER)).stdout, re.M),
+        60,
+    )
+    assert shown, cluster.net.run(MASTER, top, cluster.env(MASTER))
     argv = [sys.executable, "-m", "openquake.commands", "abort", str(row["job"])]
     # its imports compete with the tasks of all slots
     done = cluster.net.run(MASTER, argv, cluster.env(MASTER), limit_s=JOB_LIMIT_S)
