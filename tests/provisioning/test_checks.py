@@ -90,6 +90,22 @@ def test_directory_of_ansible_is_used_as_long_as_it_is_there(machine: Machine) -
         assert (where in done.stdout) is used, done.stdout
 
 
+def test_home_in_a_mount_that_would_go(machine: Machine) -> None:
+    """The master withdraws the export of before first: nobody could log in on a worker any more."""
+    unit = "[Unit]\nDescription=OpenQuake: /root of the master\n[Mount]\nWhat=m1:/root\n"
+    for where, refused in ("/root", True), ("/roo", False), ("/oq_shared", False):
+        text = f"{unit}Where={where}\n"
+        machine.sh("cat >/etc/systemd/system/root.mount", stdin=text)
+        done = machine.play(
+            role("openquake_nfs_client", "validate"), host="w1", openquake_shared_dir="/oq_shared"
+        )
+        said = [
+            line for line in failures(done.stdout) if line.startswith("The home /root of root, by")
+        ]
+        assert bool(said) is refused, done.stdout
+        assert not refused or "playbooks/reset.yml with openquake_shared_dir=/root" in said[0]
+
+
 #: brings along what makes environments
 OWN_PYTHON = """case "$*" in
 "-m venv .") mkdir -p bin lib && cp "$0" bin/python ;;
