@@ -111,8 +111,9 @@ class Command(click.Command):
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         given = sys.argv[1:] if args is None else list(args)
         if "--watch" in given[:-1]:  # its number may be missing, and -1 looks like an option
-            at = given.index("--watch")
-            given[at : at + 2] = ["--watch"] if given[at + 1] == "-1" else given[at : at + 2]
+            at = given.index("--watch") + 1
+            if given[at] == "-1":
+                del given[at]
         if "--json" in given:
             for number in ENDINGS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
