@@ -92,9 +92,9 @@ def test_directory_of_ansible_is_used_as_long_as_it_is_there(machine: Machine) -
 
 def test_home_in_a_mount_that_would_go(machine: Machine) -> None:
     """The master withdraws the export of before first: nobody could log in on a worker any more."""
-    unit = "[Unit]\nDescription=OpenQuake: /root of the master\n[Mount]\nWhat=m1:/root\n"
+    unit = "[Unit]\nDescription=OpenQuake: /root of the master\n[Mount]\n"
     for where, refused in ("/root", True), ("/roo", False), ("/oq_shared", False):
-        text = f"{unit}Where={where}\n"
+        text = f"{unit}What=192.0.2.1:{where}\nWhere={where}\n"
         machine.sh("cat >/etc/systemd/system/root.mount", stdin=text)
         done = machine.play(
             role("openquake_nfs_client", "validate"), host="w1", openquake_shared_dir="/oq_shared"
