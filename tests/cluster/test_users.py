@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from tests.cluster.jobs import (
     check_calculation,
     check_stream,
     corpus,
-    datastore,
     drive,
     number,
     result,
@@ -30,7 +30,7 @@ from tests.cluster.jobs import (
     under_way,
 )
 from tests.cluster.netns import MASTER, Process
-from tests.terminal import COLUMNS, ENDED, Terminal
+from tests.terminal import COLUMNS, ENDED, Terminal, needs_tmux
 
 pytestmark = [pytest.mark.timeout(300)]
 TINY = "classical/case_02/job.ini"
@@ -88,8 +88,6 @@ def test_an_urgent_job_gets_slots_from_those_that_run(cluster: Cluster, tmp_path
     slots = sum(cluster.slots.values())
     carla = drive(cluster, "until", [(x, str(go)) for x in range(slots)], LOGNAME="carla")
     under_way(cluster, carla, least=slots)
-    if shutil.which("tmux"):
-        record_screens(cluster, tmp_path)
     boris = stream(cluster, 6, 0.5, LOGNAME="boris", PRIORITY="urgent")
     found = check_stream(boris, 6)
     first = min(start for start, _ in found["value"]["spans"])
@@ -100,22 +98,48 @@ def test_an_urgent_job_gets_slots_from_those_that_run(cluster: Cluster, tmp_path
     assert undone["retries"] == 0 and undone["preempted"] >= 1, undone
 
 
-def record_screens(cluster: Cluster, folder: Path) -> None:
-    """What ``oq-workers`` shows of nodes that are busy, in a terminal; see ``tests.terminal``."""
+@contextlib.contextmanager
+def master_terminal(cluster: Cluster, folder: Path) -> Iterator[Terminal]:
+    """A terminal on the master."""
     prefix = ["ip", "netns", "exec", cluster.net.namespace(MASTER)]
     terminal = Terminal(cluster.env(MASTER), folder, COLUMNS[0], prefix)
     try:
+        yield terminal
+    finally:
+        terminal("kill-server")
+
+
+def waits(cluster: Cluster, terminal: Terminal, what: str, said: str) -> None:
+    """Start a job in a terminal, which shows what it waits for, and record that."""
+    cluster.start_dbserver()
+    terminal.start(corpus(TINY))
+    terminal.until(lambda screen: re.search(rf"waiting for {what} \d+:\d\d", screen))
+    assert re.search(said, " ".join(terminal.history().split())), terminal.history()
+    terminal.record(f"waiting-for-{what.replace(' ', '-')}", *COLUMNS)
+
+
+@needs_tmux
+def test_nodes_that_are_busy_are_shown(cluster: Cluster, tmp_path: Path) -> None:
+    """By ``oq-workers``, and to a job that waits for its part of them."""
+    go = tmp_path / "go"
+    slots = sum(cluster.slots.values())
+    carla = drive(cluster, "until", [(x, str(go)) for x in range(slots)], LOGNAME="carla")
+    under_way(cluster, carla, least=slots)
+    with master_terminal(cluster, tmp_path) as terminal:
         for columns in COLUMNS:
             terminal.resize(columns)
             for command in ("status", "jobs"):
                 terminal.run(command, module="workers")
                 assert ENDED.findall(terminal.until(ENDED.search)) == ["0"]
                 terminal.record(f"workers-{command}")
+        terminal.resize(COLUMNS[0])
+        waits(cluster, terminal, "slots", "no slot is free for this job; it gets its share")
+        go.touch()
+        assert ENDED.findall(terminal.until(ENDED.search)) == ["0"]
         terminal.run("top", module="workers")
         terminal.until(lambda screen: "no job of yours runs on this machine" in screen)
         terminal.record("workers-top", *COLUMNS)
-    finally:
-        terminal("kill-server")
+    assert result(carla)["value"]["sum"] == sum(range(slots))
 
 
 def test_two_users_calculate_side_by_side(cluster: Cluster, undisturbed: Path) -> None:
@@ -170,6 +194,7 @@ def cluster_jobs(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@needs_tmux
 def test_ten_jobs_on_nine_ports(cluster: Cluster, tmp_path: Path) -> None:
     go = tmp_path / "go"
     nine = [drive(cluster, "until", [(x, str(go)) for x in (1, 2)]) for _ in range(9)]
@@ -177,18 +202,25 @@ def test_ten_jobs_on_nine_ports(cluster: Cluster, tmp_path: Path) -> None:
     ports = range(first, last + 1)
     try:
         assert cluster.wait_for(lambda: all(cluster.net.listens(MASTER, p) for p in ports), 60)
-        tenth = cluster.oq_run(corpus(TINY), "--json")
-        waits = r"waiting: all of .*:1912, .*:1920 are in use by other jobs; this one begins when"
-        said = cluster.wait_for(lambda: re.search(waits, tenth.log.read_text()), 120)
-        assert said and tenth.poll() is None, tenth.log.read_text()
+        with master_terminal(cluster, tmp_path) as tenth:
+            waits(cluster, tenth, "a port", r"all of .*:1912, .*:1920 are in use by other jobs; ")
+            go.touch()
+            assert ENDED.findall(tenth.until(ENDED.search)) == ["0"]
     finally:
         go.touch()
     for run in nine:
         assert result(run)["value"]["sum"] == 3
-    assert datastore(result(tenth)).exists()
 
 
-def test_waiting_for_a_node_is_shown(no_agents: Cluster) -> None:
+@needs_tmux
+def test_waiting_for_nodes_is_shown(no_agents: Cluster, tmp_path: Path) -> None:
+    with master_terminal(no_agents, tmp_path) as terminal:
+        waits(no_agents, terminal, "nodes", "no node has slots for this job; oq-workers status")
+        no_agents.start_agents()
+        assert ENDED.findall(terminal.until(ENDED.search)) == ["0"]
+
+
+def test_waiting_for_nodes_is_logged(no_agents: Cluster) -> None:
     run = no_agents.oq_run(corpus(TINY))
     waits = "waiting: no node has slots for this job; oq-workers status says why"
     assert no_agents.wait_for(lambda: waits in run.log.read_text(), 60), run.log.read_text()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -143,25 +144,73 @@ def test_silent_host_is_not_waited_for_without_a_word() -> None:
         assert not asked.is_alive()
 
 
+def mailed(settings: str) -> subprocess.CompletedProcess[str]:
+    """Have a notice sent by mail.
+
+    :param settings: statements before that
+    """
+    code = f"from oq_runtime.commands import notice; {settings}; notice.main()"
+    lines = [
+        {"target": "anna@example.org"},
+        {"jobs": [7, 8], "state": "failed", "error": "no\nroom"},
+    ]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        input="".join(f"{json.dumps(line)}\n" for line in lines),
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
+
+
+def check_mail(mail: str) -> None:
+    assert "To: anna@example.org" in mail
+    assert "Subject: jobs 7, 8 failed on " in mail and ": no room" in mail
+
+
 def test_mail(tmp_path: Path) -> None:
     """By the program that sends mails, here one that keeps it."""
     program = tmp_path / "sendmail"
     program.write_text(f'#!/bin/sh\n[ "$*" = "-t -i" ] && cat >{tmp_path}/mail\n')
     program.chmod(0o755)
-    code = (
-        f"from oq_runtime.commands import notice; notice.SENDMAIL = {str(program)!r}; notice.main()"
-    )
-    lines = [
-        {"target": "anna@example.org"},
-        {"jobs": [7, 8], "state": "failed", "error": "no\nroom"},
-    ]
-    subprocess.run(
-        [sys.executable, "-c", code],
-        input="".join(f"{json.dumps(line)}\n" for line in lines),
-        text=True,
-        check=True,
-        env=os.environ,
-    )
-    mail = (tmp_path / "mail").read_text()
-    assert "To: anna@example.org" in mail
-    assert "Subject: jobs 7, 8 failed on " in mail and ": no room\n" in mail
+    done = mailed(f"notice.SENDMAIL = {str(program)!r}")
+    assert done.returncode == 0, done.stderr
+    check_mail((tmp_path / "mail").read_text())
+
+
+class MailServer(socketserver.StreamRequestHandler):
+    """Takes mails (RFC 5321), or refuses them."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"220 here\r\n")
+        for line in self.rfile:
+            verb, answer = line[:4].upper(), b"250 yes"
+            if verb == b"DATA":
+                self.wfile.write(b"354 go on\r\n")
+                mail = b"".join(iter(self.rfile.readline, b".\r\n")).decode()
+                self.server.mails.append(mail)  # type: ignore[attr-defined]
+            elif verb == b"RCPT" and self.server.refuses:  # type: ignore[attr-defined]
+                answer = b"550 nobody has that name"
+            elif verb == b"QUIT":
+                answer = b"221 bye"
+            self.wfile.write(answer + b"\r\n")
+
+
+def test_mail_without_a_program_that_sends_mails() -> None:
+    """By the host's own server, which may refuse, or not be there."""
+    with socketserver.TCPServer(("127.0.0.1", 0), MailServer) as server:
+        server.mails, server.refuses = [], False  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        settings = f"notice.SENDMAIL = '/none'; notice.smtplib.SMTP.default_port = {port}"
+        done = mailed(settings)
+        assert done.returncode == 0, done.stderr
+        [mail] = server.mails  # type: ignore[attr-defined]
+        check_mail(mail)
+        server.refuses = True  # type: ignore[attr-defined]
+        said = mailed(settings).stderr
+        assert said.startswith("there is no /none, and the mail server of localhost says: "), said
+        assert "nobody has that name" in said
+        server.shutdown()
+    said = mailed(settings).stderr
+    assert "refused" in said and said.count("\n") == 1, said

@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 
 from tests.leftovers import wait_for
+from tests.local.test_oq_run import corpus
 from tests.local.test_webui import PASSWORD
 from tests.local.test_webui_access import Sites
+from tests.reports import SEEN
 from tests.system.browser import Browser
 
 PROGRAMS = ("chromium", "chromedriver", "nginx", "openssl")
@@ -166,3 +168,29 @@ def test_activity_renews_itself(site: Sites, browser: Browser) -> None:
         assert wait_for(lambda: "classical: 56 %" in browser.text("#jobs"), 30)
     finally:
         site.forget(job)
+
+
+def test_a_report_is_opened_from_activity(site: Sites, browser: Browser, tmp_path: Path) -> None:
+    """Of a calculation that was uploaded; its pictures are drawn under the rules of the site."""
+    job_file = corpus("classical/case_02/job.ini")
+    job = shutil.make_archive(str(tmp_path / "job"), "zip", job_file.parent)
+    browser.open(f"{site.env['OQ_WEBUI_URL']}/engine/")
+    browser.wait_for("#calculation_table")
+    browser.type("#hazard_archive", job)
+
+    def complete() -> int:
+        """Its number, when it is."""
+        with sqlite3.connect(site.database) as db:
+            query = "SELECT max(id) FROM job WHERE user_name='admin' AND status='complete'"
+            return int(db.execute(query).fetchone()[0] or 0)
+
+    browser.until(complete, 120)
+    browser.open(f"{site.env['OQ_WEBUI_URL']}/engine/activity")
+    browser.complaints()
+    browser.click(f"#ended a[href='/oq/engine/{complete()}/report']")
+    browser.wait_for("figure img")
+    assert f"calculation {complete()}" in browser.title.lower()
+    seen = browser.run(SEEN)
+    assert seen["pictures"] == seen["drawn"] > 0, seen
+    assert not browser.complaints()
+    browser.picture("report")

@@ -317,6 +317,40 @@ def test_exports_that_a_run_has_failed_to_withdraw_go_with_the_next(machine: Mac
     assert "changed=0" in machine.play(server, args=args).stdout
 
 
+EXPORTED = "exportfs -s | cut -d ' ' -f 1 | sort -u"
+
+
+@pytest.mark.slow
+def test_what_was_exported_before_stays_until_all_workers_have_let_go(machine: Machine) -> None:
+    """Or who has his home in it could not log in on a worker any more, Ansible included."""
+    machine.sh(NFS)
+    server = role("openquake_nfs_server")
+    withdraw = role("openquake_nfs_server", "withdraw")
+    for path in ("/srv/old", "/srv/new"):
+        machine.sh(f"mkdir {path}")
+        done = machine.play(server, openquake_shared_dir=path)
+        assert done.returncode == 0, done.stdout
+    both = ["/opt/openquake", "/srv/new", "/srv/old"]
+    assert machine.sh(EXPORTED).split() == both
+    mounted = {
+        "ansible.builtin.set_fact": {"__openquake_nfs_client_settled": True},
+        "delegate_to": "w1",
+        "delegate_facts": True,
+    }
+    for tasks, left in ((server, withdraw), both), ((mounted, server, withdraw), both[:2]):
+        done = machine.play(*tasks, openquake_shared_dir="/srv/new")
+        assert done.returncode == 0, done.stdout
+        assert machine.sh(EXPORTED).split() == left
+        said = "/srv/old of the settings before stays exported, for w1 may" in done.stdout
+        assert said is (left == both), done.stdout
+    assert "changed=0" in machine.play(server, withdraw, openquake_shared_dir="/srv/new").stdout
+    # nor is one kept that is not there any more
+    machine.play(server, openquake_shared_dir="/srv/old")
+    machine.sh("rmdir /srv/new")
+    done = machine.play(server, openquake_shared_dir="/srv/old")
+    assert machine.sh(EXPORTED).split() == ["/opt/openquake", "/srv/old"], done.stdout
+
+
 def rpcbind(machine: Machine) -> str:
     return machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout.strip()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from tests.conformance.compare import compare
@@ -10,6 +11,8 @@ from tests.system.cluster import MASTER, OWNER, USERS, WORKERS, Cluster
 
 #: until the master's database says that a job is not under way any more
 STATE_LIMIT_S = 120.0
+#: by which a restart without the master may be longer; for a unit that hangs systemd waits 90 s
+LONGER_S = 60.0
 
 
 def check_services(cluster: Cluster) -> None:
@@ -85,3 +88,27 @@ def test_workers_that_start_before_the_master_recover(cluster: Cluster) -> None:
     job = cluster.submit(USERS[1], cluster.give_example(USERS[1], "hazard"))
     job.complete()
     check_services(cluster)
+
+
+def test_a_worker_restarts_while_the_master_is_off(cluster: Cluster) -> None:
+    """As with the master, and a file of the mounts open, which nobody answers for any more."""
+    worker = cluster.hosts[WORKERS[0]]
+
+    def restarted(master: bool) -> float:
+        """Seconds for the end of the agent, the way down and the way up."""
+        cluster.wait_all_up()
+        opened = "setsid sleep infinity </opt/openquake/venv/pyvenv.cfg >/dev/null 2>&1 &"
+        worker.run(f"ls {cluster.shared}/ && {opened}")
+        if not master:
+            cluster.master.cut()
+        began_s = time.monotonic()
+        worker.run("systemctl stop openquake-worker")
+        worker.reboot()
+        return time.monotonic() - began_s
+
+    usual_s, alone_s = restarted(master=True), restarted(master=False)
+    cluster.master.start()
+    cluster.master.wait_up()
+    cluster.wait_all_up()
+    check_services(cluster)
+    assert alone_s < usual_s + LONGER_S, f"{alone_s:.0f} s instead of {usual_s:.0f} s"
