@@ -30,6 +30,7 @@ def temporary() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+@pytest.mark.slow
 def test_nobody_takes_the_directories_of_an_agent(
     cluster: Cluster, temporary: Path, attacks: Attacks
 ) -> None:

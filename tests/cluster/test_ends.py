@@ -74,6 +74,7 @@ def test_broker_is_killed(cluster: Cluster) -> None:
     assert state(cluster, number(run)) == "failed"
 
 
+@pytest.mark.slow
 def test_engine_is_killed(cluster: Cluster) -> None:
     run = under_way(cluster, calculate(cluster))
     engine(run).kill()
@@ -83,6 +84,7 @@ def test_engine_is_killed(cluster: Cluster) -> None:
     assert state(cluster, number(run)) == "failed"
 
 
+@pytest.mark.slow
 def test_oq_run_is_killed(cluster: Cluster) -> None:
     run = under_way(cluster, calculate(cluster))
     run.kill()
@@ -101,6 +103,7 @@ def test_interrupt(cluster: Cluster, name: str) -> None:
     assert state(cluster, number(run)) == "aborted"
 
 
+@pytest.mark.slow
 def test_oq_abort(cluster: Cluster) -> None:
     run = under_way(cluster, calculate(cluster))
     job = number(run)
@@ -129,6 +132,7 @@ def test_master_is_cut_off(cluster: Cluster) -> None:
     run.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.settings(**SHORT_BEATS)
 def test_job_of_a_master_that_stays_cut_off_ends(cluster: Cluster) -> None:
     run = cut_off(cluster, SHORT_BEATS["lost_s"] + ASKING_S)
@@ -147,6 +151,7 @@ def test_job_of_a_master_that_comes_back_goes_on(cluster: Cluster, undisturbed: 
     check_calculation(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_end_of_a_job_leaves_the_others_alone(cluster: Cluster) -> None:
     stays = stream(cluster, 60)
     ends = stream(cluster, 60)

@@ -105,6 +105,7 @@ def inputs(cluster: Cluster) -> list[Path]:
     return sorted(p for p in job_file(cluster).parent.iterdir() if p.suffix != ".md")
 
 
+@pytest.mark.slow
 def test_api(webui: Cluster, cluster: Cluster, undisturbed: Path) -> None:
     job = post(cluster, "/v1/calc/run", {"job_ini": "job.ini"}, *inputs(cluster))
     follow(cluster, job, undisturbed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from oq_runtime.core.explain import Cause
 from oq_runtime.report.words import explained
 from tests.cluster.cluster import Cluster
@@ -42,6 +44,7 @@ def test_a_slow_node_is_named(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.net.address["node2"] in line, line
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_late_is_named(cluster: Cluster, tmp_path: Path) -> None:
     cluster.stop_agent("node3")
     go = tmp_path / "go"
@@ -55,6 +58,7 @@ def test_a_node_that_joins_late_is_named(cluster: Cluster, tmp_path: Path) -> No
     assert cluster.net.address["node3"] in line, line
 
 
+@pytest.mark.slow
 def test_results_that_are_too_big_for_the_network_are_named(
     cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ from tests.cluster.netns import Direction, Process
 from tests.leftovers import wait_for
 
 pytestmark = pytest.mark.timeout(300)
+SLOW = pytest.mark.slow
 short_beats = pytest.mark.settings(**SHORT_BEATS)
 #: of a frame that holds a beat or a handshake, and no full packet
 SHORT_FRAME_BYTES = 1000
@@ -58,7 +59,15 @@ def hold(cluster: Cluster, run: Process, seconds: float) -> None:
 
 
 @short_beats
-@pytest.mark.parametrize("point", ["before_start", "after_first", "after_last", "before_end"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "before_start",
+        pytest.param("after_first", marks=SLOW),
+        "after_last",
+        pytest.param("before_end", marks=SLOW),
+    ],
+)
 def test_worker_dies_at(cluster: Cluster, point: str) -> None:
     for node in cluster.slots:  # the workers inherit the environment of their agent
         cluster.stop_agent(node)
@@ -163,6 +172,7 @@ def test_killed_agent(cluster: Cluster) -> None:
     assert check_stream(run)["retries"] >= 5
 
 
+@pytest.mark.slow
 @short_beats
 def test_restarted_agent_is_used_again(cluster: Cluster) -> None:
     run = under_way(cluster, stream(cluster, 80), "node3")
@@ -185,6 +195,7 @@ def hang(cluster: Cluster, tasks: int, seconds: float) -> None:
     assert check_stream(run, tasks)["retries"] >= 5
 
 
+@pytest.mark.slow
 @short_beats
 def test_agent_that_hangs_is_lost_and_its_attempts_are_refused(cluster: Cluster) -> None:
     hang(cluster, 90, LOST_S + 3)
@@ -255,7 +266,7 @@ def drop(cluster: Cluster, direction: Direction) -> None:
 
 
 @short_beats
-@pytest.mark.parametrize("direction", ["in", "out"])
+@pytest.mark.parametrize("direction", ["in", pytest.param("out", marks=SLOW)])
 def test_silent_drop_in_one_direction(cluster: Cluster, direction: Direction) -> None:
     drop(cluster, direction)
 
@@ -266,6 +277,7 @@ def test_silent_drop_with_the_default_limits(cluster: Cluster, direction: Direct
     drop(cluster, direction)
 
 
+@pytest.mark.slow
 @short_beats
 @pytest.mark.parametrize("direction", ["in", "out"])
 def test_node_to_which_only_small_messages_come(cluster: Cluster, direction: Direction) -> None:
@@ -310,6 +322,7 @@ def lose_all(cluster: Cluster, limit_s: float) -> None:
     assert limit_s <= took_s < limit_s + 10, f"{took_s:.1f} s"
 
 
+@pytest.mark.slow
 @short_beats
 def test_all_nodes_lost(cluster: Cluster) -> None:
     lose_all(cluster, SHORT_BEATS["no_nodes_limit_s"])
@@ -346,6 +359,7 @@ def test_calculation_without_nodes_says_who_is_gone(cluster: Cluster) -> None:
     assert "no node left" in found["error"], found
 
 
+@pytest.mark.slow
 @short_beats
 def test_node_comes_back_before_all_is_given_up(cluster: Cluster) -> None:
     run = under_way(cluster, stream(cluster))

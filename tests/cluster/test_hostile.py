@@ -130,6 +130,7 @@ def check_undisturbed(
     assert found["retries"] == 0, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["strangers", "members"])
 def test_random_and_mutated_frames(cluster: Cluster, over: Path, how: str) -> None:
     run = serve(cluster, over)
@@ -148,6 +149,7 @@ def test_a_million_frames_without_a_ticket(cluster: Cluster, over: Path, attacks
     check_undisturbed(cluster, run, [target], over)
 
 
+@pytest.mark.slow
 @pytest.mark.settings(**SHORT_BEATS)
 @pytest.mark.parametrize("way", ["to node", "to broker"])
 def test_somebody_on_the_way(cluster: Cluster, tmp_path: Path, attacks: Attacks, way: str) -> None:
@@ -164,6 +166,7 @@ def test_somebody_on_the_way(cluster: Cluster, tmp_path: Path, attacks: Attacks,
     attacks.tried(len(HOWS), len(HOWS) - len(tampered))
 
 
+@pytest.mark.slow
 def test_idle_connections(cluster: Cluster, over: Path) -> None:
     run = serve(cluster, over)
     attacked = targets(cluster, run)
@@ -206,6 +209,7 @@ def test_frame_of_a_gibibyte_of_a_stranger(cluster: Cluster, over: Path) -> None
     check_undisturbed(cluster, run, attacked, over)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["large", "bomb"])
 def test_message_that_fills_an_agent(
     cluster: Cluster, over: Path, attacks: Attacks, how: str

@@ -50,6 +50,7 @@ def test_node_that_joins_gets_tasks(cluster: Cluster, tmp_path: Path) -> None:
     assert result(run)["value"] == {"sum": sum(range(tasks))}
 
 
+@pytest.mark.slow
 @pytest.mark.settings(notify="""sh -c 'cat >"$TMPDIR/notice"'""")
 def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
     """Its command has ended, with a number; who watches it hears of its end, as who is told of it.
@@ -119,6 +120,7 @@ def test_agents_and_sessions_tell_their_figures(cluster: Cluster, tmp_path: Path
     assert not cluster.net.listens("node1", METRICS_PORT)
 
 
+@pytest.mark.slow
 def test_big_argument_and_results(cluster: Cluster) -> None:
     """All tasks share one argument and change it, each for itself."""
     tasks = 30
@@ -128,6 +130,7 @@ def test_big_argument_and_results(cluster: Cluster) -> None:
     assert found.get("value") == expected, found
 
 
+@pytest.mark.slow
 def test_arguments_come_while_results_go(cluster: Cluster) -> None:
     """What asks for an argument waits behind results, but is not lost."""
     tasks = 60
@@ -138,6 +141,7 @@ def test_arguments_come_while_results_go(cluster: Cluster) -> None:
     )
 
 
+@pytest.mark.slow
 def test_job_whose_files_the_workers_do_not_see(cluster: Cluster, tmp_path: Path) -> None:
     # of several source models, which are read in tasks
     job = shutil.copytree(EXAMPLE.parent / "hazard_classical", tmp_path / "job") / "job.ini"
@@ -161,6 +165,7 @@ def test_status_names_the_host_that_does_not_answer(cluster: Cluster) -> None:
     assert cluster.net.address["node2"] in line and "no answer" in line
 
 
+@pytest.mark.slow
 def test_oq_workers_status_in_the_format_of_the_engine(dbserver: Cluster, cluster: Cluster) -> None:
     argv = [sys.executable, "-m", "openquake.commands", "workers", "status"]
     done = cluster.net.run(MASTER, argv, cluster.env(MASTER, LOGNAME="openquake"))

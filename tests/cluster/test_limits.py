@@ -41,6 +41,7 @@ def test_poison_task(cluster: Cluster) -> None:
     assert sum(f"on {node}" in found["text"] for node in nodes) >= 2, "always on the same node"
 
 
+@pytest.mark.slow
 @pytest.mark.settings(task_timeout_s=2)
 def test_task_that_never_returns(cluster: Cluster) -> None:
     found = result(drive(cluster, "hang", [(x,) for x in range(6)]))

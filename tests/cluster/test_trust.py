@@ -138,6 +138,7 @@ def differ(cluster: Cluster, node: str, setting: str) -> None:
     cluster.start_agent(node, program=[DIFFERING, setting])
 
 
+@pytest.mark.slow
 def test_other_versions_of_engine_and_python(cluster: Cluster) -> None:
     differ(cluster, "node1", "engine=3.20.0")
     differ(cluster, "node2", "python=3.9")
@@ -149,6 +150,7 @@ def test_other_versions_of_engine_and_python(cluster: Cluster) -> None:
     assert re.search(python, log_of(cluster, "node2"))
 
 
+@pytest.mark.slow
 def test_other_versions_of_protocol_and_numpy(cluster: Cluster) -> None:
     differ(cluster, "node1", "protocol=99")
     differ(cluster, "node2", "numpy=0")

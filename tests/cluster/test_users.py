@@ -68,6 +68,7 @@ def busy_of(run: Process) -> int:
     return sum(node.busy for node in status.nodes) if status else 0
 
 
+@pytest.mark.slow
 def test_two_users_get_half_of_the_slots_each(cluster: Cluster) -> None:
     runs = [stream(cluster, 150, 0.5, LOGNAME=name) for name in ("anna", "boris")]
     spans = [check_stream(run, 150)["value"]["spans"] for run in runs]
@@ -142,6 +143,7 @@ def test_nodes_that_are_busy_are_shown(cluster: Cluster, tmp_path: Path) -> None
     assert result(carla)["value"]["sum"] == sum(range(slots))
 
 
+@pytest.mark.slow
 def test_two_users_calculate_side_by_side(cluster: Cluster, undisturbed: Path) -> None:
     anna = calculate(cluster, "--priority", "low", LOGNAME="anna")
     boris = calculate(cluster, "--priority", "urgent", LOGNAME="boris")

@@ -173,6 +173,7 @@ def test_wait(cluster: Cluster) -> None:
     assert "not in host_cores: 192.0.2.99" in workers(cluster, "wait", "192.0.2.99").stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     ["status", "stop", "start", *(pytest.param(c, marks=SLOW) for c in ("kill", "restart"))],
@@ -336,6 +337,7 @@ def test_direction_in_which_large_messages_get_lost(
     assert done.stdout == lost.format(address), done
 
 
+@pytest.mark.slow
 def test_debug_ends_where_large_messages_get_lost(cluster: Cluster) -> None:
     address = cluster.net.address["node1"]
     cluster.net.shorten("node1", SHORT_FRAME_BYTES)
@@ -356,6 +358,7 @@ def test_debug_of_datastores_outside_of_the_shared_directory(
     assert str(tmp_path) in done.stderr and "unset OQ_DATADIR" in done.stderr
 
 
+@pytest.mark.slow
 def test_oq_workers_debug(cluster: Cluster) -> None:
     done = oq_workers(cluster, "debug")
     assert done.returncode == 0, (done.stdout, done.stderr)
@@ -545,6 +548,7 @@ def test_sigterm_lets_tasks_end(cluster: Cluster, tmp_path: Path) -> None:
     assert "draining: no new tasks" in log and log.endswith("ended\n")
 
 
+@pytest.mark.slow
 def test_files_of_a_killed_predecessor_are_removed(cluster: Cluster, tmp_path: Path) -> None:
     node = "node1"
     runtime, disk = (cluster.tmpdir(node) / name for name in ("runtime", "disk"))

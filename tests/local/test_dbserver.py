@@ -348,6 +348,7 @@ def impatient(engine_home: dict[str, str], tmp_path: Path) -> Iterator[Server]:
     server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.attack
 def test_queries_without_end(impatient: Server, attacks: Attacks) -> None:
     """One for each of its threads, and one more; then one whose rows would fill the memory."""

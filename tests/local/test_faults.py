@@ -342,6 +342,7 @@ def abort(env: dict[str, str], number: int) -> str:
 TITLED = "import sys, setproctitle, time; setproctitle.setproctitle(sys.argv[1]); time.sleep(999)"
 
 
+@pytest.mark.slow
 def test_abort(env: dict[str, str], calculating: Calculating) -> None:
     # beside a process that has the title, as job of another database
     title = f"oq-job-{calculating.number}"
@@ -361,6 +362,7 @@ def test_abort(env: dict[str, str], calculating: Calculating) -> None:
     assert_closed(env, calculating.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_row_that_says_aborted_or_is_deleted(
     env: dict[str, str], calculating: Calculating, stopped: bool
@@ -382,6 +384,7 @@ def test_row_that_says_aborted_or_is_deleted(
     assert calculating.number not in [number for number, *_ in jobs(env)]
 
 
+@pytest.mark.slow
 def test_abort_of_a_killed_job(env: dict[str, str], calculating: Calculating) -> None:
     phase = "SIGKILL to the engine and oq-run"
     calculating.process.kill()
@@ -416,6 +419,7 @@ def row(env: dict[str, str], pid: int, status: str = "executing") -> int:
         return cursor.lastrowid
 
 
+@pytest.mark.slow
 def test_wait_for_another_job(env: dict[str, str]) -> None:
     before = subprocess.Popen([sys.executable, "-c", TITLED, "oq-job-before"])
     try:
@@ -479,6 +483,7 @@ def test_results_of_another_database(env: dict[str, str], tmp_path: Path) -> Non
     assert json.loads(out)["jobs"][0]["job"] == 4
 
 
+@pytest.mark.slow
 def test_locked_database(env: dict[str, str], calculating: Calculating) -> None:
     phase = "SIGKILL to the engine, and a locked database"
     with contextlib.closing(sqlite3.connect(Path(env["OQ_DATADIR"], "db.sqlite3"))) as db:
@@ -494,6 +499,7 @@ def test_locked_database(env: dict[str, str], calculating: Calculating) -> None:
 # ---- signals that a parent ignores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["HUP", "INT"])
 def test_ignored_signal(env: dict[str, str], name: str) -> None:
     # as with nohup, or in the background of a script
@@ -614,6 +620,7 @@ def test_full_data_directory(env: dict[str, str], tmp_path: Path) -> None:
     assert str(tmp_path) in one_line(err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", [56_000, 64_000, 120_000])
 def test_data_directory_fills_up(env: dict[str, str], tmp_path: Path, leave: int) -> None:
     # the datastore of the job takes 170 kB; with 50 to 65 kB HDF5 crashes in the middle of a
@@ -677,6 +684,7 @@ def test_misspelt_parameter(env: dict[str, str]) -> None:
 # ---- whole jobs
 
 
+@pytest.mark.slow
 def test_event_based_risk_example(env: dict[str, str], tmp_path: Path) -> None:
     """With an exposure as a spreadsheet saves it."""
     import h5py
@@ -717,6 +725,7 @@ def parent(env: dict[str, str], number: int) -> int:
         return int(json.loads(file["oqparam"][()])["hazard_calculation_id"])
 
 
+@pytest.mark.slow
 def test_hazard_and_risk_files(env: dict[str, str], tmp_path: Path) -> None:
     export = ["--exports", "csv", "--export-dir", tmp_path / "out"]
     last = row(env, os.getpid(), "failed")

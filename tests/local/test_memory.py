@@ -52,6 +52,7 @@ def run_limited(env: dict[str, str], tmpdir: Path, call: str) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 @pytest.mark.parametrize(
     ("percent", "killer"),
@@ -73,6 +74,7 @@ def test_task_that_no_node_can_hold(
     assert "more memory" in last
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_two_tasks_that_fit_only_one_after_the_other(env: dict[str, str], tmpdir: Path) -> None:
     tasks = [(i, 350, MB_AT_ONCE // 2, MB_PER_S, 2) for i in (1, 2)]

@@ -205,6 +205,7 @@ def test_missing_source_model(env: dict[str, str], tmp_path: Path) -> None:
     assert "source_model_low.xml" in one_line(err)
 
 
+@pytest.mark.slow
 def test_blank_in_a_file_name(env: dict[str, str], tmp_path: Path) -> None:
     job = example(tmp_path, "event_based_risk") / "job.ini"
     job.write_text(job.read_text().replace("= exposure.xml", "= my exposure.xml"))
@@ -229,6 +230,7 @@ def test_directory_of_exports_is_not_looked_at_when_nothing_is_exported(
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_malformed_xml(env: dict[str, str], tmp_path: Path) -> None:
     folder = example(tmp_path)
     path = folder / "source_model_low.xml"
@@ -264,6 +266,7 @@ def test_whole_sentence(env: dict[str, str], tmp_path: Path) -> None:
     assert len(jobs(env)) == before  # no number is taken
 
 
+@pytest.mark.slow
 def test_no_such_parent(env: dict[str, str]) -> None:
     job = EXAMPLES / "hazard_classical/job.ini"
     for number in ("99999", "99999999999999999999"):  # also one that no table can have
@@ -420,6 +423,7 @@ def test_home_where_nothing_can_be_written(env: dict[str, str]) -> None:
     shutil.rmtree(place)
 
 
+@pytest.mark.slow
 def test_damaged_database(env: dict[str, str], tmp_path: Path) -> None:
     cfg = tmp_path / "openquake.cfg"
     (tmp_path / "db.sqlite3").write_bytes(b"not a database " * 1000)
@@ -511,6 +515,7 @@ def test_small_job(env: dict[str, str]) -> None:
     assert sum(uses.values()) == pytest.approx(1, abs=0.01) and uses["computed"] > 0
 
 
+@pytest.mark.slow
 def test_a_job_that_failed_is_explained_and_reported(env: dict[str, str], tmp_path: Path) -> None:
     """It fails in its last step: its tasks are known, and the curves that it has."""
     fails = "postproc_func=disagg_by_rel_sources.main"  # which is given too few arguments
@@ -607,6 +612,7 @@ def test_number_of_another_job_is_no_parameter(env: dict[str, str]) -> None:
     assert jobs(env)[-1] == (job["job"], "complete", 0)
 
 
+@pytest.mark.slow
 def test_archive_keeps_no_journal(env: dict[str, str], tmp_path: Path) -> None:
     """Its files are elsewhere each time, so it could not go on."""
     folder = example(tmp_path)
@@ -667,11 +673,13 @@ def test_odd_places(
     assert words in one_line(err)
 
 
+@pytest.mark.slow
 def test_few_open_files_may_be_more(env: dict[str, str]) -> None:
     code, err = limited(env, "ulimit -Sn 20", corpus(TINY))
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_relative_directory_for_temporary_files(env: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, "-m", "oq_runtime.commands.run", str(corpus(TINY)), "--no-progress"]
@@ -766,6 +774,7 @@ def test_dry_run(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     assert not list(tmpdir.iterdir()), "the engine makes a file there for its sources"
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_what_the_engine_has_started(
     env: dict[str, str], tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def undisturbed(engine_home: dict[str, str], tmp_path_factory: pytest.TempPathFa
     return datastore
 
 
+@pytest.mark.slow
 def test_goes_on_after_each_kill(env: dict[str, str], undisturbed: Path) -> None:
     """Killed, and again when it has gone on; then complete, with equal results."""
     env = env | {"PYTHONHASHSEED": "random"}  # which each process would take otherwise

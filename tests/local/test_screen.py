@@ -83,7 +83,7 @@ def test_first_line(env: dict[str, str], tmp_path: Path) -> None:
     assert min(took_s) < FIRST_LINE_S
 
 
-@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("columns", [pytest.param(120, marks=pytest.mark.slow), 60])
 def test_screens(terminal: Callable[[int], Terminal], tmp_path: Path, columns: int) -> None:
     one, job = terminal(columns), example(tmp_path) / "job.ini"
     one.start(job_of(job))
@@ -117,6 +117,7 @@ def test_screens(terminal: Callable[[int], Terminal], tmp_path: Path, columns: i
         one.record(name)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_changes(terminal: Callable[[int], Terminal], tmp_path: Path) -> None:
     """It becomes narrower, and Ctrl-Z and fg come: one frame is left, and the cursor."""
     one = terminal(120)
@@ -246,6 +247,7 @@ def test_odd_ends_are_told_to_who_watches(env: dict[str, str], tmp_path: Path) -
     assert (process.returncode, out) == (1, f"job {number} was deleted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before, after",
     [("TERM=dumb", ""), ("", "2>&1 | cat"), ("NO_COLOR=1", "")],

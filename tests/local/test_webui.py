@@ -185,6 +185,7 @@ def at_terminal(command: list[str], env: dict[str, str], lines: list[str]) -> tu
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 
+@pytest.mark.slow
 def test_what_init_makes_is_for_nobody_else(site: Site, home: Path) -> None:
     made = [site.database, home / "webui-secret-key"]
     assert [path.stat().st_mode & 0o777 for path in made] == [0o600, 0o600]

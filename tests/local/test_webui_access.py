@@ -347,6 +347,7 @@ def test_passwords_are_not_tried_for_ever(site: Sites, attacks: Attacks) -> None
     assert site.login_as("alice").get(f"{site.url}/engine/").ok, "others may log in"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, prefix",
     [

@@ -132,6 +132,7 @@ def test_shared_directory_is_only_where_root_alone_writes(
         assert "is on the way to openquake_shared_dir" in str(failures(done.stdout)), done.stdout
 
 
+@pytest.mark.slow
 def test_directories_are_only_where_root_alone_writes(machine: Machine, attacks: Attacks) -> None:
     """A link of root's, to where alice may write, is no better; one to elsewhere is.
 
@@ -280,6 +281,7 @@ def test_public_key_that_is_none(machine: Machine, attacks: Attacks, line: str) 
     assert "is not the line of an ed25519 key" in str(failures(done.stdout))
 
 
+@pytest.mark.slow
 def test_only_the_account_reads_the_key(machine: Machine, attacks: Attacks) -> None:
     machine.sh("mkdir -p /etc/openquake/ssh")
     done = machine.play(role("openquake_ssh", "master"), **SSH)
@@ -295,6 +297,7 @@ def test_only_the_account_reads_the_key(machine: Machine, attacks: Attacks) -> N
     assert "changed=0" in again.stdout
 
 
+@pytest.mark.slow
 def test_keys_in_the_home_of_the_account_open_nothing(machine: Machine, attacks: Attacks) -> None:
     machine.sh("umask 077; mkdir ~/.ssh; ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/mine", "mallory")
     mine = machine.sh("cat ~/.ssh/mine.pub", "mallory")
@@ -398,7 +401,7 @@ while True:
 PYTHON = "#!/bin/sh\ncat >/dev/null\necho made\n"
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_secrets_are_not_told(machine: Machine, attacks: Attacks, given: bool) -> None:
     secrets = {
         "openquake_authkey": "correct-horse-battery-staple",
@@ -539,6 +542,7 @@ def validate(machine: Machine) -> subprocess.CompletedProcess[str]:
     return machine.run("ansible-playbook", "-i/tmp/inventory.ini", playbook, env=env)
 
 
+@pytest.mark.slow
 def test_worker_that_takes_the_name_of_another(machine: Machine, attacks: Attacks) -> None:
     """What it calls itself is its own affair; the others know it by the inventory."""
     names = {"fqdn": "packages.example.org", "nodename": "m1", "hostname": "mirror"}

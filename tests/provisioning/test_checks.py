@@ -54,6 +54,7 @@ def test_kernel_without_nftables(machine: Machine) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_version_of_python_is_read_and_not_guessed(machine: Machine) -> None:
     """It goes into the name of the environment, where an empty one was taken before."""
     told = {"var": "__openquake_engine_python_version.stdout"}
@@ -153,6 +154,7 @@ def test_directory_for_temporary_files_must_be_there(machine: Machine) -> None:
     assert machine.play(validate, openquake_custom_tmp="/srv/scratch").returncode == 0
 
 
+@pytest.mark.slow
 def test_little_space_and_a_number_for_people_are_told(machine: Machine) -> None:
     """With figures, and nothing fails."""
     # a checkout in /tmp stays where it is
@@ -188,6 +190,7 @@ def test_cloud_init_that_keeps_the_names_is_told(machine: Machine) -> None:
         assert ("cloud-init writes /etc/hosts here" in done.stdout) is told, done.stdout
 
 
+@pytest.mark.slow
 def test_users_are_people(machine: Machine) -> None:
     """Whatever root and the service account are called."""
     machine.sh("groupadd --gid 880 openquake; useradd --uid 880 --gid 880 openquake; useradd alice")
@@ -209,6 +212,7 @@ def test_look_up_of_the_names_must_work(machine: Machine) -> None:
     assert machine.play(role("openquake_user", "names"), **names).returncode == 0
 
 
+@pytest.mark.slow
 def test_who_is_not_named_any_more_has_no_access(machine: Machine) -> None:
     """Nor who was added by hand; results stay where they are, and their owner's."""
     for name in "alice", "bob", "carla":
@@ -247,6 +251,7 @@ def test_new_secret_must_be_another(machine: Machine) -> None:
         assert not any(secret in done.stdout for secret in secrets)
 
 
+@pytest.mark.slow
 def test_master_and_worker_that_have_changed_places(machine: Machine) -> None:
     """A master that computes has both units, and one of another installer is of no cluster."""
     standing = role("openquake", "standing")

@@ -39,6 +39,7 @@ def cluster(tmp_path: Path) -> Iterator[Machines]:
         made.close()
 
 
+@pytest.mark.slow
 def test_dead_worker_does_not_stop_the_others(cluster: Machines) -> None:
     done = cluster.play(VALIDATE)
     assert done.returncode == 0, done.stdout

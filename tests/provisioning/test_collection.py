@@ -130,6 +130,7 @@ PLAY = """
 """.replace("NAME", NAME)
 
 
+@pytest.mark.slow
 def test_roles_of_the_installed_collection(machine: Machine, archive: Path) -> None:
     """Account and settings of a machine; locks, runtime and job are found; a check has its say."""
     galaxy = ("ansible-galaxy", "collection")

@@ -70,6 +70,7 @@ def test_example_inventory_is_good(site: Site) -> None:
     assert "UNREACHABLE" in output, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -92,12 +93,14 @@ def test_settings_as_text(site: Site, args: tuple[str, ...]) -> None:
     assert "UNREACHABLE" in output, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/etc/oq", "/srv/oq", "/opt/oq/settings"])
 def test_directory_of_the_settings_of_ones_own(site: Site, path: str) -> None:
     _, output = site.run(f"{GOOD}openquake_config_dir={path}\n")
     assert "UNREACHABLE" in output, output
 
 
+@pytest.mark.slow
 def test_hosts_that_are_not_of_the_cluster_do_not_matter(site: Site) -> None:
     bastion = "[bastions]\nb1 ansible_host=192.0.2.9 openquake_shared_dir=odd openquake_uid=0\n"
     _, output = site.run(bastion + GOOD)
@@ -106,6 +109,7 @@ def test_hosts_that_are_not_of_the_cluster_do_not_matter(site: Site) -> None:
     assert "openquake_uid=0" in refused(site, f"{bastion}{GOOD}openquake_uid=0\n")
 
 
+@pytest.mark.slow
 def test_root_is_for_the_hosts(site: Site) -> None:
     """And not for this machine, where the tasks are done as whoever plays them."""
     message = refused(site, GOOD, "-e", "ansible_become=true")

@@ -29,6 +29,7 @@ def cluster(tmp_path: Path) -> Iterator[Machines]:
         made.close()
 
 
+@pytest.mark.slow
 def test_login_that_always_becomes_root(cluster: Machines) -> None:
     done = cluster.play("playbooks/validate.yml")
     assert "Ansible comes in here as admin, whose home /home/admin" in str(failures(done.stdout))

@@ -355,6 +355,7 @@ def rpcbind(machine: Machine) -> str:
     return machine.run("systemctl", "is-enabled", "rpcbind.socket").stdout.strip()
 
 
+@pytest.mark.slow
 def test_rpcbind_is_shut_on_a_worker_too_until_its_last_mount_goes(machine: Machine) -> None:
     """Whether the mounts themselves start depends on the kernel; it comes before them."""
     machine.sh("touch /usr/sbin/mount.nfs4")
@@ -444,6 +445,7 @@ printf '[Service]\\nType=oneshot\\nRemainAfterExit=yes\\nExecStart=true\\n' \
 """
 
 
+@pytest.mark.slow
 def test_agent_learns_a_new_secret(machine: Machine) -> None:
     machine.sh(SETUP)
     machine.sh("ip address add 192.0.2.2/24 dev lo")
@@ -483,6 +485,7 @@ def test_agent_learns_of_another_environment(machine: Machine) -> None:
 # ---- the account
 
 
+@pytest.mark.slow
 def test_account_of_another_installer_that_is_busy_is_told(machine: Machine) -> None:
     machine.sh("groupadd --gid 880 openquake; useradd --uid 880 --gid 880 -m openquake")
     unit = "[Service]\nUser=openquake\nExecStart=sleep infinity\n"
@@ -538,6 +541,7 @@ systemctl start zramswap dphys-swapfile
 KILLED = {"name": "Killed", "ansible.builtin.fail": {"msg": "killed"}}
 
 
+@pytest.mark.slow
 def test_swap_stays_off_and_comes_back(machine: Machine) -> None:
     """Entries of fstab, and units that make swap."""
     machine.sh(SWAP, stdin=SWAPON)

@@ -180,6 +180,7 @@ ln -sfn venv-new /opt/openquake/venv
 """
 
 
+@pytest.mark.slow
 def test_environment_that_does_not_work_is_taken_back(cluster: Machines) -> None:
     """Also where all workers fail, with which Ansible ends a playbook."""
     cluster.sh("touch /opt/openquake/venv-new/bin/oq-workers.broken")
@@ -282,6 +283,7 @@ def test_killed_in_the_midst_and_taken_back(cluster: Machines) -> None:
     assert running(cluster, *ALL) == ALL
 
 
+@pytest.mark.slow
 def test_dead_worker_is_left_out(cluster: Machines) -> None:
     cluster.cut("w2")
     done = cluster.play(UPGRADE)

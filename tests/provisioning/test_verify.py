@@ -216,6 +216,7 @@ ASK = (
 )
 
 
+@pytest.mark.slow
 def test_it_asks_for_the_results_and_changes_nothing(machine: Machine) -> None:
     names: dict[str, Any] = {"openquake_users": ["alice"], "openquake_shared_dir": "/home"}
     machine.sh("useradd --create-home --groups openquake alice")

@@ -324,6 +324,7 @@ def test_the_state_is_that_of_the_table(home: Path, monkeypatch: pytest.MonkeyPa
     assert "The job is failed" in shown and "none: the engine ran it alone" in shown
 
 
+@pytest.mark.slow
 def test_to_stdout(home: Path) -> None:
     """What the engine prints meanwhile is no part of the page."""
     command = [*processes.python("oq_runtime.commands.report"), "6", "-"]
