@@ -795,6 +795,29 @@ def test_other_sites_than_those_of_the_parent(env: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_calculations_come_from_another_machine(env: dict[str, str], tmp_path: Path) -> None:
+    """As docs/running.md says: they are listed there, and risk starts from their hazard."""
+    code, out, err = run(env, corpus(HAZARD), "--json")
+    assert code == 0, (out, err)
+    [hazard] = json.loads(out)["jobs"]
+    there = tmp_path / "oqdata"
+    cfg = Path(env["OQ_CONFIG_FILE"]).read_text()
+    (tmp_path / "openquake.cfg").write_text(cfg.replace(str(Path(env["OQ_DATADIR"])), str(there)))
+    new = env | {"OQ_CONFIG_FILE": str(tmp_path / "openquake.cfg"), "OQ_DATADIR": str(there)}
+    oq = (sys.executable, "-m", "openquake.commands")
+    for home, *words in (
+        (env, "dump", "all.zip"), (new, "restore", "all.zip", there), (new, "engine", "--lhc")
+    ):  # fmt: skip
+        done = subprocess.run([*oq, *words], env=home, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+    assert f"{hazard['job']} | " in done.stdout, done.stdout
+    code, out, err = run(new, corpus(RISK), "--hc", hazard["job"], "--json")
+    assert code == 0, (out, err)
+    [risk] = json.loads(out)["jobs"]
+    assert parent(new, risk["job"]) == hazard["job"] < risk["job"]
+
+
+@pytest.mark.slow
 def test_start_from_the_last_job(env: dict[str, str], tmp_path: Path) -> None:
     code, out, err = run(env, corpus(HAZARD), "--json")
     assert code == 0, (out, err)

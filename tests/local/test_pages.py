@@ -31,6 +31,7 @@ ELSEWHERE = {"oq-workers jobs", "oq-run --priority"}
 NAMES = {
     "DIR": "results",
     "FILE": "page.html",
+    "~/oqdata": "there",
     "NAME=VALUE": "poes_disagg=0.3",
     "--cores 4": "--cores 2",
 }
