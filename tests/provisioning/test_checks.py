@@ -154,6 +154,10 @@ def test_directory_for_temporary_files_must_be_there(machine: Machine) -> None:
     assert machine.play(validate, openquake_custom_tmp="/srv/scratch").returncode == 0
 
 
+#: a disk of which little is left
+FULL = """df.real "$@" | awk '{ $4 = 1234; print }'"""
+
+
 @pytest.mark.slow
 def test_little_space_and_a_number_for_people_are_told(machine: Machine) -> None:
     """With figures, and nothing fails."""
@@ -162,16 +166,59 @@ def test_little_space_and_a_number_for_people_are_told(machine: Machine) -> None
     machine.sh(f"mkdir /here /oq_shared; mount --bind {ROOT} /here")
     machine.sh(f"mount -t tmpfs -o size=300m small /tmp; {here}")
     machine.sh("mount -t tmpfs -o size=3000m small /oq_shared")
+    machine.sh("mkdir -p /var/lib/openquake; mount -t tmpfs -o size=500m small /var/lib/openquake")
     parts = role("openquake", "storage"), role("openquake_user", "validate")
     done = machine.play(*parts, openquake_uid=1880, openquake_shared_dir="/oq_shared/results")
     assert done.returncode == 0, done.stdout
     assert "/oq_shared/results has 3.1 GB free for results, less than 20.0 GB" in done.stdout
     assert "/tmp has 0.3 GB free for temporary files, less than 2.0 GB" in done.stdout
+    assert (
+        "/var/lib/openquake has 0.5 GB free for the job database, less than 1.0 GB" in done.stdout
+    )
     assert "openquake_uid=1880 is above 999" in done.stdout
     assert "partition of its own" not in done.stdout
     done = machine.play(*parts, openquake_shared_dir="/srv")
     assert "/srv is in the file system of the system" in done.stdout, done.stdout
     assert "is above 999" not in done.stdout
+    machine.sh("mv /usr/bin/df /usr/bin/df.real")
+    program(machine, "/usr/bin/df", FULL)
+    done = machine.play(parts[0], host="w1")
+    said = "/ has 1.2 GB free for system, logs and results in transit, less than 5.0 GB"
+    assert done.returncode == 0 and said in done.stdout, done.stdout
+
+
+#: a package, and a repository with nothing else
+REPOSITORY = """
+mkdir -p /srv/packages/spare/DEBIAN /etc/apt/kept
+cd /srv/packages
+printf '%s\\n' 'Package: oq-spare' 'Version: 1' 'Architecture: all' 'Maintainer: nobody' \\
+    'Description: none' >spare/DEBIAN/control
+dpkg-deb --build spare spare.deb
+{ cat spare/DEBIAN/control
+  printf 'Filename: ./spare.deb\\nSize: %s\\n' "$(stat -c %s spare.deb)"
+  printf 'SHA256: %s\\n' "$(sha256sum <spare.deb | cut -d ' ' -f 1)"; } >Packages
+rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*
+echo 'deb [trusted=yes] file:/srv/packages ./' >/etc/apt/sources.list
+"""
+#: installs something on a new machine, for longer than apt's module waits by itself
+INSTALLS = """
+import fcntl, time
+held = [open(f"/var/lib/{name}", "w") for name in ("dpkg/lock-frontend", "apt/lists/lock")]
+for lock in held:
+    fcntl.lockf(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(75)
+"""
+
+
+@pytest.mark.slow
+def test_packages_wait_for_another_program_that_installs(machine: Machine) -> None:
+    machine.sh(REPOSITORY)
+    wanted = {"openquake_program": "/usr/bin/oq-spare", "openquake_package": "oq-spare"}
+    with machine.serving("python3", "-c", INSTALLS):
+        done = machine.play(role("openquake", "package"), **wanted)
+    assert done.returncode == 0, done.stdout
+    assert machine.sh("dpkg-query --show oq-spare") == "oq-spare\t1"
 
 
 @pytest.mark.slow
