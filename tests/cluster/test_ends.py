@@ -132,7 +132,6 @@ def test_master_is_cut_off(cluster: Cluster) -> None:
     run.kill()
 
 
-@pytest.mark.slow
 @pytest.mark.settings(**SHORT_BEATS)
 def test_job_of_a_master_that_stays_cut_off_ends(cluster: Cluster) -> None:
     run = cut_off(cluster, SHORT_BEATS["lost_s"] + ASKING_S)

@@ -195,7 +195,6 @@ def hang(cluster: Cluster, tasks: int, seconds: float) -> None:
     assert check_stream(run, tasks)["retries"] >= 5
 
 
-@pytest.mark.slow
 @short_beats
 def test_agent_that_hangs_is_lost_and_its_attempts_are_refused(cluster: Cluster) -> None:
     hang(cluster, 90, LOST_S + 3)

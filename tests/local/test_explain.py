@@ -62,7 +62,6 @@ def told(
     return {number: explained(Path(tmpdir, f"calc_{number}.hdf5")) for number in range(1, 7)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, cause, words",
     [

@@ -419,7 +419,6 @@ def row(env: dict[str, str], pid: int, status: str = "executing") -> int:
         return cursor.lastrowid
 
 
-@pytest.mark.slow
 def test_wait_for_another_job(env: dict[str, str]) -> None:
     before = subprocess.Popen([sys.executable, "-c", TITLED, "oq-job-before"])
     try:

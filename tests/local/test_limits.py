@@ -25,7 +25,6 @@ def configured(env: dict[str, str], tmp_path: Path, lines: str) -> dict[str, str
     return env | {"OQ_CONFIG_FILE": str(cfg)}
 
 
-@pytest.mark.slow
 def test_task_that_never_returns(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     env = configured(env, tmp_path, "task_timeout_s = 2\nmax_attempts = 2\nbeat_s = 0.5\n")
     code, [row], err = run(env, tmpdir, NEVER_RETURNS)

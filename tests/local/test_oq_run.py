@@ -423,7 +423,6 @@ def test_home_where_nothing_can_be_written(env: dict[str, str]) -> None:
     shutil.rmtree(place)
 
 
-@pytest.mark.slow
 def test_damaged_database(env: dict[str, str], tmp_path: Path) -> None:
     cfg = tmp_path / "openquake.cfg"
     (tmp_path / "db.sqlite3").write_bytes(b"not a database " * 1000)

@@ -211,7 +211,6 @@ def test_detached_job_goes_on_by_itself(env: dict[str, str], undisturbed: Path) 
     assert journals(env, "resume") == (0, "")
 
 
-@pytest.mark.slow
 def test_second_job_goes_on_alone(env: dict[str, str]) -> None:
     """From the hazard that is complete, as long as that is the same; with other slots than then."""
     files = [corpus(f"scenario_damage/case_5/job_{name}.ini") for name in ("haz", "risk")]

@@ -254,7 +254,6 @@ say(sizes=[len(r['array']) for r in found], values=sorted(r['array'][-1] for r i
     assert workers and rows == [{"value": 5}, {"sizes": [200_000] * 6, "values": [*range(6)]}], err
 
 
-@pytest.mark.slow
 def test_death_of_the_fork_server(env: dict[str, str], tmpdir: Path) -> None:
     process = running(env, tmpdir, SLOW.replace("range(200)", "range(20)"))
     [target] = session_processes(tmpdir, "forkserver")

@@ -281,7 +281,6 @@ def test_public_key_that_is_none(machine: Machine, attacks: Attacks, line: str) 
     assert "is not the line of an ed25519 key" in str(failures(done.stdout))
 
 
-@pytest.mark.slow
 def test_only_the_account_reads_the_key(machine: Machine, attacks: Attacks) -> None:
     machine.sh("mkdir -p /etc/openquake/ssh")
     done = machine.play(role("openquake_ssh", "master"), **SSH)

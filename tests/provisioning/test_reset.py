@@ -11,7 +11,7 @@ from tests.provisioning.machine import role
 from tests.provisioning.machines import Machines
 from tests.provisioning.roles import failures
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 RESET = "playbooks/reset.yml"
 #: as the roles leave a host; the service notes its end
@@ -95,6 +95,7 @@ ln -s /opt/openquake/venv/bin/oq /usr/bin/oq
 """
 
 
+@pytest.mark.slow
 def test_taken_down(cluster: Machines) -> None:
     """An empty job database, which a first run has left that was killed, runs no job.
 
@@ -126,6 +127,7 @@ def test_taken_down(cluster: Machines) -> None:
     assert cluster["w1"].sh("ls /etc/openquake") == "openquake.cfg"
 
 
+@pytest.mark.slow
 def test_account_that_still_has_processes(cluster: Machines) -> None:
     """userdel refuses then; one that does not mind SIGTERM is ended as well."""
     machine = cluster["m1"]

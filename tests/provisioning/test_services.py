@@ -561,7 +561,6 @@ def test_swap_stays_off_and_comes_back(machine: Machine) -> None:
     assert not machine.can("ls /etc/systemd/system/*.d/openquake-swap.conf", "root")
 
 
-@pytest.mark.slow
 def test_swap_that_is_gone_stops_no_reset(machine: Machine) -> None:
     """A unit that somebody has removed since it was masked; the others come back."""
     machine.sh(SWAP, stdin=SWAPON)

@@ -422,7 +422,6 @@ def test_job_databases_of_both_stay(cluster: Machines) -> None:
     assert "move that one elsewhere" in failures(done.stdout)[0]
 
 
-@pytest.mark.slow
 def test_new_secret_with_a_dead_worker(cluster: Machines) -> None:
     cluster.sh("mkdir -p /etc/openquake; echo the-secret-of-yesterday >/etc/openquake/authkey")
     cluster.cut("w2")
