@@ -91,23 +91,26 @@ def test_directory_of_ansible_is_used_as_long_as_it_is_there(machine: Machine) -
         assert (where in done.stdout) is used, done.stdout
 
 
-#: the home of the login as the master's, mounted; $1: the keys that it hides
+#: keys of the login; $1: in what the mount of the master's home hides
 HOME = """
-umount /root 2>/dev/null || true
-rm -rf /root/.ssh
-for keys in "$1" key; do
+keys() {
+    rm -rf /root/.ssh
     install -d -m 0700 /root/.ssh
-    printf '%s' "$keys" >/root/.ssh/authorized_keys
-    [ "$keys" = key ] && break || mount -t tmpfs none /root
-done
+    printf '%s' "$1" >/root/.ssh/authorized_keys
+}
+umount /root 2>/dev/null || true
+keys "$1"
+mount -t tmpfs none /root
+keys "ssh-ed25519 A"
 """
 
 
 def test_home_in_a_mount_that_would_go(machine: Machine) -> None:
-    """What the mount has hidden is the home then: without keys there nobody could log in."""
+    """What the mount has hidden is the home then: without these keys nobody could log in."""
     unit = "[Unit]\nDescription=OpenQuake: /root of the master\n[Mount]\n"
     for where, hidden, refused in (
-        ("/root", "", True), ("/root", "own", False), ("/roo", "", False), ("/oq_shared", "", False)
+        ("/root", "", True), ("/root", "ssh-ed25519 OLD", True), ("/root", "ssh-ed25519 A", False),
+        ("/roo", "", False), ("/oq_shared", "", False),
     ):  # fmt: skip
         machine.sh(f"set -- '{hidden}'\n{HOME}")
         text = f"{unit}What=192.0.2.1:{where}\nWhere={where}\n"
@@ -189,7 +192,7 @@ def test_little_space_and_a_number_for_people_are_told(machine: Machine) -> None
 
 #: a package, and a repository with nothing else
 REPOSITORY = """
-mkdir -p /srv/packages/spare/DEBIAN /etc/apt/kept
+mkdir -p /srv/packages/spare/DEBIAN
 cd /srv/packages
 printf '%s\\n' 'Package: oq-spare' 'Version: 1' 'Architecture: all' 'Maintainer: nobody' \\
     'Description: none' >spare/DEBIAN/control
@@ -199,6 +202,9 @@ dpkg-deb --build spare spare.deb
   printf 'SHA256: %s\\n' "$(sha256sum <spare.deb | cut -d ' ' -f 1)"; } >Packages
 rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*
 echo 'deb [trusted=yes] file:/srv/packages ./' >/etc/apt/sources.list
+touch /var/lib/apt/lists/lock
+rm -f /var/lib/apt/periodic/update-success-stamp
+touch -d '1 day ago' /var/lib/apt/lists
 """
 #: installs something on a new machine, for longer than apt's module waits by itself
 INSTALLS = """

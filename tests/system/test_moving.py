@@ -32,9 +32,11 @@ def move(cluster: Cluster, directory: str) -> None:
 def test_another_shared_directory_and_back(cluster: Cluster) -> None:
     """By ``site.yml`` alone; ``verify.yml`` passes in each, and nobody is locked out meanwhile."""
     before = cluster.shared
-    move(cluster, OTHER)
-    datastore = cluster.submit(USERS[0], cluster.give_example(USERS[0], "risk")).complete()
-    assert datastore.startswith(f"{OTHER}/{USERS[0]}/oqdata/"), datastore
-    check_sound(cluster)
-    move(cluster, before)
+    try:
+        move(cluster, OTHER)
+        datastore = cluster.submit(USERS[0], cluster.give_example(USERS[0], "risk")).complete()
+        assert datastore.startswith(f"{OTHER}/{USERS[0]}/oqdata/"), datastore
+        check_sound(cluster)
+    finally:
+        move(cluster, before)
     check_sound(cluster)
