@@ -91,17 +91,13 @@ def test_directory_of_ansible_is_used_as_long_as_it_is_there(machine: Machine) -
         assert (where in done.stdout) is used, done.stdout
 
 
-#: keys of the login; $1: in what the mount of the master's home hides
-HOME = """
-keys() {
-    rm -rf /root/.ssh
-    install -d -m 0700 /root/.ssh
-    printf '%s' "$1" >/root/.ssh/authorized_keys
-}
-umount /root 2>/dev/null || true
-keys "$1"
-mount -t tmpfs none /root
-keys "ssh-ed25519 A"
+#: keys of the login; $1: in what the mount of the master's home, or of this part of it, hides
+KEYS = """
+cd /root
+umount .ssh 2>/dev/null || mkdir -p .ssh
+printf '%s' "$1" >.ssh/authorized_keys
+mount -t tmpfs none .ssh
+printf 'ssh-ed25519 A' >.ssh/authorized_keys
 """
 
 
@@ -112,14 +108,14 @@ def test_home_in_a_mount_that_would_go(machine: Machine) -> None:
         ("/root", "", True), ("/root", "ssh-ed25519 OLD", True), ("/root", "ssh-ed25519 A", False),
         ("/roo", "", False), ("/oq_shared", "", False),
     ):  # fmt: skip
-        machine.sh(f"set -- '{hidden}'\n{HOME}")
+        machine.sh(f"set -- '{hidden}'\n{KEYS}")
         text = f"{unit}What=192.0.2.1:{where}\nWhere={where}\n"
         machine.sh("cat >/etc/systemd/system/root.mount", stdin=text)
         done = machine.play(
             role("openquake_nfs_client", "validate"), host="w1", openquake_shared_dir="/oq_shared"
         )
         said = [line for line in failures(done.stdout) if "as root, whose home /root is" in line]
-        assert bool(said) is refused, (where, hidden, done.stdout)
+        assert bool(said) is refused, (where, hidden, done.stdout, done.stderr)
         assert not refused or "stay with openquake_shared_dir=/root" in said[0]
 
 

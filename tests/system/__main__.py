@@ -6,6 +6,7 @@ Arguments are those of pytest. Exit code 77: left out here, with the reason in o
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shutil
 import subprocess
@@ -53,10 +54,12 @@ def install() -> None:
     installed = {line.split()[0] for line in shown.splitlines() if line.endswith(" installed")}
     if missing := [name for name in PACKAGES if name not in installed]:
         print(f"installing {' '.join(missing)}", flush=True)
-        options = ("--quiet=2", "--yes", "--no-install-recommends")
+        # another program may be at it
+        options = ("--quiet=2", "--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=600")
         env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for command in (("update",), ("install", *options, *missing)):
-            subprocess.run(("apt-get", *command), env=env, check=True, stdout=subprocess.DEVNULL)
+        quiet = functools.partial(subprocess.run, env=env, stdout=subprocess.DEVNULL)
+        quiet(("apt-get", "update"))  # lists that are there may do
+        quiet(("apt-get", "install", *options, *missing), check=True)
 
 
 def main() -> int:
