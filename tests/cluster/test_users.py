@@ -134,7 +134,7 @@ def test_nodes_that_are_busy_are_shown(cluster: Cluster, tmp_path: Path) -> None
                 assert ENDED.findall(terminal.until(ENDED.search)) == ["0"]
                 terminal.record(f"workers-{command}")
         terminal.resize(COLUMNS[0])
-        waits(cluster, terminal, "slots", "no slot is free for this job; it gets its share")
+        waits(cluster, terminal, "workers", "no node begins with its tasks; oq-workers jobs says")
         go.touch()
         assert ENDED.findall(terminal.until(ENDED.search)) == ["0"]
         terminal.run("top", module="workers")
