@@ -29,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -279,43 +279,55 @@ def plan(rng: random.Random, seconds: float) -> list[Kill]:
     return kills
 
 
-def one_run(
-    master: Master, job: Path, kills: list[Kill]
-) -> tuple[Ended, list[str], int, int, list[Ended]]:
-    """Run a job to its end.
-
-    :returns: its end, what was killed, tasks committed, and of these lost; the ends by a kill
+@dataclass
+class Run:
     """
-    told: list[str] = []
-    killed: list[Ended] = []
-    committed = lost = had = 0
+    A job that was killed and brought to its end.
+
+    :param ended: its end
+    :param kills: the ends by a kill before that
+    :param told: what was killed, and what was taken over
+    :param committed: tasks that had been committed when something was killed
+    :param lost: of these, those that were computed again
+    """
+
+    ended: Ended | None = None
+    kills: list[Ended] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    committed: int = 0
+    lost: int = 0
+
+
+def run_to_its_end(master: Master, job: Path, kills: list[Kill]) -> Run:
+    """Run a job, kill what is to be killed, and let it go on."""
+    run, had = Run(), 0
     args: list[object] = [job]
     before = master.numbers()
     for kill in kills:
-        ended = master.run(*args, kill=kill)
+        run.ended = ended = master.run(*args, kill=kill)
         if not ended.killed or ended.datastore is not None:
-            told.append("no kill ended it")
-            return ended, told, committed, lost, killed
-        killed.append(ended)
-        told.append(f"{kill}" if ended.killed == kill.victim else f"{kill}, as {ended.killed}")
+            run.told.append("no kill ended it")
+            return run
+        run.kills.append(ended)
+        run.told.append(f"{kill}" if ended.killed == kill.victim else f"{kill}, as {ended.killed}")
         master.left()
         new = master.numbers() - before if len(args) == 1 else {int(str(args[1]))}
         kept = master.results(max(new)) if new else None
-        committed += ended.committed
+        run.committed += ended.committed
         # what was taken over does not come to the broker again
-        lost += max(0, ended.committed - ((kept or 0) - had))
+        run.lost += max(0, ended.committed - ((kept or 0) - had))
         if kept is not None:
             args, had = ["--resume", max(new)], kept
         else:
             args, had = [job], 0
-            told[-1] += " (begun anew)"
-    ended = master.run(*args)
-    if len(args) == 2 and ended.datastore is not None:
-        found = TOOK_OVER.search(ended.log)
+            run.told[-1] += " (begun anew)"
+    run.ended = master.run(*args)
+    if len(args) == 2 and run.ended.datastore is not None:
+        found = TOOK_OVER.search(run.ended.log)
         took_over = int(found[1]) if found else 0
-        told.append(f"took over {took_over} of {had}")
-        lost += had - took_over
-    return ended, told, committed, lost, killed
+        run.told.append(f"took over {took_over} of {had}")
+        run.lost += had - took_over
+    return run
 
 
 def drill(runs: int, seed: int, home: Path) -> int:
@@ -344,14 +356,16 @@ def drill(runs: int, seed: int, home: Path) -> int:
         assert reference is not None
         for _ in range(MOST_PLANS):
             kills = plan(rng, undisturbed[job].seconds)
-            ended, told, done, again, ends = one_run(master, job, kills)
-            if ends:
+            run = run_to_its_end(master, job, kills)
+            if run.kills:
                 break
             master.forget()
-        killed += bool(ends)
-        in_replay += sum(end.in_replay for end in ends)
-        committed += done
-        lost += again
+        killed += bool(run.kills)
+        in_replay += sum(end.in_replay for end in run.kills)
+        committed += run.committed
+        lost += run.lost
+        assert run.ended is not None
+        ended = run.ended
         if ended.datastore is None:
             verdict = ended.error
         else:
@@ -363,8 +377,8 @@ def drill(runs: int, seed: int, home: Path) -> int:
         left += unused_shm(shm() - memory)
         left_behind += bool(left)
         name = f"{job.parent.name}/{job.stem}"
-        words = f"{verdict}, {again} of {done} again"
-        print(f"{number + 1}/{runs} {name} {'; '.join(told)}: {words}"
+        words = f"{verdict}, {run.lost} of {run.committed} again"
+        print(f"{number + 1}/{runs} {name} {'; '.join(run.told)}: {words}"
               + (f"; left behind: {', '.join(left)}" if left else ""), flush=True)  # fmt: skip
         master.forget()  # also what a job has left that was begun anew
     part = lost / committed if committed else 0.0
