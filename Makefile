@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-cluster demo-cluster-down test docs lint types unit local cluster attack coverage conformance resume reuse reports chaos bench bench-peers simulate \
+.PHONY: help demo demo-cluster demo-cluster-down test docs lint types unit local cluster attack coverage conformance resume reuse reports chaos bench bench-peers bench-noting simulate \
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -184,6 +184,10 @@ bench: $(STAMP) $(PEERS)/.stamp
 # One broker and many nodes: NODES="20 200 2000".
 bench-peers: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.peers $(NODES)
+
+# What it costs to note what becomes of each task.
+bench-noting: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.noting $(TASKS)
 
 simulate: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.simulation $(if $(SWEEP),--sweep) \
