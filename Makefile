@@ -44,6 +44,7 @@ help:
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. BUSY=n (see docs/performance.md)"
 	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
+	@echo "make bench-noting TASKS=n: what it costs to note what becomes of each task"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make coverage     which lines and branches the lanes reach, in all their processes"
 	@echo "make molecule     a cluster of containers, SCENARIO=default|home|lifecycle"
