@@ -80,12 +80,13 @@ class Engine:
     :param first: number of its first map in this process
     :param kill_at: results after which the process is killed
     :param fails: whether the task of the last result has brought an error
+    :param turns: seed of the order in which it comes to its maps
     """
 
     def __init__(
-        self, seed: int, session: Session, kept: History, kill_at: int, *, fails: bool = False
+        self, seed: int, session: Session, kept: History, kill_at: int, fails: bool, turns: int
     ) -> None:
-        self.rng = random.Random(seed)
+        self.rng, self.turns = random.Random(seed), random.Random(turns)
         self.session, self.history = session, kept
         self.first = session.rng.randrange(100)
         self.kill_at, self.fails = kill_at, fails
@@ -95,7 +96,8 @@ class Engine:
 
     def submit(self, map_: int, number: int) -> None:
         # what two runs have in common only where all before was the same
-        argument = f"{map_} {number} {self.state if self.rng.random() < 0.5 else ''}"
+        given = self.state if self.rng.random() < 0.5 else ""
+        argument = f"{map_} {number} {self.rng.choice('ab')} {given}"
         unchanged, args = Unchanged(), (argument,)
         held = self.history.submitting(self.first + map_, number, task_of, args, unchanged)
         self.task += 1
@@ -114,7 +116,8 @@ class Engine:
         results = both()
         for _ in range(self.counts[map_]):  # as the engine, which knows when it has all
             task, [value] = next(results)
-            assert value == task_of(self.arguments[task]), "a wrong result"
+            argument = self.arguments[task]
+            assert value == task_of(argument) and argument.startswith(f"{map_} "), "a wrong result"
             self.given += 1
             if self.given == self.kill_at and self.fails:
                 self.history.failed()
@@ -141,7 +144,7 @@ class Engine:
     def drain(self, waiting: list[Iterator[str]]) -> None:
         """Take all results of some maps, in turns."""
         while waiting:
-            results = waiting.pop(self.rng.randrange(len(waiting)))
+            results = waiting.pop(self.turns.randrange(len(waiting)))
             if next(results, None) is not None:
                 waiting.append(results)
 
@@ -161,7 +164,7 @@ class Job:
         self.told: list[str] = []
         self.replayed = self.computed = 0
 
-    def run(self, by: int, kill_at: int = 0, *, fails: bool = False) -> str:
+    def run(self, by: int, kill_at: int = 0, *, fails: bool = False, turns: int = 0) -> str:
         """Run it, or let it go on; returns what it has come to, or nothing.
 
         :param by: seed of the order in which results come
@@ -174,7 +177,7 @@ class Job:
         writer = journal.Writer(self.directory, {}, budget_bytes=1 << 30, claimed=claimed)
         kept = History(writer, before, self.told.append)
         session = Session(random.Random(by))
-        engine = Engine(self.seed, session, kept, kill_at, fails=fails)
+        engine = Engine(self.seed, session, kept, kill_at, fails, turns)
         with current(self.monkeypatch, session):
             try:
                 return engine.run()
@@ -228,6 +231,21 @@ def test_another_program_takes_nothing_that_is_not_its_own(
         Job(monkeypatch, tmp_path / f"{seed}", seed).run(1)
         other = Job(monkeypatch, tmp_path / f"{seed}", seed + 1)
         assert other.run(2)
+
+
+def test_an_engine_that_takes_its_maps_in_another_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What comes after the difference is kept in the place of what was there."""
+    differed = 0
+    for seed in range(PROGRAMS):
+        job = Job(monkeypatch, tmp_path / f"{seed}", seed)
+        job.run(1, turns=1)
+        state = job.run(2, turns=2)
+        differed += job.computed > 0
+        assert state == job.run(3, turns=2)
+        assert job.computed == 0
+    assert differed > PROGRAMS / 4
 
 
 def test_no_damage_makes_a_wrong_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
