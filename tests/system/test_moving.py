@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.system.cluster import USERS, Cluster
 from tests.system.test_shares import check_exports, check_mounts
-from tests.system.test_verify import check_sound
+from tests.system.test_verify import WRITABLE, WRONG_CLOCK, check_named, check_sound
 
 #: that of inventory.example.ini
 OTHER = "/oq_shared"
@@ -30,13 +30,18 @@ def move(cluster: Cluster, directory: str) -> None:
 
 
 def test_another_shared_directory_and_back(cluster: Cluster) -> None:
-    """By ``site.yml`` alone; ``verify.yml`` passes in each, and nobody is locked out meanwhile."""
+    """By ``site.yml`` alone; ``verify.yml`` passes in each, and nobody is locked out meanwhile.
+
+    It sees a mount for writing and a wrong clock there as well, the former of which goes with the
+    way back.
+    """
     before = cluster.shared
     try:
         move(cluster, OTHER)
         datastore = cluster.submit(USERS[0], cluster.give_example(USERS[0], "risk")).complete()
         assert datastore.startswith(f"{OTHER}/{USERS[0]}/oqdata/"), datastore
         check_sound(cluster)
+        check_named(cluster, WRITABLE, WRONG_CLOCK)
     finally:
         move(cluster, before)
     check_sound(cluster)
