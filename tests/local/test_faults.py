@@ -809,7 +809,7 @@ def test_calculations_come_from_another_machine(env: dict[str, str], tmp_path: P
     ):  # fmt: skip
         done = subprocess.run([*oq, *words], env=home, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
-    assert f"{hazard['job']} | " in done.stdout, done.stdout
+    assert f" {hazard['job']}| " in done.stdout, done.stdout
     code, out, err = run(new, corpus(RISK), "--hc", hazard["job"], "--json")
     assert code == 0, (out, err)
     [risk] = json.loads(out)["jobs"]
