@@ -100,6 +100,30 @@ def automounts(machine: Machine) -> list[str]:
     return machine.sh("cd /etc/systemd/system; ls *.automount 2>/dev/null || true").split()
 
 
+#: of somebody whose home is in a mount of the cluster, as the sessions of systemd's are
+SESSION = """
+cd /etc/systemd/system
+printf '[Unit]\\nDescription=OpenQuake: /oq of the master when it is used\\n' >oq.automount
+printf '[Automount]\\nWhere=/oq\\n' >>oq.automount
+printf '[Unit]\\nDescription=OpenQuake: /oq of the master\\n' >oq.mount
+printf '[Mount]\\nWhat=tmpfs\\nWhere=/oq\\nType=tmpfs\\n' >>oq.mount
+printf '[Unit]\\nRequiresMountsFor=/oq/home\\n' >session.service
+printf '[Service]\\nExecStart=sleep infinity\\n' >>session.service
+mkdir -p /oq
+systemctl start session
+"""
+
+
+def test_sessions_outlive_the_mount_of_their_home(machine: Machine) -> None:
+    """That of Ansible's login among them: the play would end in the midst."""
+    machine.sh(SESSION)
+    assert machine.can("mountpoint -q /oq", "root")
+    done = machine.play(role("openquake_nfs_client", "remove"), host="w1")
+    assert done.returncode == 0, done.stdout
+    assert machine.can("systemctl is-active session", "root")
+    assert not machine.can("mountpoint -q /oq || test -e /etc/systemd/system/oq.mount", "root")
+
+
 @pytest.mark.slow
 def test_mounts_of_other_settings_go(machine: Machine) -> None:
     """A path with a dash; then another one, after which the first is not waited for any more.
