@@ -134,7 +134,8 @@ def test_nodes_that_are_busy_are_shown(cluster: Cluster, tmp_path: Path) -> None
                 assert ENDED.findall(terminal.until(ENDED.search)) == ["0"]
                 terminal.record(f"workers-{command}")
         terminal.resize(COLUMNS[0])
-        waits(cluster, terminal, "workers", "no node begins with its tasks; oq-workers jobs says")
+        said = r"no node begins with its tasks; .*\. At work now: job \S+ of carla"
+        waits(cluster, terminal, "workers", said)
         go.touch()
         assert ENDED.findall(terminal.until(ENDED.search)) == ["0"]
         terminal.run("top", module="workers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import inspect
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -314,6 +316,24 @@ def test_a_wait_is_told_and_ends(database: Database, table: JobTable) -> None:
         rf"job {before} of {getpass.getuser()} \(executing since ....-..-.. ..:..\)", line
     )
     assert "serialize_jobs" in line and f"oq abort {before}" in line
+
+
+def test_a_wait_for_memory_is_told_once_and_ends(
+    database: Database, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is the engine's own, which would wait without a word to most."""
+    from openquake.engine import engine
+
+    limit = re.search(r"used_mem < (\d+):", inspect.getsource(engine.run_calc))
+    assert limit and int(limit[1]) == queue.MOST_MEMORY_PERCENT
+    number, used, told = database.job("created"), iter((91.0, 85.0, 79.9)), list[str]()
+    monkeypatch.setattr(queue, "LOOK_SECS", 0)
+    memory = types.SimpleNamespace(virtual_memory=lambda: types.SimpleNamespace(percent=next(used)))
+    monkeypatch.setattr(queue, "psutil", memory)
+    queue.wait_for_memory(table, number, told.append)
+    assert database.status(number) == "submitted"
+    [line] = told
+    assert line.startswith("waiting for memory: 91 % of this machine's is in use")
 
 
 @pytest.mark.parametrize("at_a_time, waits", [(1, True), (2, False), (0, False)])

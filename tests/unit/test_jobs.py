@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.cells import cell_len
 
-from oq_runtime.cluster.jobs import Job, jobs
+from oq_runtime.cluster.jobs import Job, at_work, jobs
 from oq_runtime.cluster.pool import Unreachable
 from oq_runtime.commands.workers import CLUSTER_TITLES, _job_row, main, print_table
 from oq_runtime.errors import ConfigError
@@ -47,6 +47,18 @@ def test_a_job_is_put_together_from_its_leases() -> None:
     both = found["b"]
     assert (both.slots, both.busy, both.done, both.total, both.left_s) == (8, 5, 20, 100, 9.0)
     assert 70 <= time.time() - both.since_s < 75
+
+
+def test_who_is_at_work_is_said() -> None:
+    now = time.time()
+    several = [
+        Job(f"user{busy}", f"calculation {busy}", Priority.NORMAL, now, 9, busy, 1, 2, None)
+        for busy in range(9)
+    ]
+    said = at_work(several)
+    assert re.match(r"job 8 of user8 \(normal, since ..[:-]..\) on 8 slots, job 7 of user7", said)
+    assert said.endswith(" on 4 slots, 3 more")
+    assert at_work(several[:1]) == ""
 
 
 @pytest.mark.parametrize("columns", [60, 120])

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from oq_runtime.commands.progress import Display, Pace, clock, fitting, rate
+from oq_runtime.commands.progress import OVERDUE, Display, clock, fitting, left, rate
 from oq_runtime.wire.protocol import Node, NodeState, Phase, Status
 
 NODE = Node(host="n1", slots=4, busy=3, state=NodeState.LEASED)
@@ -36,24 +36,16 @@ def test_rate(done: int, seconds: float, text: str) -> None:
     assert rate(done, seconds) == text
 
 
-def test_what_is_left_does_not_grow_while_tasks_end() -> None:
-    pace, shown = Pace(0.0), []
-    for now, done in ((10, 1), (15, 2), (60, 3), (61, 8), (100, 9)):  # the third one took long
-        pace.advance(Phase(name="f", total=10, done=done, running=1), now)
-        assert pace.left_s is not None
-        shown.append(pace.left_s)
-    assert shown == sorted(shown, reverse=True)
-    assert shown[0] == pytest.approx(10 * 8.5 / 1.5)
-    pace.advance(Phase(name="f", total=10, done=10), 110)
-    pace.advance(Phase(name="f", total=10, done=10), 200)
-    assert (pace.left_s, pace.took_s) == (0, 110)
-
-
-def test_more_tasks_may_take_longer() -> None:
-    pace = Pace(0.0)
-    pace.advance(Phase(name="f", total=2, done=1), 10)
-    pace.advance(Phase(name="f", total=20, done=1), 11)
-    assert pace.left_s == pytest.approx(11 * 19)
+def test_left() -> None:
+    """What is left of a phase is said until it has passed; the phase that ends last counts."""
+    first, last, unknown = (
+        Phase(name="f", left_s=9.0),
+        Phase(name="g", left_s=61.0),
+        Phase(name="h"),
+    )
+    assert left([first, last, unknown]) == "about 1:01 left"
+    assert left([Phase(name="f", left_s=0.0), unknown]) == OVERDUE
+    assert left([unknown]) == ""
 
 
 def test_fitting() -> None:

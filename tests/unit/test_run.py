@@ -100,10 +100,14 @@ def test_the_description_of_a_job_file_is_clean(tmp_path: Path) -> None:
 
 def test_survey_in_a_line() -> None:
     row = {"file": "j.ini", "mode": "scenario", "sites": 1, "sources": None, "realizations": 2}
-    assert surveyed(row | {"tasks": None, "parent": None}) == (
+    assert surveyed(row | {"tasks": None, "parent": None}, None) == (
         "j.ini: scenario, 1 site, 2 realizations; about 2 tasks a slot in its main phase"
     )
-    assert "its size depends on the job before it" in surveyed({"file": "j.ini"})
+    more = row | {"tasks": None, "parent": 7}
+    assert surveyed(more, 3).endswith(
+        "2 realizations, the hazard of job 7; about 6 tasks in its main phase"
+    )
+    assert "its size depends on the job before it" in surveyed({"file": "j.ini"}, 3)
 
 
 def test_only_the_processes_of_a_session_are_ended(tmp_path: Path) -> None:

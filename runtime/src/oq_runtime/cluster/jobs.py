@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from oq_runtime.cluster.pool import Answer
 from oq_runtime.priority import Priority
+from oq_runtime.text import MOST_NAMES, clean, counted
 from oq_runtime.wire.protocol import AgentStatus, LeaseStatus
 
 
@@ -32,6 +34,18 @@ class Job:
     total: int
     left_s: float | None
 
+    @property
+    def number(self) -> str:
+        """Return the number of the calculation, or other words of its broker."""
+        return self.title.removeprefix("calculation ")
+
+    @property
+    def since(self) -> str:
+        """Return when it began: the time of day, or the date."""
+        since = datetime.fromtimestamp(self.since_s)
+        today = since.date() == datetime.now().date()
+        return f"{since:%H:%M}" if today else f"{since:%m-%d}"
+
 
 def jobs(answers: Mapping[str, Answer]) -> dict[str, Job]:
     """Return the jobs by the names of their sessions, the oldest first."""
@@ -41,6 +55,18 @@ def jobs(answers: Mapping[str, Answer]) -> dict[str, Job]:
             leases.setdefault(lease.name, []).append(lease)
     found = {name: _together(several) for name, several in leases.items()}
     return dict(sorted(found.items(), key=lambda item: item[1].since_s))
+
+
+def at_work(found: Iterable[Job]) -> str:
+    """Say which jobs have workers at work, those with most of them first."""
+    busy = sorted((job for job in found if job.busy), key=lambda job: -job.busy)
+    named = [
+        f"job {clean(job.number)} of {clean(job.user)} ({job.priority}, since {job.since}) on "
+        f"{counted(job.busy, 'slot')}"
+        for job in busy[:MOST_NAMES]
+    ]
+    more = [f"{len(busy) - MOST_NAMES} more"] if len(busy) > MOST_NAMES else []
+    return ", ".join(named + more)
 
 
 def _together(leases: list[LeaseStatus]) -> Job:

@@ -13,6 +13,8 @@ from oq_runtime.wire.protocol import NodeState, Status
 
 #: characters of a job's description, and names of exported files, that are shown
 DESCRIPTION_CHARACTERS, MOST_FILES = 100, 4
+#: of a phase, where the job file does not say (``Starmap.CT`` in ``openquake/baselib/parallel.py``)
+TASKS_PER_SLOT = 2
 #: nodes that have done most tasks, and that have done least, which are named
 MOST_NODES = 5
 
@@ -62,12 +64,19 @@ def place(settings: Config) -> str:
     hosts = {host: slots for host, slots in settings.cluster.hosts.items() if slots}
     nodes = f"{counted(len(hosts), 'node')} ({', '.join(list(hosts)[:MOST_NAMES])}"
     nodes += ", ...)" if len(hosts) > MOST_NAMES else ")"
-    if -1 in hosts.values():
-        return f"{nodes}, on all their cores"
-    return f"{nodes}, {counted(sum(hosts.values()), 'slot')}"
+    known = slots(settings)
+    return f"{nodes}, {counted(known, 'slot')}" if known else f"{nodes}, on all their cores"
 
 
-def surveyed(row: dict[str, Any]) -> str:
+def slots(settings: Config) -> int | None:
+    """Return how many tasks are run at a time, None where the nodes alone know it."""
+    if settings.cluster is None:
+        return settings.cores
+    each = settings.cluster.hosts.values()
+    return None if -1 in each else sum(each)
+
+
+def surveyed(row: dict[str, Any], slots: int | None) -> str:
     """Say how large a job is, in a line."""
     if "mode" not in row:
         return f"{row['file']}: its size depends on the job before it"
@@ -75,7 +84,8 @@ def surveyed(row: dict[str, Any]) -> str:
     found = [counted(row[noun], noun[:-1]) for noun in nouns if row[noun] is not None]
     if row["parent"]:
         found.append(f"the hazard of job {row['parent']}")
-    tasks = f"{row['tasks']} tasks" if row["tasks"] else "2 tasks a slot"
+    number = row["tasks"] or (slots and TASKS_PER_SLOT * slots)
+    tasks = counted(number, "task") if number else f"{TASKS_PER_SLOT} tasks a slot"
     return f"{row['file']}: {row['mode']}, {', '.join(found)}; about {tasks} in its main phase"
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +26,8 @@ from oq_runtime.wire import protocol, transport
 BAR_COLUMNS, WIDE_BAR_COLUMNS, NARROW_COLUMNS = 10, 24, 80
 #: columns for the name of a phase
 NAME_COLUMNS = 18
+#: where the time that was left has passed
+OVERDUE = "longer than expected"
 #: clears from the cursor to the end of the screen (ED, ECMA-48 8.3.39)
 CLEAR_BELOW = "\x1b[J"
 
@@ -63,38 +64,6 @@ class StatusReader:
         self.context.destroy(linger=0)
 
 
-@dataclass(slots=True)
-class Pace:
-    """How fast a phase is, since it is looked at.
-
-    ``before`` tasks had ended then. ``left_s``: seconds to its end, None where that is not known.
-    """
-
-    began_s: float
-    before: int = 0
-    total: int = 0
-    done: int = 0
-    took_s: float = 0.0
-    left_s: float | None = None
-
-    def advance(self, phase: protocol.Phase, now: float) -> None:
-        """Take the counters of the phase.
-
-        What is left is reckoned anew when tasks have ended, where one that runs counts as half
-        done, and does not grow unless there are more tasks than before.
-        """
-        done, total = phase.done, phase.total
-        if total != self.total:
-            self.left_s = None
-        if done < total or done != self.done:
-            self.took_s = now - self.began_s
-        if done > self.before and (done, total) != (self.done, self.total):
-            worth = done - self.before + phase.running / 2
-            left_s = self.took_s * (total - self.before - worth) / worth
-            self.left_s = left_s if self.left_s is None else min(left_s, self.left_s)
-        self.done, self.total = done, total
-
-
 def clock(seconds: float) -> str:
     """Return a time as ``m:ss`` or ``h:mm:ss``."""
     minutes, rest = divmod(int(seconds), 60)
@@ -116,6 +85,14 @@ def rate(done: int, seconds: float) -> str:
         return ""
     figure, unit = (seconds / done, "s/task") if seconds > done else (done / seconds, "tasks/s")
     return f"{figure:.{figure < 10:d}f} {unit}"
+
+
+def left(phases: Iterable[protocol.Phase]) -> str:
+    """Say how long the phase that ends last still takes, as far as that is known."""
+    times = [phase.left_s for phase in phases if phase.left_s is not None]
+    if not times:
+        return ""
+    return f"about {clock(max(times))} left" if max(times) >= 1 else OVERDUE
 
 
 def fitting(parts: Iterable[str], columns: int) -> str:
@@ -144,15 +121,15 @@ class Display:
         self.title = ""
         self.stage = ""  # what is done besides tasks
         self.wants = ""  # what the tasks wait for
-        self.paces: list[Pace] = []  # of the phases, which stay in their order
         self.tenths: dict[int, tuple[int, int]] = {}
         self.status = protocol.Status(phases=[], nodes=[])
         self.drawn: list[str] = []  # the lines of the frame that is on the screen
 
     def enter(self, stage: str, title: str = "") -> None:
         """Say what happens now, and in which job."""
-        self.stage, self.stage_s = stage, time.monotonic()
-        self.title = title or self.title
+        if (stage, title or self.title) != (self.stage, self.title):
+            self.stage, self.stage_s = stage, time.monotonic()
+            self.title = title or self.title
 
     def wait(self, what: str, seconds: float) -> None:
         """Say what the tasks wait for, and how long already; an empty word: nothing."""
@@ -167,15 +144,10 @@ class Display:
 
     def show(self, status: protocol.Status | None = None) -> None:
         """Draw the counters of the broker; None: it has not answered anew."""
-        now = time.monotonic()
         self.status = status or self.status
-        for number, phase in enumerate(self.status.phases):
-            if number == len(self.paces):
-                self.paces.append(Pace(now, phase.done))
-            self.paces[number].advance(phase, now)
         if self.framed:
             self.clear(erase=False)
-            self._draw(self._frame(now))
+            self._draw(self._frame(time.monotonic()))
         elif not self.quiet:
             self._tell()
 
@@ -233,15 +205,15 @@ class Display:
                 (
                     f"{clean(phase.name, NAME_COLUMNS):<{NAME_COLUMNS}}",
                     f"{f'{phase.done}/{phase.total} tasks':>16}",
-                    f"{clock(pace.took_s):>7}",
+                    f"{clock(phase.took_s):>7}",
                     f"{phase.retries} retried" if phase.retries else "",
                     f"{phase.preempted} interrupted" if phase.preempted else "",
-                    f"{rate(phase.done - pace.before, pace.took_s):>12}",
+                    f"{rate(phase.done, phase.took_s):>12}",
                     f"{phase.received_bytes / 1e6:.1f} MB",
                 ),
                 columns,
             )
-            for phase, pace in zip(self.status.phases, self.paces, strict=True)
+            for phase in self.status.phases
         ]
         room = max(self.console.height - 2, 1)
         return [*phases[-room:], self._whole(now, columns)]
@@ -253,9 +225,8 @@ class Display:
         if self.wants or done == total:  # else the engine computes by itself
             stage = self.wants or f"{self.stage} {clock(now - self.stage_s)}"
             return fitting((self.title, stage, f"{passed} in all" if total else ""), columns)
-        left_s = max((pace.left_s or 0.0 for pace in self.paces), default=0.0)
-        if left_s:
-            passed += f", about {clock(left_s)} left"
+        if words := left(self.status.phases):
+            passed += f", {words}"
         wide = WIDE_BAR_COLUMNS if columns >= NARROW_COLUMNS else BAR_COLUMNS
         filled = wide * done // total
         full, empty = "\u2501\u2500" if self.console.encoding.startswith("utf") else "#-"
@@ -268,17 +239,16 @@ class Display:
 
     def _tell(self) -> None:
         """Print a line for each phase that has advanced by a tenth."""
-        for number, (phase, pace) in enumerate(zip(self.status.phases, self.paces, strict=True)):
+        for number, phase in enumerate(self.status.phases):
             step = (phase.done * 10 // max(phase.total, 1), phase.retries)
             if self.tenths.get(number) != step:
                 self.tenths[number] = step
-                left = f"about {clock(pace.left_s)} left" if pace.left_s else ""
                 retried = f"{phase.retries} retried" if phase.retries else ""
                 parts = (
                     f"{clean(phase.name)}: {phase.done}/{phase.total} tasks",
-                    clock(pace.took_s),
-                    left,
-                    rate(phase.done - pace.before, pace.took_s),
+                    clock(phase.took_s),
+                    left([phase]),
+                    rate(phase.done, phase.took_s),
                     self._busy(),
                     f"{phase.received_bytes / 1e6:.1f} MB",
                     retried,

@@ -31,6 +31,8 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from oq_runtime import cgroups, config, descriptors, logind, processes
+from oq_runtime.cluster import jobs as cluster_jobs
+from oq_runtime.cluster.pool import Pool
 from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
 from oq_runtime.commands.lines import (
@@ -40,6 +42,7 @@ from oq_runtime.commands.lines import (
     place,
     reported,
     shared_out,
+    slots,
     surveyed,
     waits_for,
 )
@@ -740,10 +743,21 @@ class Run:
         ]
         for host, note in untold:
             if not host:
-                self._print(f"waiting: {note}")
+                others = self._others() if waits[note] in ("slots", "workers") else ""
+                self._print(f"waiting: {note}{others}")
         for line in grouped((host, reason) for host, reason in untold if host):
             self._print(f"without {line}")
         self.told = self.told.union(untold).intersection(found)
+
+    def _others(self) -> str:
+        """Say whose jobs have the workers of the nodes just now, as far as these answer."""
+        assert self.settings.cluster is not None
+        found: list[cluster_jobs.Job] = []
+        with contextlib.suppress(OqRuntimeError, OSError):  # no more than a help
+            found += cluster_jobs.jobs(Pool(self.settings.cluster).ask("status")).values()
+        own = (jobtable.user_name(), str(self.current))
+        named = cluster_jobs.at_work(job for job in found if (job.user, job.number) != own)
+        return f". At work now: {named}" if named else ""
 
     @property
     def closing(self) -> bool:
@@ -790,9 +804,8 @@ class Run:
                 self.table = jobtable.Outside(row["database"], answer_s=STATUS_SECS)
             case "waiting":
                 self._print(row["text"])
-                if row["job"] != self.waiting:
-                    self.waiting = row["job"]
-                    self.display.enter("waiting for another job", f"job {row['job']}")
+                self.waiting = row["job"]
+                self.display.enter(f"waiting for {row['what']}", f"job {row['job']}")
             case "running":
                 self.current, self.turn_s = row["job"], time.monotonic()
                 self.display.enter("the engine is at work", f"job {row['job']}")
@@ -935,7 +948,7 @@ class Run:
         """Print the outcome for a person."""
         out = Console(highlight=False, markup=False, soft_wrap=True)
         for row in self.surveys:
-            out.print(clean(surveyed(row)))
+            out.print(clean(surveyed(row, slots(self.settings))))
         for row in self.finished:
             if "outputs" not in row:
                 out.print(f"job {row['job']} {row['state']} after {row['seconds']:.1f} s")

@@ -123,17 +123,21 @@ def _job_object(job: Job) -> dict[str, object]:
 
 
 def _job_row(job: Job) -> list[str]:
-    since = datetime.fromtimestamp(job.since_s)
-    today = since.date() == datetime.now().date()
     return [
         clean(job.user, USER_CHARACTERS),
-        job.title.removeprefix("calculation "),
+        job.number,
         job.priority,
-        f"{since:%H:%M}" if today else f"{since:%m-%d}",
+        job.since,
         f"{job.busy}/{job.slots}",
         f"{job.done}/{job.total}",
-        "-" if job.left_s is None else duration(job.left_s),
+        _left(job.left_s),
     ]
+
+
+def _left(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return duration(seconds) if seconds >= 1 else "overdue"
 
 
 @main.command("make-urgent-key")

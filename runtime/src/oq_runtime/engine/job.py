@@ -11,6 +11,7 @@ Tracebacks go to the engine's log, which is in the job database.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -423,10 +424,12 @@ class Jobs:
         # the nodes of a cluster share their slots; see ``queue``
         at_a_time = 0 if self.spec["cluster"] else self.config.distribution.serialize_jobs
 
-        def tell(text: str) -> None:
-            self.report({"kind": "waiting", "job": job.calc_id, "text": text})
+        def tell(what: str, text: str) -> None:
+            self.report({"kind": "waiting", "job": job.calc_id, "what": what, "text": text})
 
-        queue.wait(self.table, job.calc_id, at_a_time, tell)
+        turn, memory = (functools.partial(tell, what) for what in ("another job", "memory"))
+        queue.wait(self.table, job.calc_id, at_a_time, turn)
+        queue.wait_for_memory(self.table, job.calc_id, memory)
         self.report({"kind": "running", "job": job.calc_id})
         started, started_s = time.monotonic(), time.time()
         with self.history(job) as history:

@@ -1,5 +1,6 @@
-"""The engine's queue: the jobs of a host run one after the other, in the order of their numbers.
+"""What a job waits for before it begins: the jobs before it, and memory.
 
+The jobs of a host run one after the other, in the order of their numbers.
 That is ``serialize_jobs`` of openquake.cfg, which the engine's own pools need: a second job would
 start as many processes again, or end those of the first. The agents of a cluster share their slots
 between jobs, so that a job whose tasks go there waits for no other.
@@ -15,12 +16,16 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
+import psutil
+
 from oq_runtime.config import Config
 from oq_runtime.engine.jobtable import Job, JobTable, Status
 from oq_runtime.text import clean
 
-#: seconds between two looks at the jobs before
+#: seconds between two looks at the jobs before, and at the memory
 LOOK_SECS = 1.0
+#: of the memory of the machine, from which on the engine begins with no job
+MOST_MEMORY_PERCENT = 80
 
 
 def install_queue(engine: Any, tell: Callable[[str], None] = print) -> None:
@@ -51,6 +56,24 @@ def wait(table: JobTable, number: int, at_a_time: int, tell: Callable[[str], Non
             table.own(number, Status.SUBMITTED)
         if told != (line := waiting(before)):
             tell(told := line)
+        time.sleep(LOOK_SECS)
+
+
+def wait_for_memory(table: JobTable, number: int, tell: Callable[[str], None]) -> None:
+    """Wait until the machine has the free memory without which the engine begins with no job.
+
+    The engine would look itself (``run_calc`` in ``openquake/engine/engine.py``), and say so to
+    those alone who have the level info of its log.
+    """
+    told = False
+    while (used := psutil.virtual_memory().percent) >= MOST_MEMORY_PERCENT:
+        if not told:
+            table.own(number, Status.SUBMITTED)
+            tell(
+                f"waiting for memory: {used:.0f} % of this machine's is in use, and the engine "
+                f"begins below {MOST_MEMORY_PERCENT} %; end what is not needed (ps --sort=-rss aux)"
+            )
+            told = True
         time.sleep(LOOK_SECS)
 
 

@@ -33,6 +33,7 @@ from oq_runtime.core import scheduler as core
 from oq_runtime.core.events import Events
 from oq_runtime.core.ledger import ROW, Ledger, Task
 from oq_runtime.core.limits import DEFAULTS, Limits
+from oq_runtime.core.pace import Pace
 from oq_runtime.errors import NoRoom, OqRuntimeError, OutOfMemory, ProtocolError, TransitionError
 from oq_runtime.files import crashes, private
 from oq_runtime.files.store import Store
@@ -131,7 +132,7 @@ class Broker:
         self.titles: dict[bytes, str] = {}  # of the job that each client runs now
         self.kinds: dict[tuple[str, str], int] = {}  # (job, function) -> its place in the next
         self.phases: list[protocol.Phase] = []
-        self.began_s: list[float] = []  # of each phase (monotonic)
+        self.paces: list[Pace] = []  # of the phases
         self.progress = protocol.Beat()  # its counts of the job, as of the last beat
         self.unstarted: list[str] = []  # nodes that begin with none of their tasks, as of then
         self.exporter: metrics.Exporter | None = None
@@ -218,18 +219,23 @@ class Broker:
 
     def _count(self, now: float) -> protocol.Beat:
         """Return the counts of the job that has the title, and about how long the rest takes."""
-        done = total = 0
-        left_s = None
-        for kind, phase in enumerate(self.phases):
-            if phase.job != self.title:
-                continue
-            done, total = done + phase.done, total + phase.total
-            if phase.done and phase.done < phase.total and kind in self.core.kinds:
-                # what runs counts as half done
-                worth = phase.done + self.core.kinds[kind].busy / 2
-                rest_s = (now - self.began_s[kind]) * max(0.0, phase.total - worth) / worth
-                left_s = min(max(left_s or 0.0, rest_s), protocol.MOST_AGE_S)
-        return protocol.Beat(done=done, total=total, left_s=left_s)
+        self._recount(now)
+        phases = [phase for phase in self.phases if phase.job == self.title]
+        return protocol.Beat(
+            done=sum(phase.done for phase in phases),
+            total=sum(phase.total for phase in phases),
+            left_s=max((p.left_s for p in phases if p.left_s is not None), default=None),
+        )
+
+    def _recount(self, now: float) -> None:
+        """Bring the counters of the phases up to date."""
+        for kind, (phase, pace) in enumerate(zip(self.phases, self.paces, strict=True)):
+            known = self.core.kinds[kind]
+            phase.running, phase.retries = known.busy, known.retries
+            phase.preempted = known.preempted
+            pace.advance(phase.total, phase.done, phase.running, now)
+            phase.took_s, left_s = pace.took_s, pace.left_s(now)
+            phase.left_s = None if left_s is None else min(left_s, protocol.MOST_AGE_S)
 
     def _beat(self, now: float) -> None:
         self.next_beat_s = now + self.core.limits.beat_s
@@ -320,7 +326,7 @@ class Broker:
         kind = self.kinds.setdefault((job, func), len(self.phases))
         if kind == len(self.phases):
             self.phases.append(protocol.Phase(name=func, job=job))
-            self.began_s.append(time.monotonic())
+            self.paces.append(Pace(time.monotonic()))
         return kind
 
     def _welcome(self, peer: bytes) -> None:
@@ -516,10 +522,7 @@ class Broker:
         )
 
     def _status(self) -> protocol.Status:
-        for kind, phase in enumerate(self.phases):
-            known = self.core.kinds[kind]
-            phase.running, phase.retries = known.busy, known.retries
-            phase.preempted = known.preempted
+        self._recount(time.monotonic())
         nodes = []
         most = min(MOST_CHARACTERS, STATUS_CHARACTERS // len(self.peers.lines))
         for line in self.peers.lines.values():

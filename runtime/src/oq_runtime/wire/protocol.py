@@ -197,10 +197,15 @@ class StatusQuery(Message, frozen=True, tag="status?"):
 
 
 class Phase(msgspec.Struct, kw_only=True):
-    """Counters of the tasks of one function in one job, named as in Title."""
+    """Counters of the tasks of one function in one job, named as in Title.
+
+    ``took_s``, ``left_s``: those of ``core.pace.Pace`` (s).
+    """
 
     name: Words
     job: Words = ""
+    took_s: Seconds = 0.0
+    left_s: Seconds | None = None
     total: int = 0
     done: int = 0
     running: int = 0
