@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from oq_runtime.engine import history
 from oq_runtime.engine.history import History
 from oq_runtime.errors import JournalError
 from oq_runtime.files import journal
@@ -162,6 +163,7 @@ class Job:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, seed: int) -> None:
         self.monkeypatch, self.directory, self.seed = monkeypatch, directory, seed
         self.told: list[str] = []
+        self.shown: list[tuple[int, int]] = []
         self.replayed = self.computed = 0
 
     def run(self, by: int, kill_at: int = 0, *, fails: bool = False, turns: int = 0) -> str:
@@ -175,7 +177,7 @@ class Job:
             claimed = journal.claim(self.directory)
             before.cut_tail()
         writer = journal.Writer(self.directory, {}, budget_bytes=1 << 30, claimed=claimed)
-        kept = History(writer, before, self.told.append)
+        kept = History(writer, before, self.told.append, show=lambda *two: self.shown.append(two))
         session = Session(random.Random(by))
         engine = Engine(self.seed, session, kept, kill_at, fails, turns)
         with current(self.monkeypatch, session):
@@ -208,6 +210,7 @@ def test_a_killed_job_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s
     assert state
     assert job.run(rng.randrange(99)) == state, "in the order of then"
     assert (job.replayed, job.computed) == (had, 0)
+    assert job.shown[-1] == (had, had)
     assert not any("then" in line for line in job.told), job.told
 
 
@@ -221,6 +224,21 @@ def test_a_task_that_failed_is_computed_again(
         return  # it has fewer tasks
     assert job.run(2)
     assert job.replayed == at - 1
+
+
+def test_a_replay_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With what there is; and its end, whatever ended it."""
+    monkeypatch.setattr(history, "SHOW_SECS", 0)
+    job = Job(monkeypatch, tmp_path / "j", 1)
+    job.run(1, kill_at=8)
+    had = job.computed
+    other = Job(monkeypatch, tmp_path / "j", 1)
+    other.run(2)
+    assert other.shown == [*((number, had) for number in range(1, had + 1)), (had, had)]
+    changed = Job(monkeypatch, tmp_path / "j", 1)
+    monkeypatch.setattr(history, "digest", lambda _: b"another")
+    changed.run(1)
+    assert changed.shown == [(0, 0)] and " 0 tasks of " in changed.told[0]
 
 
 def test_another_program_takes_nothing_that_is_not_its_own(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from oq_runtime.engine import job
+from oq_runtime.engine import job, resume
 from oq_runtime.files import journal
 from oq_runtime.files.journal import Writer
 
@@ -22,21 +22,27 @@ def test_temporary_files_of_the_engine(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("change", ["", "an input has changed", "the journal is gone"])
+@pytest.mark.parametrize(
+    "change", ["", "an input has changed", "an input has changed, and back", "the journal is gone"]
+)
 def test_kept_for_others(tmp_path: Path, change: str) -> None:
     """Only what was made of the inputs that the head says; the job is complete in any case."""
     inputs, told = [tmp_path / "a.csv"], list[str]()
     inputs[0].write_text("1")
     jobs: Any = SimpleNamespace(
         spec={"files": ["job.ini"]}, rest=["job"], facts=[{}], inputs=[inputs], note=told.append,
-        table=None,
+        table=None, stamps={},
     )  # fmt: skip
-    jobs.facts[0] = job.Jobs.as_now(jobs, 0, None, "")
+    params = {"base_path": ""}
+    jobs.facts[0] = job.Jobs.as_now(jobs, 0, None, params)
     directory = tmp_path / "calc_1.journal"
     Writer(directory, {}, budget_bytes=1 << 30).close()
-    if change == "an input has changed":
+    if "input" in change:
         inputs[0].write_text("2")
-        assert job.Jobs.as_now(jobs, 0, None, "") != jobs.facts[0]
+        assert resume.digests(inputs) != jobs.facts[0]
+        if "and back" in change:
+            inputs[0].write_text("1")
+            assert resume.digests(inputs) == jobs.facts[0]
     elif change:
         journal.remove(directory)
     job.Jobs.keep_for_others(jobs, directory)

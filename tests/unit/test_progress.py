@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from oq_runtime.commands.progress import OVERDUE, Display, clock, fitting, left, rate
+from oq_runtime.commands.progress import AT_WORK, OVERDUE, Display, clock, fitting, left, rate
 from oq_runtime.wire.protocol import Node, NodeState, Phase, Status
 
 NODE = Node(host="n1", slots=4, busy=3, state=NodeState.LEASED)
@@ -72,3 +72,19 @@ def test_frame(columns: int, encoding: str) -> None:
         assert re.match(r"classical +20/40 tasks +0:00", display.drawn[0])
     display.close()
     file.flush()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_replay(terminal: bool) -> None:
+    """Its figures stand where the engine's work stands, or are a line for each tenth."""
+    file = io.StringIO()
+    display = Display(Console(file=file, force_terminal=terminal, width=80), quiet=False)
+    display.enter(AT_WORK, "job 7")
+    for done in range(1, 41):
+        display.replay(done, 40)
+        display.show()
+        if terminal and done < 40:
+            assert display.drawn == [f"job 7  taking over {done}/40 results 0:00"]
+    lines = re.findall(r"took over (\d+)/40 results, 0:00", file.getvalue())
+    assert lines == ([] if terminal else [str(done) for done in range(4, 40, 4)])
+    assert display.stage == AT_WORK

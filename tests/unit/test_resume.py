@@ -6,10 +6,12 @@ Not covered: what counts as looking at a parameter (``contract/test_reads``), wh
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import pytest
 from openquake import baselib
 from openquake.baselib import config
@@ -157,15 +159,35 @@ def test_a_package_that_the_engine_imports_was_edited(
 def test_parents(tmp_path: Path) -> None:
     """Beside the job file, where the engine looks; and none that cannot be looked at."""
     table: Any = SimpleNamespace(job=lambda number: None)
-    (tmp_path / "haz.hdf5").write_text("1")
+    h5py.File(tmp_path / "haz.hdf5", "w").close()
     before = resume.of_parent(table, "haz.hdf5", str(tmp_path))
-    (tmp_path / "haz.hdf5").write_text("12")
+    with (tmp_path / "haz.hdf5").open("ab") as file:
+        file.write(b"2")
     assert resume.differences(before, resume.of_parent(table, "haz.hdf5", str(tmp_path)))
     assert resume.of_parent(table, None, str(tmp_path)) == {}
-    for parent, said in ("haz.ini", "calculates the hazard"), ("-1", "No such"), ("9", "No such"):
-        (tmp_path / "haz.ini").touch()
+    for name in ("haz.ini", "none.hdf5"):
+        (tmp_path / name).write_text("1")
+    refused = {"haz.ini": "calculates the hazard", "-1": "No such", "9": "No such"}
+    for parent, said in (refused | {"none.hdf5": "signature"}).items():
         with pytest.raises(JournalError, match=said):
             resume.of_parent(table, parent, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, value, fetched",
+    [
+        ("shakemap_id", "usp000fjta", True),
+        ("shakemap_uri", "{'kind': 'usgs_id', 'id': 'usp000fjta'}", True),
+        ("shakemap_uri", "{'kind': 'usgs_xml', 'grid_url': 'https://example.org/grid.xml'}", True),
+        ("shakemap_uri", "{'kind': 'usgs_xml', 'grid_url': 'file://grid.xml'}", False),
+        ("shakemap_uri", "{'kind': 'file_npy', 'fname': 'a.npy'}", False),
+        ("description", "see https://example.org", False),
+    ],
+)
+def test_what_is_fetched_may_be_another_one(name: str, value: str, fetched: bool) -> None:
+    refused = pytest.raises(JournalError, match=f"{name} is fetched over the network")
+    with refused if fetched else contextlib.nullcontext():
+        resume.check_sources({name: value})
 
 
 def test_files(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from oq_runtime.wire import protocol, transport
 BAR_COLUMNS, WIDE_BAR_COLUMNS, NARROW_COLUMNS = 10, 24, 80
 #: columns for the name of a phase
 NAME_COLUMNS = 18
+#: what is done besides tasks
+AT_WORK = "the engine is at work"
 #: where the time that was left has passed
 OVERDUE = "longer than expected"
 #: clears from the cursor to the end of the screen (ED, ECMA-48 8.3.39)
@@ -121,6 +123,7 @@ class Display:
         self.title = ""
         self.stage = ""  # what is done besides tasks
         self.wants = ""  # what the tasks wait for
+        self.taken = 0  # tenths of the results of an earlier run that were taken over
         self.tenths: dict[int, tuple[int, int]] = {}
         self.status = protocol.Status(phases=[], nodes=[])
         self.drawn: list[str] = []  # the lines of the frame that is on the screen
@@ -130,6 +133,18 @@ class Display:
         if (stage, title or self.title) != (self.stage, self.title):
             self.stage, self.stage_s = stage, time.monotonic()
             self.title = title or self.title
+
+    def replay(self, done: int, total: int) -> None:
+        """Say how many results of an earlier run were taken over so far, and of how many."""
+        if done == total:
+            self.enter(AT_WORK)
+            return
+        self.stage = f"taking over {done}/{total} results"
+        if not self.framed and not self.quiet and self.taken != (tenth := done * 10 // total):
+            self.taken = tenth
+            self.print(
+                f"took over {done}/{total} results, {clock(time.monotonic() - self.stage_s)}"
+            )
 
     def wait(self, what: str, seconds: float) -> None:
         """Say what the tasks wait for, and how long already; an empty word: nothing."""

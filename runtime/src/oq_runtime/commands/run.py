@@ -47,7 +47,7 @@ from oq_runtime.commands.lines import (
     waits_for,
 )
 from oq_runtime.commands.notice import Notice
-from oq_runtime.commands.progress import Display, StatusReader, screen
+from oq_runtime.commands.progress import AT_WORK, Display, StatusReader, screen
 from oq_runtime.config import Config, check_cores
 from oq_runtime.engine import jobtable
 from oq_runtime.errors import ConfigError, JournalError, OqRuntimeError
@@ -808,7 +808,9 @@ class Run:
                 self.display.enter(f"waiting for {row['what']}", f"job {row['job']}")
             case "running":
                 self.current, self.turn_s = row["job"], time.monotonic()
-                self.display.enter("the engine is at work", f"job {row['job']}")
+                self.display.enter(AT_WORK, f"job {row['job']}")
+            case "replayed":
+                self.display.replay(row["done"], row["total"])
             case "finished":
                 self.current = None
                 self.finished.append(row)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from oq_runtime.commands.checks import BadInput
 from oq_runtime.commands.lines import waits_for
-from oq_runtime.commands.progress import Display, StatusReader
+from oq_runtime.commands.progress import AT_WORK, Display, StatusReader
 from oq_runtime.engine import jobtable
 from oq_runtime.files import private
 from oq_runtime.session import launch
@@ -101,7 +101,7 @@ def watch(number: int | None, console: Console) -> tuple[int, str | None]:
     display = Display(console, quiet=False)
     with contextlib.suppress(OSError):  # it ends just now
         display.began_s -= time.time() - (one.directory / JOBS).stat().st_ctime
-    display.enter("the engine is at work", f"job {one.job}")
+    display.enter(AT_WORK, f"job {one.job}")
     display.mind_stop(STOPPED)
     status = StatusReader(one.directory)
     state: str | None = jobtable.Status.EXECUTING

@@ -11,6 +11,7 @@ held, and is computed after all when the replay ends before its turn.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,6 +36,9 @@ from oq_runtime.text import duration
 from oq_runtime.wire import payload
 from oq_runtime.wire.payload import Buffer
 
+#: seconds between two figures that are shown
+SHOW_SECS = 1.0
+
 
 class History:
     """The history of the job that this process runs.
@@ -43,6 +47,8 @@ class History:
     :param before: its journal as an earlier run, or another job, has left it; None: there is none
     :param tell: is given a line for the user when the replay has ended
     :param collector: of the parameters that are looked at, where these are kept too
+    :param show: is given now and then how many results were taken over, and of how many; when the
+        replay has ended these are the same
     """
 
     _current: History | None = None
@@ -53,18 +59,20 @@ class History:
         before: Reader | None,
         tell: Callable[[str], None],
         collector: Collector | None = None,
+        show: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
         self.pid = os.getpid()
         self.writer = writer
         self.before = before
-        self.tell = tell
+        self.tell, self.show = tell, show
+        self.next_show_s = 0.0
         self.collector = collector
         self.used: set[str] = set()  # by the engine, as far as it is in the journal
         self.rest: deque[Record] = deque(before.records if before else ())
         self.replaying = bool(self.rest)
         self.events = 0  # of this run: those of the journal that hold for it
         self.last = 0  # the number of the last one that was consumed
-        self.results = before.results if before else 0  # attempts in the journal
+        self.kept = self.results = before.results if before else 0  # attempts in the journal
         self.replayed, self.saved_s = 0, 0.0  # tasks, and what they took on their nodes
         self.maps: dict[int, int] = {}  # number in this process -> number in the job
         self.tasks: dict[tuple[int, int], int] = {}  # of the job -> in the session
@@ -156,6 +164,9 @@ class History:
             self.last = self.events
             self.events += 1
             self.replayed += 1
+            if (now := time.monotonic()) >= self.next_show_s:
+                self.next_show_s = now + SHOW_SECS
+                self.show(self.replayed, self.kept)
             task = self.tasks.pop((record.event.map, record.event.task))
             del self.names[task]
             Session.current().answered(task)
@@ -233,9 +244,11 @@ class History:
 
     def _tell(self, why: str) -> None:
         self.replaying = False
+        self.show(self.replayed, self.replayed)
+        of = f" of {self.kept}" if self.replayed < self.kept else ""
         self.tell(
-            f"took over the results of {self.replayed} tasks, {duration(self.saved_s)} of computing"
-            + (f"; then {why}: the rest is computed" if why else "")
+            f"took over the results of {self.replayed} tasks{of}, {duration(self.saved_s)} of "
+            + (f"computing; then {why}: the rest is computed" if why else "computing")
         )
 
     def close(self, *, keep: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 Imports the engine, reads a JSON specification on stdin (``session``, its directory, and the options
 of ``commands.run``), and writes one JSON object per line to a descriptor: ``loaded`` (the engine),
-``note`` (a line for the user), ``created``, ``waiting`` (for which jobs) and ``running`` (a job),
+``note`` (a line for the user), ``created``, ``waiting`` (for what) and ``running`` (a job),
 ``finished`` (its summary), ``skipped`` (one that was ended before its turn), ``failed`` (one line
 on what is wrong), ``survey`` (of a job that is not run) and at last ``end`` (the exit code).
 Tracebacks go to the engine's log, which is in the job database.
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Jobs:
         self.retried = 0  # attempts of the jobs that are
         self.facts: list[dict[str, str]] = []  # of each job, which must be the same to go on
         self.inputs: list[list[Path]] = []  # its files, which must be so, too
+        self.stamps: dict[int, dict[str, str]] = {}  # when these were changed last
         self.values: list[dict[str, str]] = []  # and of its parameters
         self.before: Reader | None = None  # the journal that the first job goes on from
         self.place = ""  # where the job database is
@@ -135,7 +136,7 @@ class Jobs:
                 ]
                 self.values = [resume.values(oq) if oq else {} for oq in checked]
             if self.before is not None:
-                resume.check(self.before, self.as_now(0, self.parent, params[0]["base_path"]))
+                resume.check(self.before, self.as_now(0, self.parent, params[0]))
             self.create(params, self.place)
             hazard = self.rest[0]
             code = COMPLETE
@@ -474,14 +475,18 @@ class Jobs:
         self.note(f"going on with job {number}: the results of {reader.results} tasks are kept")
         return reader
 
-    def as_now(self, number: int, parent: int | str | None, base_path: str) -> dict[str, str]:
+    def as_now(
+        self, number: int, parent: int | str | None, params: Mapping[str, Any]
+    ) -> dict[str, str]:
         """Return what must be the same of a job, with the bytes that its inputs have just now.
 
         Raises JournalError where that cannot be told; InputError for a job that is to go on.
         """
+        self.stamps[number] = resume.stamps(self.inputs[number])
         files = resume.digests(self.inputs[number])
         try:
-            of_parent = resume.of_parent(self.table, parent, base_path)
+            resume.check_sources(params)
+            of_parent = resume.of_parent(self.table, parent, params["base_path"])
         except JournalError as exc:
             if self.before is not None:
                 raise InputError(f"--resume {self.spec['resume']}: {exc}") from exc
@@ -516,10 +521,10 @@ class Jobs:
     def keep_for_others(self, directory: Path) -> None:
         """Keep the journal of a job that is complete, if all is as it was when the job began."""
         number = len(self.spec["files"]) - len(self.rest)
-        begun = self.facts[number]
         try:
-            if changed := resume.differences(begun, begun | resume.digests(self.inputs[number])):
-                raise JournalError(f"not the same as at its start: {'; '.join(changed)}")
+            now = resume.stamps(self.inputs[number])
+            if changed := resume.differences(self.stamps[number], now):
+                raise JournalError(f"touched since its start: {'; '.join(changed)}")
             journal.set_complete(directory)
         except (JournalError, OSError) as exc:  # the job is complete all the same
             self.note(f"no other job can begin with the results of this one: {exc}")
@@ -537,7 +542,7 @@ class Jobs:
             self.values[number] = resume.values(oq)
         try:
             # it may have waited for long
-            facts = self.facts[number] = self.as_now(number, hazard, job.params["base_path"])
+            facts = self.facts[number] = self.as_now(number, hazard, job.params)
         except JournalError as exc:
             self.note(f"the job runs without a journal, and cannot be resumed: {exc}")
             return None
@@ -583,7 +588,12 @@ class Jobs:
                 shutil.rmtree(directory, ignore_errors=True)
                 os.close(claimed)
             return None
-        return History(writer, before, self.note, reads.begin() if self.spec["reuse"] else None)
+
+        def show(done: int, total: int) -> None:
+            self.report({"kind": "replayed", "done": done, "total": total})
+
+        collector = reads.begin() if self.spec["reuse"] else None
+        return History(writer, before, self.note, collector, show)
 
     def take_over(
         self, directory: Path, head: dict[str, Any], most_bytes: int

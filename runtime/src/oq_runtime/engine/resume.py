@@ -28,7 +28,13 @@ from oq_runtime.errors import InputError, JournalError
 from oq_runtime.files.journal import Consumed, Reader, Used
 
 #: packages whose version may change what the engine submits, or what a result is
-PACKAGES = ("oq-runtime", "numpy", "scipy", "pandas", "h5py", "numba", "shapely")
+PACKAGES = (
+    "oq-runtime", "numpy", "scipy", "pandas", "h5py", "numba", "llvmlite", "shapely", "pyproj",
+    "geopandas", "pyogrio", "fiona", "h3", "alpha_shapes", "networkx", "scikit-learn",
+    "onnxruntime",
+)  # fmt: skip
+#: parameters by which the engine may fetch an input over the network, and marks of values that do
+FETCHED = {"shakemap_id": ("",), "shakemap_uri": ("usgs_id", "http:", "https:", "ftp:")}
 #: parameters that change neither tasks nor results, or are looked at in another way
 OTHERS = ("inputs", "base_path", "exports", "export_dir", "hazard_calculation_id")
 #: how what must be the same of parameters and inputs is called
@@ -86,7 +92,6 @@ def inputs(params: Mapping[str, Any], oqparam: Any) -> list[Path]:
 
     :param oqparam: as the engine has made it of the parameters; None where it could not
     """
-    from openquake.commonlib import readinput
     from openquake.hazardlib import gsim_lt
 
     found = [Path(name) for name in messages.files(params["inputs"])]
@@ -94,31 +99,57 @@ def inputs(params: Mapping[str, Any], oqparam: Any) -> list[Path]:
         named = gsim_lt.rel_paths(params.get("gsim", ""))  # no input as the engine has it
         found += [Path(params["base_path"], name) for name in named]
     if oqparam is not None:
-        with contextlib.suppress(Exception):
-            found += [Path(name) for name in readinput.get_input_files(oqparam)]
+        found += [Path(name) for name in oqparam._input_files]
     return [path for path in found if os.path.isfile(path)]
 
 
+def check_sources(params: Mapping[str, Any]) -> None:
+    """Raise JournalError for an input that may be another one when it is fetched again."""
+    for name, marks in FETCHED.items():
+        if (value := params.get(name)) and any(mark in str(value) for mark in marks):
+            raise JournalError(f"{name} is fetched over the network, and may change there")
+
+
 def of_parent(table: JobTable, parent: int | str | None, base_path: str) -> dict[str, str]:
-    """Return what must be the same of the job that another one starts from.
+    """Return what must be the same of the job that another one starts from, and those before.
 
     :param parent: its number, or the path of its results; None: there is none
     :param base_path: of the job file, for a path in it
 
     Raises JournalError where that cannot be told.
     """
-    if not parent:
-        return {}
-    if not str(parent).isdigit() and str(parent).endswith(JOB_FILES):
+    from openquake.baselib import hdf5
+    from openquake.commonlib import datastore
+
+    if parent and not str(parent).isdigit() and str(parent).endswith(JOB_FILES):
         # a calculation within this job, whose inputs and parameters the engine keeps for itself
         raise JournalError(f"it calculates the hazard of {parent} itself; run that first, for --hc")
-    job = table.job(int(parent)) if str(parent).isdigit() else None
-    path = Path(job.path) if job else Path(base_path, str(parent))
-    try:
-        found = path.stat()
-    except OSError as exc:
-        raise JournalError(f"the results of job {parent}, {path}: {exc.strerror}") from exc
-    return {f"the results of job {parent}": f"{found.st_size} bytes of {found.st_mtime_ns}"}
+    found: dict[str, str] = {}
+    while parent and (name := f"the results of job {parent}") not in found:
+        job = table.job(int(parent)) if str(parent).isdigit() else None
+        path = Path(job.path) if job else Path(base_path, str(parent))
+        try:
+            stat = path.stat()
+            found[name] = f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+            with hdf5.File(path, "r") as file:  # what it has not, the engine takes from its own
+                of_that = datastore.read_hc_id(file)
+            parent = of_that if isinstance(of_that, int) else None
+        except OSError as exc:
+            raise JournalError(f"{name}, {path}: {exc.strerror or exc}") from exc
+    return found
+
+
+def stamps(files: Iterable[Path]) -> dict[str, str]:
+    """Return when the input files were touched last, if only to be as they were before."""
+    found = {}
+    for path in files:
+        try:
+            stat = path.stat()
+            text = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_ctime_ns}"
+        except OSError as exc:
+            text = f"cannot be read: {exc.strerror}"
+        found[f"{INPUT} {path}"] = text
+    return found
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
