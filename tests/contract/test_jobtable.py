@@ -333,7 +333,7 @@ def test_a_wait_for_memory_is_told_once_and_ends(
     queue.wait_for_memory(table, number, told.append)
     assert database.status(number) == "submitted"
     [line] = told
-    assert line.startswith("waiting for memory: 91 % of this machine's is in use")
+    assert line.startswith("waiting: 91 % of this machine's memory is in use")
 
 
 @pytest.mark.parametrize("at_a_time, waits", [(1, True), (2, False), (0, False)])

@@ -19,7 +19,7 @@ from oq_runtime.errors import JournalError
 pytestmark = pytest.mark.timeout(900)
 
 
-def results(path: Path, *, of: int | None = None) -> None:
+def results(path: Path, *, of: int | str | None = None) -> None:
     """Write results as the engine does of a job that begins with those of another one."""
     oq = object.__new__(OqParam)
     vars(oq).update(hazard_calculation_id=of, inputs={}, base_path="")
@@ -38,7 +38,10 @@ def test_parents_of_parents(tmp_path: Path) -> None:
     assert len(resume.of_parent(table, 4, "")) == 2, "a circle has an end"
     results(tmp_path / "1.hdf5")
     assert resume.differences(before, resume.of_parent(table, 3, "")) == ["the results of job 1"]
+    results(tmp_path / "2.hdf5", of=str(tmp_path / "1.hdf5"))  # as for --hc with a path
+    assert len(resume.of_parent(table, 3, "")) == 3
     (tmp_path / "1.hdf5").unlink()
+    results(tmp_path / "2.hdf5", of=1)
     with pytest.raises(JournalError, match=r"the results of job 1, .*: No such file"):
         resume.of_parent(table, 3, "")
 

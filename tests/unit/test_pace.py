@@ -31,11 +31,34 @@ def test_it_is_counted_down_while_no_task_ends() -> None:
     assert pace.left_s(2500.0) == pytest.approx(2500 * 0.5 / 2.5)
 
 
+def test_no_time_counts_in_which_nothing_runs() -> None:
+    """As while others have the slots, or between two rounds of a function."""
+    pace = Pace(0.0)
+    for now, total, done, running in (
+        (3600, 100, 0, 0),  # after an hour of waiting
+        (3600, 100, 0, 10),
+        (3610, 100, 10, 10),
+        (3700, 100, 100, 0),
+        (7300, 100, 100, 0),
+        (7300, 200, 100, 10),
+    ):
+        pace.advance(total, done, running, now)
+    assert pace.took_s == 100
+    pace.advance(200, 110, 10, 7310)
+    assert pace.left_s(7310) == pytest.approx(100 * 95 / 105 - 10)
+
+
+def test_what_runs_twice_is_one_task() -> None:
+    pace = Pace(0.0)
+    pace.advance(20, 18, 4, 90)
+    assert pace.left_s(90) == pytest.approx(90 / 19)
+
+
 def test_more_tasks_may_take_longer() -> None:
     pace = Pace(0.0)
-    pace.advance(2, 1, 0, 10)
-    pace.advance(20, 1, 0, 11)
-    assert pace.left_s(11) == pytest.approx(11 * 19)
+    pace.advance(2, 1, 1, 10)
+    pace.advance(20, 1, 1, 11)
+    assert pace.left_s(11) == pytest.approx(11 * 18.5 / 1.5)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0.01, 100)), min_size=1, max_size=50))

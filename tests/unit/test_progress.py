@@ -44,6 +44,7 @@ def test_left() -> None:
         Phase(name="h"),
     )
     assert left([first, last, unknown]) == "about 1:01 left"
+    assert left([Phase(name="f", left_s=0.3)]) == "about 0:01 left"
     assert left([Phase(name="f", left_s=0.0), unknown]) == OVERDUE
     assert left([unknown]) == ""
 

@@ -7,6 +7,7 @@ has drawn leaves pieces of it behind.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -94,7 +95,7 @@ def left(phases: Iterable[protocol.Phase]) -> str:
     times = [phase.left_s for phase in phases if phase.left_s is not None]
     if not times:
         return ""
-    return f"about {clock(max(times))} left" if max(times) >= 1 else OVERDUE
+    return f"about {clock(math.ceil(max(times)))} left" if max(times) else OVERDUE
 
 
 def fitting(parts: Iterable[str], columns: int) -> str:

@@ -21,6 +21,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -542,8 +543,10 @@ class Run:
         self.skipped: list[str] = []  # how jobs were ended before their turn
         self.loaded = False  # the engine, or it was said that this takes long
         self.status: Status | None = None  # of the broker, the last one
+        self.others: list[str] = []  # lines on whose jobs have the slots that it waits for
         self.unanswered = ""  # why the job table cannot be read just now
         self.oom_kills = memory.oom_kills()
+        self.stage = ""  # as those see it who watch the job
         self.notice: Notice | None = None
         self.began_s = time.monotonic()
 
@@ -660,6 +663,7 @@ class Run:
                     self.status = found
                 self._look(now)
                 self._tell(now)
+                self._show_stage()
                 self.display.show(found)
             if not self.loaded and now - started_s > LOAD_SECS:
                 self._print(LOADING)
@@ -667,6 +671,13 @@ class Run:
             if self.interrupted_s and now - self.interrupted_s > STOP_SECS and not self.closing:
                 process.kill()
         self._release()
+
+    def _show_stage(self) -> None:
+        """Have those who watch the job see what is done besides tasks."""
+        if self.directory is not None and self.display.stage != self.stage:
+            self.stage = self.display.stage
+            with contextlib.suppress(OSError):  # a full disk
+                sessions.note_stage(self.directory, self.stage)
 
     def _lines(self, descriptor: int, take: Callable[[bytes], None]) -> bool:
         """Hand the lines that have come to their reader; return False at the end."""
@@ -743,21 +754,23 @@ class Run:
         ]
         for host, note in untold:
             if not host:
-                others = self._others() if waits[note] in ("slots", "workers") else ""
-                self._print(f"waiting: {note}{others}")
+                self._print(f"waiting: {note}")
+                if waits[note] in ("slots", "workers"):
+                    threading.Thread(target=self._ask_others, daemon=True).start()
+        while self.others:
+            self._print(self.others.pop())
         for line in grouped((host, reason) for host, reason in untold if host):
             self._print(f"without {line}")
         self.told = self.told.union(untold).intersection(found)
 
-    def _others(self) -> str:
-        """Say whose jobs have the workers of the nodes just now, as far as these answer."""
-        assert self.settings.cluster is not None
-        found: list[cluster_jobs.Job] = []
-        with contextlib.suppress(OqRuntimeError, OSError):  # no more than a help
-            found += cluster_jobs.jobs(Pool(self.settings.cluster).ask("status")).values()
-        own = (jobtable.user_name(), str(self.current))
-        named = cluster_jobs.at_work(job for job in found if (job.user, job.number) != own)
-        return f". At work now: {named}" if named else ""
+    def _ask_others(self) -> None:
+        """Find out whose jobs have the workers of the nodes just now; may wait for name servers."""
+        assert self.settings.cluster is not None and self.directory is not None
+        with contextlib.suppress(Exception):  # it is no more than a help
+            found = cluster_jobs.jobs(Pool(self.settings.cluster).ask("status"))
+            found.pop(self.directory.name, None)
+            if named := cluster_jobs.at_work(found.values()):
+                self.others.append(f"at work now: {named}")
 
     @property
     def closing(self) -> bool:

@@ -21,9 +21,12 @@ from oq_runtime.commands.progress import AT_WORK, Display, StatusReader
 from oq_runtime.engine import jobtable
 from oq_runtime.files import private
 from oq_runtime.session import launch
+from oq_runtime.text import clean
 
 #: the file with a JSON object per job
 JOBS = "jobs"
+#: and the one with what is done besides tasks
+STAGE = "stage"
 STOPPED = "the display is stopped, the job goes on; fg shows it again"
 #: seconds after the end of a session in which the row of its job may still change
 SETTLE_SECS = 2.0
@@ -46,6 +49,18 @@ def note(directory: Path, job: int, database: str, cluster: bool) -> None:
     with (directory / JOBS).open("a") as file:
         row = {"job": job, "database": database, "cluster": cluster}
         file.write(json.dumps(row) + "\n")
+
+
+def note_stage(directory: Path, stage: str) -> None:
+    """Note what a session does besides tasks."""
+    (directory / STAGE).write_text(stage)
+
+
+def _stage(directory: Path) -> str:
+    try:
+        return clean((directory / STAGE).read_text()) or AT_WORK
+    except (OSError, ValueError):  # it ends just now
+        return AT_WORK
 
 
 def running() -> list[Running]:
@@ -117,9 +132,8 @@ def watch(number: int | None, console: Console) -> tuple[int, str | None]:
                 if settled or state not in (*jobtable.UNFINISHED, jobtable.Status.FAILED):
                     return one.job, state
             display.show(status.poll())
+            display.enter(_stage(one.directory))
             what = waits_for(display.status, cluster=one.cluster)[0]
-            if state in (jobtable.Status.CREATED, jobtable.Status.SUBMITTED):
-                what = "its turn, behind other jobs"
             if what != waits:
                 waits, since_s = what, time.monotonic()
             display.wait(what, time.monotonic() - since_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -137,7 +138,7 @@ def _job_row(job: Job) -> list[str]:
 def _left(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return duration(seconds) if seconds >= 1 else "overdue"
+    return duration(math.ceil(seconds)) if seconds else "overdue"
 
 
 @main.command("make-urgent-key")

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 class Pace:
     """When a phase ends, about.
 
-    :param began_s: when its first task was submitted (s, of a clock that does not jump)
+    :param at_s: when its counters were looked at last (s, of a clock that does not jump)
 
-    ``took_s``: seconds from then to its last task that has ended, or to now while there are others.
+    ``took_s``: how long it had tasks that ran (s).
     """
 
-    began_s: float
+    at_s: float
     total: int = 0
     done: int = 0
+    running: int = 0
     took_s: float = 0.0
     ends_s: float | None = None
 
@@ -26,17 +27,17 @@ class Pace:
         Its end is reckoned anew when tasks have ended, where one that runs counts as half done, and
         is not put off, unless there are more tasks than before or it has passed.
         """
-        if done < total or done != self.done:
-            self.took_s = now - self.began_s
+        if self.running or done != self.done:
+            self.took_s += now - self.at_s
         if total != self.total:
             self.ends_s = None
         if done and (done, total) != (self.done, self.total):
-            worth = done + running / 2
-            ends_s = now + self.took_s * max(0.0, total - worth) / worth
+            worth = done + min(running, total - done) / 2  # some may run twice
+            ends_s = now + self.took_s * (total - worth) / worth
             if self.ends_s is not None and self.ends_s > now:
                 ends_s = min(ends_s, self.ends_s)
             self.ends_s = ends_s
-        self.done, self.total = done, total
+        self.at_s, self.total, self.done, self.running = now, total, done, running
 
     def left_s(self, now: float) -> float | None:
         """Return the seconds to its end, 0 where it is overdue, and None where it is not known."""

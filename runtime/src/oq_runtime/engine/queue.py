@@ -24,7 +24,7 @@ from oq_runtime.text import clean
 
 #: seconds between two looks at the jobs before, and at the memory
 LOOK_SECS = 1.0
-#: of the memory of the machine, from which on the engine begins with no job
+#: of the memory of the machine, from which on the engine begins no job
 MOST_MEMORY_PERCENT = 80
 
 
@@ -60,7 +60,7 @@ def wait(table: JobTable, number: int, at_a_time: int, tell: Callable[[str], Non
 
 
 def wait_for_memory(table: JobTable, number: int, tell: Callable[[str], None]) -> None:
-    """Wait until the machine has the free memory without which the engine begins with no job.
+    """Wait until the machine has the free memory without which the engine begins no job.
 
     The engine would look itself (``run_calc`` in ``openquake/engine/engine.py``), and say so to
     those alone who have the level info of its log.
@@ -70,8 +70,8 @@ def wait_for_memory(table: JobTable, number: int, tell: Callable[[str], None]) -
         if not told:
             table.own(number, Status.SUBMITTED)
             tell(
-                f"waiting for memory: {used:.0f} % of this machine's is in use, and the engine "
-                f"begins below {MOST_MEMORY_PERCENT} %; end what is not needed (ps --sort=-rss aux)"
+                f"waiting: {used:.0f} % of this machine's memory is in use, the engine begins a "
+                f"job below {MOST_MEMORY_PERCENT} %: end what is not needed (ps --sort=-rss aux)"
             )
             told = True
         time.sleep(LOOK_SECS)

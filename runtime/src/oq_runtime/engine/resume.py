@@ -133,7 +133,10 @@ def of_parent(table: JobTable, parent: int | str | None, base_path: str) -> dict
             found[name] = f"{stat.st_size} bytes of {stat.st_mtime_ns}"
             with hdf5.File(path, "r") as file:  # what it has not, the engine takes from its own
                 of_that = datastore.read_hc_id(file)
-            parent = of_that if isinstance(of_that, int) else None
+            known = isinstance(of_that, int) or (
+                isinstance(of_that, str) and Path(of_that).exists()
+            )
+            parent = of_that if known else None
         except OSError as exc:
             raise JournalError(f"{name}, {path}: {exc.strerror or exc}") from exc
     return found
@@ -145,7 +148,7 @@ def stamps(files: Iterable[Path]) -> dict[str, str]:
     for path in files:
         try:
             stat = path.stat()
-            text = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_ctime_ns}"
+            text = f"{stat.st_ino} {stat.st_size} {stat.st_ctime_ns}"
         except OSError as exc:
             text = f"cannot be read: {exc.strerror}"
         found[f"{INPUT} {path}"] = text
