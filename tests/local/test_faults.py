@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from oq_runtime.commands import sessions
+from oq_runtime.commands.sessions import STAGE
 from oq_runtime.core.limits import DEFAULTS
 from oq_runtime.files import journal, private
 from oq_runtime.session import launch
@@ -432,7 +432,7 @@ def test_wait_for_another_job(env: dict[str, str]) -> None:
         assert re.match(rf"waiting for job {number} of {getpass.getuser()} \(executing", line), line
         assert "serialize_jobs" in line and f"oq abort {number}" in line
         assert [status for _, status, _ in jobs(env)[-2:]] == ["executing", "submitted"]
-        [stage] = Path(env["TMPDIR"]).glob(f"{launch.PREFIX}*/{sessions.STAGE}")  # for --watch
+        [stage] = Path(env["TMPDIR"]).glob(f"{launch.PREFIX}*/{STAGE}")  # for --watch
         assert wait_for(lambda: stage.read_text() == "waiting for another job")
         time.sleep(3)  # the subject of the test: it does not count as run time
     finally:
