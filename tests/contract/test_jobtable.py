@@ -264,6 +264,9 @@ def test_mend(database: Database, table: JobTable) -> None:
         ended = database.job("complete", pid=gone)
         mended = [job.id for job in table.mend()]
     assert mended == sorted(dead.values())
+    for number in mended:  # for those who look there
+        [line] = database.call("get_log", number)
+        assert re.search(r" ERROR\] oq_runtime its process is gone", line)
     assert {what: database.status(number) for what, number in dead.items()} == dict.fromkeys(
         dead, "failed"
     )

@@ -432,8 +432,12 @@ def test_wait_for_another_job(env: dict[str, str]) -> None:
         assert re.match(rf"waiting for job {number} of {getpass.getuser()} \(executing", line), line
         assert "serialize_jobs" in line and f"oq abort {number}" in line
         assert [status for _, status, _ in jobs(env)[-2:]] == ["executing", "submitted"]
-        [stage] = Path(env["TMPDIR"]).glob(f"{launch.PREFIX}*/{STAGE}")  # for --watch
+        [stage] = Path(env["TMPDIR"]).glob(f"{launch.PREFIX}*/{STAGE}")
         assert wait_for(lambda: stage.read_text() == "waiting for another job")
+        watching = start(env, "--watch", jobs(env)[-1][0])
+        assert (
+            watching.stderr is not None and "waiting for another job" in watching.stderr.readline()
+        )
         time.sleep(3)  # the subject of the test: it does not count as run time
     finally:
         before.kill()
@@ -441,6 +445,7 @@ def test_wait_for_another_job(env: dict[str, str]) -> None:
     out, err = process.communicate(timeout=60)
     waited_s = time.monotonic() - told_s
     assert process.returncode == 0, err
+    assert watching.wait(30) == 0
     assert state(env, number) == ("failed", 0)
     [job] = json.loads(out)["jobs"]
     assert job["seconds"] < waited_s - 3, "the wait counts as run time"
@@ -794,6 +799,10 @@ def test_other_sites_than_those_of_the_parent(env: dict[str, str]) -> None:
         "the same sites, or none"
     )
     assert json.loads(out)["error"].endswith(said), out
+    # as the WebUI runs it, which shows the log
+    oq = [sys.executable, "-m", "openquake.commands", "engine", "--run", job, *child]
+    done = subprocess.run([str(word) for word in oq], env=env, capture_output=True, text=True)
+    assert done.returncode and said in done.stdout + done.stderr, (done.stdout, done.stderr)
 
 
 @pytest.mark.slow

@@ -316,6 +316,7 @@ def check_report(site: Site, session: requests.Session, job: int) -> None:
         ),
         ({"OQ_WEBUI_SECRET_KEY_FILE": "/"}, "/: Is a directory; name a file with a secret key"),
         ({"OQ_WEBUI_URL": "hazard.example/oq"}, "give the address by which browsers call"),
+        ({"OQ_WEBUI_HOST": "a"}, "OQ_WEBUI_HOST: no such setting; did you mean OQ_WEBUI_HOSTS?"),
         ({"OQ_APPLICATION_MODE": "restricted"}, "give RESTRICTED, the mode with login"),
         ({"OQ_APPLICATION_MODE": "PUBLIC"}, "give RESTRICTED, the mode with login"),
         (

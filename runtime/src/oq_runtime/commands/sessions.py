@@ -84,7 +84,7 @@ def rows() -> list[list[str]]:
         reader.close()
         if status is None:  # it ends just now
             continue
-        name = tasks = "-"
+        name, tasks = _stage(one.directory), "-"
         if status.phases:
             name = status.phases[-1].name
             done, total = (sum(getattr(p, key) for p in status.phases) for key in ("done", "total"))
@@ -120,7 +120,7 @@ def watch(number: int | None, console: Console) -> tuple[int, str | None]:
     display.mind_stop(STOPPED)
     status = StatusReader(one.directory)
     state: str | None = jobtable.Status.EXECUTING
-    waits, since_s, gone_s = "", time.monotonic(), 0.0
+    waits, told, since_s, gone_s = "", {""}, time.monotonic(), 0.0
     try:
         while True:
             if not gone_s and not one.directory.exists():
@@ -132,11 +132,18 @@ def watch(number: int | None, console: Console) -> tuple[int, str | None]:
                 if settled or state not in (*jobtable.UNFINISHED, jobtable.Status.FAILED):
                     return one.job, state
             display.show(status.poll())
-            display.enter(_stage(one.directory))
-            what = waits_for(display.status, cluster=one.cluster)[0]
+            display.enter(stage := _stage(one.directory))
+            what, why = waits_for(display.status, cluster=one.cluster)
             if what != waits:
                 waits, since_s = what, time.monotonic()
-            display.wait(what, time.monotonic() - since_s)
+            waited_s = time.monotonic() - since_s
+            display.wait(what, waited_s)
+            line = f"waiting: {why}" if why and waited_s > SETTLE_SECS else ""
+            if not line and not display.framed and stage.startswith("waiting"):
+                line = stage
+            if line not in told:
+                told.add(line)
+                display.print(line)
             time.sleep(LOOK_SECS)
     finally:
         display.close()

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -279,7 +278,7 @@ def _text(value: object) -> str:
 
 def print_table(titles: list[str], rows: list[list[str]]) -> None:
     """Print a table for a person; what the cells say may be the words of others."""
-    console = Console(highlight=False)
+    console = screen(sys.stdout)
     if not console.is_terminal:
         console.width = WIDE_COLUMNS
     narrow = console.width < NARROW_COLUMNS
@@ -288,7 +287,7 @@ def print_table(titles: list[str], rows: list[list[str]]) -> None:
         table.add_column(title)
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))  # a reason may have [brackets]
-    console.print(table)
+    console.print(table, highlight=False)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,6 @@ COMPLETE, FAILED, BAD_INPUT, NO_WORKERS, INTERRUPTED = 0, 1, 2, 3, 130
 DBSERVER_SECS = 30.0
 #: seconds that the files of a job have to close
 CLOSE_SECS = 60
-#: calculations of a hazard
-HAZARD = ("classical", "disaggregation", "event_based", "preclassical", "scenario")
 
 
 class Ignored(logging.Handler):
@@ -212,21 +210,11 @@ class Jobs:
         else:
             code, text = FAILED, messages.explain(exc)
             if job and messages.unforeseen(text):
-                text += self.other_sites(job)
+                text += messages.starting_elsewhere(self.table, job)
         number = job.calc_id if job else None
         what = {"job": number, "error": self.as_given(text), "retries": self.retries()}
         self.report({"kind": "failed", **what})
         return code
-
-    def other_sites(self, job: Any) -> str:
-        """Say that a hazard calculation has other sites than the one that it starts from."""
-        parent = str(job.params.get("hazard_calculation_id") or "")
-        if not parent.isdigit() or job.params["calculation_mode"] not in HAZARD:
-            return ""  # those of a risk calculation are the sites of its assets
-        own, theirs = self.table.job(job.calc_id), self.table.job(int(parent))
-        if own is None or theirs is None:
-            return ""
-        return messages.other_sites(Path(own.path), Path(theirs.path), theirs.id)
 
     def as_given(self, text: str) -> str:
         """Return a text with the paths that the user knows instead of where they are unpacked."""
@@ -256,8 +244,8 @@ class Jobs:
             self.table.check()
             for job in self.table.mend():
                 self.note(
-                    f"job {job.id} of {clean(job.user)} did not come to its end, and its process "
-                    f"is gone: it is failed{self.kept(job.id)}"
+                    f"job {job.id} of {clean(job.user)} did not come to its end, and "
+                    f"{jobtable.GONE}: it is failed{self.kept(job.id)}"
                 )
                 journal.set_told(journal.directory_of(self.datadir, job.id))
             self.tell_of_others()

@@ -74,6 +74,8 @@ class Status(enum.StrEnum):
     DELETED = "deleted"
 
 
+#: what is known of a job that cannot tell its end itself
+GONE = "its process is gone (journalctl -k --grep oom says whether for lack of memory)"
 UNFINISHED = (Status.CREATED, Status.SUBMITTED, Status.EXECUTING)
 COMPLETE = (Status.COMPLETE, Status.SHARED)
 
@@ -182,6 +184,8 @@ class JobTable:
         lost = [job for job in self.unfinished() if job.pid and not lives(job)]
         for job in lost:
             self.finish(job.id, Status.FAILED)
+            # for those who look at the job in the WebUI, or with oq engine --show-log
+            self.call("log", job.id, datetime.now(UTC), "ERROR", "oq_runtime", GONE)
         return lost
 
     def end_own(self, status: Status) -> None:

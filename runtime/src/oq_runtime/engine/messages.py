@@ -18,11 +18,14 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from oq_runtime.engine.jobtable import JobTable
 from oq_runtime.errors import OqRuntimeError
 from oq_runtime.text import clean
 
+#: calculation modes that have sites of their own
+HAZARD = ("classical", "disaggregation", "event_based", "preclassical", "scenario")
 #: characters of an explanation of the engine that are shown
 MOST_CHARACTERS = 1500
 ROOM = "free space or set OQ_DATADIR to another directory"
@@ -190,6 +193,20 @@ def other_sites(own: Path, results: Path, parent: int) -> str:
         f"; its sites ({ours}) are not those of job {parent} ({theirs}), from which it starts: "
         "give it the same sites, or none"
     )
+
+
+def starting_elsewhere(table: JobTable, context: Any) -> str:
+    """Say that a hazard calculation has other sites than the one that it starts from.
+
+    :param context: the engine's, of the job
+    """
+    parent = str(context.params.get("hazard_calculation_id") or "")
+    if not parent.isdigit() or context.params["calculation_mode"] not in HAZARD:
+        return ""  # those of a risk calculation are the sites of its assets
+    own, theirs = table.job(context.calc_id), table.job(int(parent))
+    if own is None or theirs is None:
+        return ""
+    return other_sites(Path(own.path), Path(theirs.path), theirs.id)
 
 
 def similar(text: str) -> str:

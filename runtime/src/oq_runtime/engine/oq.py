@@ -89,11 +89,16 @@ def tell(log: Any, exc: BaseException) -> None:
     from openquake.commonlib import logs
 
     inputs = messages.files(log.params["inputs"])
-    if text := messages.of_user(exc, inputs, config.directory.shared_dir):
+    table = JobTable.of_engine()
+    text = messages.of_user(exc, inputs, config.directory.shared_dir)
+    if not text and messages.unforeseen(said := messages.explain(exc)):
+        elsewhere = messages.starting_elsewhere(table, log)
+        text = elsewhere and said + elsewhere
+    if text:
         unpacked = f"{logs.get_datadir()}/calc_{log.calc_id}/"  # an upload
-        level = JobTable.of_engine().level_of_errors(log.calc_id)
-        said = (level, "oq_runtime", text.replace(unpacked, ""))
-        logs.dbcmd("log", log.calc_id, datetime.now(UTC), *said)
+        level = table.level_of_errors(log.calc_id)
+        row = (level, "oq_runtime", text.replace(unpacked, ""))
+        logs.dbcmd("log", log.calc_id, datetime.now(UTC), *row)
 
 
 def install_main(command: Any) -> None:

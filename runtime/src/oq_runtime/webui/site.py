@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import stat
@@ -26,7 +27,15 @@ from urllib.parse import SplitResult, urlsplit
 
 from oq_runtime.errors import ConfigError
 
+PREFIX = "OQ_WEBUI_"
 KEY_VARIABLE = "OQ_WEBUI_SECRET_KEY_FILE"
+VARIABLES = (
+    "OQ_WEBUI_URL",
+    "OQ_WEBUI_PROXY",
+    "OQ_WEBUI_HOSTS",
+    "OQ_WEBUI_UPLOAD_MB",
+    KEY_VARIABLE,
+)
 #: name of the key beside the job database
 KEY_NAME = "webui-secret-key"
 #: characters of the shortest secret key that is accepted; below 50 Django itself warns
@@ -59,6 +68,11 @@ class Site:
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Site:
         """Return what the variables say; raises ConfigError that names the variable."""
+        for other in environment:
+            if other.startswith(PREFIX) and other not in VARIABLES:
+                near = difflib.get_close_matches(other, VARIABLES, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VARIABLES)}"
+                raise ConfigError(f"{other}: no such setting; {hint}")
         url = _url(environment.get("OQ_WEBUI_URL", ""))
         hosts = [name.strip() for name in environment.get("OQ_WEBUI_HOSTS", "").split(",")]
         if url and (name := url.hostname):
