@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import reports
 from tests.leftovers import wait_for
 from tests.reports import Page
 
@@ -771,6 +772,15 @@ def test_dry_run(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     assert code == 0 and 1 < row["sites"] < 181
     assert jobs(env) == before
     assert not list(tmpdir.iterdir()), "the engine makes a file there for its sources"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", sorted(reports.JOBS))
+def test_dry_run_in_each_mode(env: dict[str, str], job: str) -> None:
+    code, out, err = run(env, corpus(f"{job}.ini"), "--dry-run")
+    mode = job.partition("/")[0].replace("disagg", "disaggregation")
+    sizes = r"\d+ sites?, (\d+ sources?, )?\d+ realizations?; about \d+ tasks in its main phase\n"
+    assert code == 0 and re.fullmatch(rf".*job\w*\.ini: {mode}\w*, {sizes}", out), (out, err)
 
 
 @pytest.mark.slow
