@@ -785,7 +785,7 @@ def test_two_jobs_from_one_parent_that_a_reader_has_open(env: dict[str, str]) ->
     assert {state for number, state, _ in jobs(env) if number >= parent} == {"complete"}
 
 
-def test_other_sites_than_those_of_the_parent(env: dict[str, str]) -> None:
+def test_other_sites_than_those_of_the_parent(env: dict[str, str], tmp_path: Path) -> None:
     """The engine takes them for the same, and fails somewhere by an index."""
     job = corpus("classical/case_02/job.ini")
     code, out, err = run(env, job, "-p", "sites=0.0 0.0, 0.1 0.0, 0.2 0.0", "--json")
@@ -800,9 +800,16 @@ def test_other_sites_than_those_of_the_parent(env: dict[str, str]) -> None:
     )
     assert json.loads(out)["error"].endswith(said), out
     # as the WebUI runs it, which shows the log
-    oq = [sys.executable, "-m", "openquake.commands", "engine", "--run", job, *child]
-    done = subprocess.run([str(word) for word in oq], env=env, capture_output=True, text=True)
-    assert done.returncode and said in done.stdout + done.stderr, (done.stdout, done.stderr)
+    shutil.copytree(job.parent, folder := tmp_path / "job")
+    text = (folder / "job.ini").read_text()
+    (folder / "job.ini").write_text(text.replace("sites = 0.0 0.0", "sites = 0.0 0.0, 0.2 0.0"))
+    words = ["--run", str(folder / "job.ini"), "--hc", str(parent["job"])]
+    oq = [sys.executable, "-m", "openquake.commands", "engine"]
+    done = subprocess.run([*oq, *words], env=env, capture_output=True, text=True)
+    assert done.returncode, (done.stdout, done.stderr)
+    show = [*oq, "--show-log", str(jobs(env)[-1][0])]
+    log = subprocess.run(show, env=env, capture_output=True, text=True).stdout
+    assert said in log, log
 
 
 @pytest.mark.slow
