@@ -81,10 +81,10 @@ def main() -> int:
     first.run(chosen, parents)
     shutil.rmtree(base / "first", ignore_errors=True)
     first.out = where.rename(base / "first")
-    chosen = [job for job in chosen if first.rows[job.key]["state"] == "complete"]
     options.append("--replay")
     again = Side("replay", "zmq", where, args.cores, keep=False, options=options)
-    again.run(chosen, parents)
+    again.run(chosen, parents)  # also those that have failed, so that each has its number of then
+    chosen = [job for job in chosen if first.rows[job.key]["state"] == "complete"]
 
     bad = 0
     modes: dict[str, list[Row]] = defaultdict(list)

@@ -93,6 +93,21 @@ assert "poes" not in vars(ContextMaker("*", [gsim], dict(imtls={"PGA": [1.0]})))
 """)
 
 
+def test_where_results_are_is_no_input() -> None:
+    """Another job has its own, with the same in it: or the history before would differ."""
+    check("""
+from openquake.calculators.getters import MapGetter
+
+def getter(number, sids):
+    found = object.__new__(MapGetter)
+    found.filenames, found.sids = [f"/data/calc_{number}.hdf5"], sids
+    return found
+
+assert digest([getter(7, [0, 1])]) == digest([getter(8, [0, 1])])
+assert digest([getter(7, [0, 1])]) != digest([getter(7, [0, 2])])
+""")
+
+
 def test_tasks(tmp_path: Path) -> None:
     """A request begins where it is loaded, for all tasks of a job; in its own process it is one."""
     requests = tmp_path / "requests"

@@ -29,8 +29,12 @@ SURROUNDINGS = frozenset(
         ("openquake.commonlib.oqvalidation", "OqParam"),
     }
 )
-#: which carries parameters of its own
-CARRIER = ("openquake.hazardlib.contexts", "ContextMaker")
+#: classes with attributes that are left out: parameters, which are compared apart, and the names
+#: of the datastores, this job's or its parents', that a task reads
+PARTS: dict[tuple[str, str], frozenset[str]] = {
+    ("openquake.hazardlib.contexts", "ContextMaker"): CARRIED,
+    ("openquake.calculators.getters", "MapGetter"): frozenset({"filenames"}),
+}
 
 
 def mark(name: str) -> None:
@@ -44,8 +48,8 @@ class Canonical(pickle.Pickler):
         # numpy's own generator, begun by chance in each process, which every scipy distribution has
         if obj is numpy.random.mtrand._rand:
             return mark, ("RandomState",)
-        if _carrier(cls := obj.__class__):
-            state = {name: value for name, value in vars(obj).items() if name not in CARRIED}
+        if left_out := _left_out(cls := obj.__class__):
+            state = {name: value for name, value in vars(obj).items() if name not in left_out}
             return mark, (cls.__qualname__,), state
         return (mark, (name,)) if (name := _surroundings(cls)) else NotImplemented
 
@@ -60,8 +64,12 @@ def _surroundings(cls: type) -> str:
 
 
 @functools.cache
-def _carrier(cls: type) -> bool:
-    return any((one.__module__, one.__qualname__) == CARRIER for one in cls.__mro__)
+def _left_out(cls: type) -> frozenset[str]:
+    """Return the attributes that are left out of objects of a class."""
+    for one in cls.__mro__:
+        if found := PARTS.get((one.__module__, one.__qualname__)):
+            return found
+    return frozenset()
 
 
 def digest(obj: Any) -> bytes:
