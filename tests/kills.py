@@ -11,9 +11,10 @@ its end; a job that was killed before it had a journal is begun anew, as its use
 job was faster than the kill, another one is drawn.
 
 One line per run, then ``runs=N equal=N killed=N in_replay=N left_behind=N again=X%``: runs in which
-something was killed, kills of jobs that replayed; and of the tasks that had been committed when
-something was killed, those that were computed again. Exit code 1 unless all results are equal, each
-run had its kill, nothing is left behind, and that part is 5 % at most.
+something was killed, kills of jobs that replayed; and of the seconds of the tasks that had been
+committed when something was killed, each by the mean of its function in the undisturbed run, those
+that were computed again. Exit code 1 unless all results are equal, each run had its kill, nothing
+is left behind, and that part is 5 % at most.
 Not covered: kills of workers, which end no job (``tests.chaos``), and the power cut of a machine,
 which takes what no disk has (``tests/system``).
 """
@@ -26,24 +27,28 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import h5py
 import psutil
 
 from oq_runtime.commands.progress import StatusReader
 from oq_runtime.errors import JournalError
 from oq_runtime.files import journal
+from oq_runtime.files.journal import Consumed, Submitted
 from oq_runtime.session import launch
 from tests.chaos import JOBS, LIMIT_S, command, private_engine, workers
 from tests.conformance.compare import compare
 from tests.conformance.corpus import list_jobs, parent_of
 from tests.leftovers import shm, unused_shm, wait_for
 
-#: of the committed tasks, those that may be computed again
+#: of the seconds of committed tasks, those that may be computed again
 MOST_AGAIN = 0.05
 CORES = 2
 CORPUS_JOBS = 12
@@ -65,7 +70,8 @@ class Ended:
     A run of ``oq-run`` that has ended, by itself or not.
 
     :param killed: what was killed; empty where it was faster
-    :param committed: tasks of this run that had been committed when the broker was last asked
+    :param committed: tasks of this run that had been committed when the broker was last asked, by
+        their functions
     """
 
     code: int
@@ -73,7 +79,7 @@ class Ended:
     log: str
     seconds: float
     killed: str = ""
-    committed: int = 0
+    committed: Counter[str] = field(default_factory=Counter)
 
     @property
     def datastore(self) -> Path | None:
@@ -135,12 +141,16 @@ class Master:
         for number in self.numbers():
             journal.remove(journal.directory_of(self.datadir, number))
 
-    def results(self, number: int) -> int | None:
-        """How many results a journal has; None where it is not there, or has only begun."""
+    def results(self, number: int) -> list[str] | None:
+        """The functions of the results that a journal has, in their order; None: it has no head."""
         try:
-            return journal.Reader(journal.directory_of(self.datadir, number)).results
+            records = journal.Reader(journal.directory_of(self.datadir, number)).records
         except (JournalError, FileNotFoundError):
             return None
+        events = [record.event for record in records]
+        functions = {(e.map, e.task): e.func for e in events if isinstance(e, Submitted)}
+        found = [functions[e.map, e.task] for e in events if isinstance(e, Consumed)]
+        return [name.rpartition(".")[2] for name in found]
 
     def run(self, *args: object, kill: Kill | None = None) -> Ended:
         """Run ``oq-run`` with these arguments, and kill what is to be killed."""
@@ -153,7 +163,7 @@ class Master:
                 [*argv, "--json", f"--cores={CORES}"],
                 env=self.env, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
             )  # fmt: skip
-        killed, committed = "", 0
+        killed, committed = "", Counter[str]()
         if kill is not None:
             killed, committed = self._kill(process, kill, began_s, before, log_path)
         try:
@@ -177,23 +187,23 @@ class Master:
         began_s: float,
         before: set[int],
         log_path: Path,
-    ) -> tuple[str, int]:
+    ) -> tuple[str, Counter[str]]:
         """Wait for the moment and kill; return what was killed, and the tasks committed by then."""
         reader: StatusReader | None = None
-        committed, first = 0, None
+        committed, first = Counter[str](), None
         try:
             while process.poll() is None:
                 if reader is None and (found := self.session()):
                     reader = StatusReader(found)
                 if reader is not None and (status := reader.poll()):
-                    committed = sum(phase.done for phase in status.phases)
+                    committed = Counter({phase.name: phase.done for phase in status.phases})
                 if kill.replay and GOES_ON not in log_path.read_text(errors="replace"):
                     began_s = time.monotonic()
                 elif kill.after_s is not None:
                     if time.monotonic() - began_s >= kill.after_s:
                         return self._end(process, kill.victim), committed
                 elif number := max(self.numbers(), default=0):
-                    results = self.results(number) or 0
+                    results = len(self.results(number) or ())
                     first = results if first is None and number in before else first or 0
                     if results >= first + kill.results:
                         return self._end(process, kill.victim), committed
@@ -287,26 +297,27 @@ class Run:
     :param ended: its end
     :param kills: the ends by a kill before that
     :param told: what was killed, and what was taken over
-    :param committed: tasks that had been committed when something was killed
+    :param committed: tasks that had been committed when something was killed, by their functions
     :param lost: of these, those that were computed again
     """
 
     ended: Ended | None = None
     kills: list[Ended] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
-    committed: int = 0
-    lost: int = 0
+    committed: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
 
 
 def run_to_its_end(master: Master, job: Path, kills: list[Kill]) -> Run:
     """Run a job, kill what is to be killed, and let it go on."""
-    run, had = Run(), 0
+    run, had = Run(), list[str]()
     args: list[object] = [job]
     before = master.numbers()
     for kill in kills:
         run.ended = ended = master.run(*args, kill=kill)
         if not ended.killed or ended.datastore is not None:
             run.told.append("no kill ended it")
+            run.lost += not_taken_over(ended, had)
             return run
         run.kills.append(ended)
         run.told.append(f"{kill}" if ended.killed == kill.victim else f"{kill}, as {ended.killed}")
@@ -315,19 +326,39 @@ def run_to_its_end(master: Master, job: Path, kills: list[Kill]) -> Run:
         kept = master.results(max(new)) if new else None
         run.committed += ended.committed
         # what was taken over does not come to the broker again
-        run.lost += max(0, ended.committed - ((kept or 0) - had))
+        run.lost += ended.committed - (Counter(kept or ()) - Counter(had))
         if kept is not None:
             args, had = ["--resume", max(new)], kept
         else:
-            args, had = [job], 0
+            run.lost += Counter(had)
+            args, had = [job], []
             run.told[-1] += " (begun anew)"
     run.ended = master.run(*args)
-    if len(args) == 2 and run.ended.datastore is not None:
-        found = TOOK_OVER.search(run.ended.log)
-        took_over = int(found[1]) if found else 0
-        run.told.append(f"took over {took_over} of {had}")
-        run.lost += had - took_over
+    if len(args) == 2:
+        again = not_taken_over(run.ended, had)
+        run.told.append(f"took over {len(had) - again.total()} of {len(had)}")
+        run.lost += again
     return run
+
+
+def not_taken_over(ended: Ended, had: list[str]) -> Counter[str]:
+    """Of the results that a journal had, those that a job that went on did not take over."""
+    found = TOOK_OVER.search(ended.log)
+    return Counter(had[int(found[1]) if found else 0 :])
+
+
+def seconds_of(tasks: Counter[str], datastore: Path) -> float:
+    """What tasks take, by the mean of their functions in an undisturbed run."""
+    with h5py.File(datastore, "r") as file:
+        rows = file["task_info"][:]
+    names = [name.decode() for name in rows["taskname"]]
+    mean_s = {
+        name: statistics.fmean(
+            s for one, s in zip(names, rows["duration"], strict=True) if one == name
+        )
+        for name in set(names)
+    }
+    return float(sum(count * mean_s.get(name, 0.0) for name, count in tasks.items()))
 
 
 def drill(runs: int, seed: int, home: Path) -> int:
@@ -349,7 +380,8 @@ def drill(runs: int, seed: int, home: Path) -> int:
         print("an example fails by itself")
         return 1
     memory = shm()
-    equal = killed = in_replay = left_behind = committed = lost = 0
+    equal = killed = in_replay = left_behind = 0
+    committed_s = lost_s = 0.0
     for number in range(runs):
         job = jobs[number % len(jobs)]
         reference = undisturbed[job].datastore
@@ -362,8 +394,8 @@ def drill(runs: int, seed: int, home: Path) -> int:
             master.forget()
         killed += bool(run.kills)
         in_replay += sum(end.in_replay for end in run.kills)
-        committed += run.committed
-        lost += run.lost
+        committed_s += seconds_of(run.committed, reference)
+        lost_s += seconds_of(run.lost, reference)
         assert run.ended is not None
         ended = run.ended
         if ended.datastore is None:
@@ -377,11 +409,11 @@ def drill(runs: int, seed: int, home: Path) -> int:
         left += unused_shm(shm() - memory)
         left_behind += bool(left)
         name = f"{job.parent.name}/{job.stem}"
-        words = f"{verdict}, {run.lost} of {run.committed} again"
+        words = f"{verdict}, {run.lost.total()} of {run.committed.total()} again"
         print(f"{number + 1}/{runs} {name} {'; '.join(run.told)}: {words}"
               + (f"; left behind: {', '.join(left)}" if left else ""), flush=True)  # fmt: skip
         master.forget()  # also what a job has left that was begun anew
-    part = lost / committed if committed else 0.0
+    part = lost_s / committed_s if committed_s else 0.0
     print(f"runs={runs} equal={equal} killed={killed} in_replay={in_replay} "
           f"left_behind={left_behind} again={part:.1%}", flush=True)  # fmt: skip
     good = equal == killed == runs and not left_behind and part <= MOST_AGAIN
