@@ -98,9 +98,9 @@ def test_where_results_are_is_no_input() -> None:
     check("""
 from openquake.calculators.getters import MapGetter
 
-def getter(number, sids):
+def getter(number, rlzs):
     found = object.__new__(MapGetter)
-    found.filenames, found.sids = [f"/data/calc_{number}.hdf5"], sids
+    found.filenames, found.trt_rlzs = [f"/data/calc_{number}.hdf5"], rlzs
     return found
 
 assert digest([getter(7, [0, 1])]) == digest([getter(8, [0, 1])])
