@@ -36,7 +36,7 @@ def test_another_shared_directory(cluster: Cluster) -> None:
     """By ``site.yml`` alone, and nobody is locked out meanwhile; ``verify.yml`` passes there.
 
     It sees a mount for writing and a wrong clock there as well, the former of which goes with the
-    way back.
+    way back, the next row.
     """
     move(cluster, OTHER)
     datastore = cluster.submit(USERS[0], cluster.give_example(USERS[0], "risk")).complete()
