@@ -23,6 +23,8 @@ from benchmarks import report
 from benchmarks.rows import EXPERIMENTS, Experiment
 from benchmarks.systems import (
     ENGINES,
+    JOURNAL,
+    NO_JOURNAL,
     PEERS,
     PEERS_PYTHON,
     ROOT,
@@ -134,7 +136,9 @@ def busy(loops: int) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--row", default="", help="comma-separated; default: all but huge and real")
-    parser.add_argument("--system", default="", help="comma-separated; default: all")
+    parser.add_argument(
+        "--system", default="", help="comma-separated; default: all but the pairs for the journal"
+    )
     parser.add_argument("--rounds", type=int, help="default: 5, quick: 2")
     parser.add_argument("--quick", action="store_true", help="less work, fewer rounds")
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="beside N busy loops")
@@ -147,7 +151,7 @@ def main() -> None:
     rows = names(args.row, [experiment.name for experiment in EXPERIMENTS], "row")
     experiments = [e for e in EXPERIMENTS if (e.name in rows if rows else not e.on_request)]
     known = [*ENGINES, *PEERS, SEALED]
-    systems = set(names(args.system, known, "system") or known)
+    systems = set(names(args.system, known, "system")) or {*known} - {JOURNAL, NO_JOURNAL}
     if reason := netns.unavailable():
         sys.exit(f"the benchmarks need network namespaces: {reason}")
     if not PEERS_PYTHON.exists():

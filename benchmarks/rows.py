@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.systems import ROOT, SEALED, Failed, Hung, Lab, System
+from benchmarks.systems import JOURNAL, NO_JOURNAL, ROOT, SEALED, Failed, Hung, Lab, System
 from benchmarks.usage import Usage, peak_bytes
 from tests.conformance.compare import compare
 
@@ -209,7 +209,7 @@ EXPERIMENTS = (
                 (Target(1500), Target(8, ZMQ), Target(3.5, "parsl-htex")),
             ),
         ),
-        systems=(*ENGINE, *PEERS),
+        systems=(*ENGINE, JOURNAL, *PEERS),
         on=nothing,
     ),
     Experiment(
@@ -222,7 +222,7 @@ EXPERIMENTS = (
                 (Target(380), Target(1.5, ZMQ), Target(1.3, "dask"), Target(0.85, SEALED)),
             ),
         ),
-        systems=(*ENGINE, *PEERS, SEALED),
+        systems=(*ENGINE, JOURNAL, *PEERS, SEALED),
         on=result,
     ),
     Experiment(
@@ -235,7 +235,7 @@ EXPERIMENTS = (
                 (Target(3000), Target(12, ZMQ), Target(1.5, "dask-scatter")),
             ),
         ),
-        systems=(*ENGINE, *PEERS, "dask-scatter"),
+        systems=(*ENGINE, JOURNAL, *PEERS, "dask-scatter"),
         on=argument,
     ),
     Experiment(
@@ -330,7 +330,7 @@ EXPERIMENTS = (
                 "real",
                 "a classical hazard calculation",
                 "s",
-                (Target(1.02, PROCESSPOOL),),
+                (Target(1.02, PROCESSPOOL), Target(1.02, NO_JOURNAL)),
                 more_is_better=False,
             ),
             Row(
@@ -365,7 +365,7 @@ EXPERIMENTS = (
                 for role in ("engine", "broker", "agent", "worker")
             ),
         ),
-        systems=ENGINE,
+        systems=(*ENGINE, NO_JOURNAL),
         measure=real,
         on_request=True,
     ),

@@ -1,6 +1,8 @@
 """The systems under test, each started on hosts of its own (network namespaces) and ended again.
 
     oq-runtime-tcp      our broker and agents, CURVE over TCP between master and nodes
+    oq-runtime-tcp-journal, oq-runtime-tcp-no-journal
+                        the same with a journal where the first has none, and without where it has
     oq-runtime-ipc      the same embedded in one host, as ``oq-run`` without a cluster
     engine-zmq          the engine's own worker pools, TCP between master and nodes
     engine-processpool  the engine's own multiprocessing pool
@@ -154,6 +156,7 @@ class Lab:
                 shutil.copytree(self._empty_database(), cluster.home / "oqdata", dirs_exist_ok=True)
             if name.startswith("oq-runtime"):
                 argv = ["-m", "oq_runtime.commands.run", str(job), "--no-progress"]
+                argv += ["--no-journal"] if name == NO_JOURNAL else []
             else:
                 argv = ["-m", "openquake.commands", "engine", "--run", str(job)]
             yield (
@@ -242,6 +245,10 @@ def oq_runtime_tcp(lab: Lab, cluster: Cluster) -> dict[str, str]:
     return {"OQ_DISTRIBUTE": "zmq"}
 
 
+def oq_runtime_tcp_journal(lab: Lab, cluster: Cluster) -> dict[str, str]:
+    return oq_runtime_tcp(lab, cluster) | {"BENCH_JOURNAL": str(cluster.home / "journal")}
+
+
 def oq_runtime_ipc(lab: Lab, cluster: Cluster) -> dict[str, str]:
     _one_host(cluster)
     return {"OQ_DISTRIBUTE": "zmq", "OQ_NUM_CORES": str(sum(cluster.slots.values()))}
@@ -270,8 +277,12 @@ def engine_processpool(lab: Lab, cluster: Cluster) -> dict[str, str]:
     return {"OQ_DISTRIBUTE": "processpool", "OQ_NUM_CORES": str(sum(cluster.slots.values()))}
 
 
+#: pairs with oq-runtime-tcp: rows that ask a system that is up have no journal, jobs have one
+JOURNAL, NO_JOURNAL = "oq-runtime-tcp-journal", "oq-runtime-tcp-no-journal"
 ENGINES: dict[str, Callable[[Lab, Cluster], dict[str, str]]] = {
     "oq-runtime-tcp": oq_runtime_tcp,
+    JOURNAL: oq_runtime_tcp_journal,
+    NO_JOURNAL: oq_runtime_tcp,
     "oq-runtime-ipc": oq_runtime_ipc,
     "engine-zmq": engine_zmq,
     "engine-processpool": engine_processpool,
