@@ -21,7 +21,7 @@ DEMO_JOB ?= examples/hazard_classical/job.ini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-cluster demo-cluster-down test docs lint types unit local cluster attack coverage conformance resume reuse reports chaos bench bench-peers bench-noting simulate \
+.PHONY: help demo demo-cluster demo-cluster-down test docs lint types unit local cluster attack coverage conformance resume reuse reports chaos bench bench-peers bench-noting bench-slow-disk simulate \
 	provisioning molecule system-test wheelhouse clean venv .venv .venv-3.23 .venv-3.25 .venv-provision
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo "make chaos        RUNS=n SEED=n, CLUSTER=1: on the cluster of network namespaces"
 	@echo "make bench        QUICK=1, ROUNDS=n, ROW=name,.. SYSTEM=name,.. BUSY=n (see docs/performance.md)"
 	@echo "make bench-peers  NODES=\"n ...\": one broker and many nodes on real sockets"
+	@echo "make bench-slow-disk  ROUNDS=n: what a journal costs on a slow disk"
 	@echo "make bench-noting TASKS=n: what it costs to note what becomes of each task"
 	@echo "make simulate     NODES=n SLOTS=n TASKS=n SEED=n, or SWEEP=1"
 	@echo "make coverage     which lines and branches the lanes reach, in all their processes"
@@ -189,6 +190,10 @@ bench-peers: $(STAMP)
 # What it costs to note what becomes of each task.
 bench-noting: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.noting $(TASKS)
+
+# What a journal costs where the data directory is on a slow disk.
+bench-slow-disk: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.slow_disk $(if $(ROUNDS),--rounds $(ROUNDS))
 
 simulate: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.simulation $(if $(SWEEP),--sweep) \

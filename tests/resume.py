@@ -2,12 +2,12 @@
 
     python -m tests.resume [--sample N --seed S | --jobs "p1 p2" | --all]
 
-One table row per calculation mode: jobs, those that replayed to the end, and results replayed of
-those that were kept; then each job that did not, with the reason, and each whose results differ
-from those of the first run. Exit code 1 when results differ or a job fails in the replay only.
+One table row per calculation mode: jobs that have results, those that replayed to the end, and
+results replayed of those that were kept; then each job that did not, with the reason, and each
+whose results differ from those of the first run. Exit code 1 when results differ or a job fails in the replay only.
 Then for each mode its parameters that do not matter from the start: what ``oq-run --reuse`` can
 take over for other values, up to which function, in the job of the mode where that is least.
-Not covered: jobs that are killed (``tests/local/test_resume.py``).
+Not covered: jobs that are killed (``tests.kills``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def verdict(job: Job, first: Side, again: Side) -> str:
     if differences := compare(first.out / name, again.out / name):
         return f"other results: {differences[:3]}"
     if row["replayed"] < first.rows[job.key]["results"]:
-        return "; ".join(row["told"]) or row["stopped"]
+        return "; ".join([*row["told"], row["stopped"]]).strip("; ")
+    if stopped := first.rows[job.key]["stopped"]:
+        return f"its journal has ended before it: {stopped}"
     return ""
 
 
@@ -95,7 +97,8 @@ def main() -> int:
         if wrong:
             bad += wrong.startswith(("failed", "other results"))
             print(f"{job.name}: {wrong}")
-    for mode, rows in sorted(modes.items()):
+    with_results = {mode: [row for row in rows if row["results"]] for mode, rows in modes.items()}
+    for mode, rows in sorted(with_results.items()):
         whole = sum(not row["wrong"] for row in rows)
         replayed, kept = (sum(row[name] for row in rows) for name in ("replayed", "results"))
         print(f"{mode}: {whole} of {len(rows)} jobs to the end, {replayed} of {kept} results")
@@ -110,8 +113,10 @@ def main() -> int:
             names = sorted(name for name, part in found.items() if part == until)
             if until[0]:
                 print(f"{mode}, {until[1]} ({until[0]:.0%}): {', '.join(names)}")
-    whole = sum(not row["wrong"] for rows in modes.values() for row in rows)
-    print(f"jobs={len(chosen)} replayed_to_the_end={whole} wrong={bad}")
+    counted = [row for rows in with_results.values() for row in rows]
+    whole = sum(not row["wrong"] for row in counted)
+    of_them = f"of {len(counted)} with results, {whole / max(len(counted), 1):.1%}"
+    print(f"jobs={len(chosen)} replayed_to_the_end={whole} ({of_them}) wrong={bad}")
     return 1 if bad else 0
 
 
