@@ -4,7 +4,8 @@
 
 One table row per calculation mode: jobs that have results, those that replayed to the end, and
 results replayed of those that were kept; then each job that did not, with the reason, and each
-whose results differ from those of the first run. Exit code 1 when results differ or a job fails in the replay only.
+whose results differ from those of the first run. Exit code 1 when results differ or a job fails in
+the replay only.
 Then for each mode its parameters that do not matter from the start: what ``oq-run --reuse`` can
 take over for other values, up to which function, in the job of the mode where that is least.
 Not covered: jobs that are killed (``tests.kills``).

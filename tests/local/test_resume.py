@@ -1,7 +1,7 @@
 """Jobs that did not complete and go on: equal results, and what is refused.
 
 Not covered: the bytes of a journal (``unit/test_journal``), how far each calculation mode replays
-(``python -m tests.resume``).
+(``python -m tests.resume``), kills at random moments (``python -m tests.kills``).
 """
 
 from __future__ import annotations
@@ -153,6 +153,21 @@ def test_reuse(env: dict[str, str]) -> None:
         assert compare(done(undisturbed)[1], done(out)[1]) == []
     code, _, err = run(env, job, "--reuse", "--no-journal")
     assert code == 2 and "--reuse needs a journal" in one_line(err)
+
+
+@pytest.mark.slow
+def test_others_begin_with_the_results_of_a_job_that_went_on(env: dict[str, str]) -> None:
+    """What it was asked to be kept for holds after a kill as well."""
+    job, number = corpus("disagg/case_1/job.ini"), last(env) + 1
+    kill(env, number, 1, job, "--reuse")
+    code, _, err = run(env, "--resume", number)
+    assert code == 0 and "took over the results of" in err, err
+    kept = results(env, number)
+    code, out, err = run(env, job, "-p", "description=again", "--reuse", "--json")
+    assert code == 0 and f"beginning with the results of job {number}" in err, err
+    assert f"took over the results of {kept} tasks" in err, err
+    undisturbed = run(env, job, "-p", "description=again", "--no-journal", "--json")[1]
+    assert compare(done(undisturbed)[1], done(out)[1]) == []
 
 
 @pytest.mark.slow

@@ -262,6 +262,26 @@ def test_ends_at_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert len(caplog.records) == 1
 
 
+def test_ends_at_a_disk_that_cannot_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device that fails tells so when it is to keep what it has taken."""
+    monkeypatch.setattr(journal, "SYNC_SECS", 0.0)
+    syncs = iter([None, OSError(errno.EIO, os.strerror(errno.EIO))])
+
+    def sync(descriptor: int) -> None:
+        if (error := next(syncs, None)) is not None:
+            raise error
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    items = some(200)
+    writer = write(tmp_path / "j", items)
+    assert os.strerror(errno.EIO) in writer.stopped
+    found = read(tmp_path / "j")
+    assert found == items[: len(found)]
+    assert len(caplog.records) == 1
+
+
 def test_one_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "calc_7.journal"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -7,6 +7,7 @@ Not covered: what counts as looking at a parameter (``contract/test_reads``), wh
 from __future__ import annotations
 
 import contextlib
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,19 @@ from openquake.baselib import config
 from oq_runtime.engine import resume
 from oq_runtime.engine.history import History
 from oq_runtime.engine.reads import Collector
-from oq_runtime.errors import JournalError
-from oq_runtime.files.journal import Consumed, Event, Reader, Slots, Submitted, Used, Writer
+from oq_runtime.errors import InputError, JournalError
+from oq_runtime.files.journal import (
+    Consumed,
+    Event,
+    Reader,
+    Slots,
+    Submitted,
+    Used,
+    Writer,
+    segments,
+)
 
+MUTATIONS = 500
 JOB, OTHER = "/jobs/job.ini", "/jobs/other.ini"
 FACTS = {
     "the engine's version": "3.26.2",
@@ -46,6 +57,7 @@ EVENTS: list[Event] = [
 @pytest.fixture
 def reader(tmp_path: Path) -> Reader:
     head = {
+        "job": 7,
         "spec": {"files": [JOB]},
         "facts": FACTS | {f"the input {JOB}": "02"},
         "values": VALUES,
@@ -91,6 +103,25 @@ def test_what_a_task_has_looked_at_is_not_known(tmp_path: Path, reader: Reader) 
         other = Reader(tmp_path / "k")
         assert resume.usable(other, FACTS, JOB, VALUES | {"description": "4"}) == least
         assert resume.usable(other, FACTS, JOB, VALUES) == len(events)
+
+
+def test_no_damage_makes_more_of_it_hold(tmp_path: Path, reader: Reader) -> None:
+    """A flipped byte, a torn tail: never more than of the whole journal."""
+    [segment] = segments(reader.directory)
+    whole, rng = segment.read_bytes(), random.Random(1)
+    changes = [{}, {"quantiles": "4"}, {"poes": "4"}, {"iml": "4"}, {"description": "4"}]
+    bounds = [resume.usable(reader, FACTS, JOB, VALUES | change) for change in changes]
+    for _ in range(MUTATIONS):
+        data = bytearray(whole)
+        if rng.random() < 0.8:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        else:
+            del data[rng.randrange(len(data)) :]
+        segment.write_bytes(data)
+        damaged = Reader(reader.directory)
+        for change, bound in zip(changes, bounds, strict=True):
+            assert resume.usable(damaged, FACTS, JOB, VALUES | change) <= bound
+        damaged.close()
 
 
 def test_a_task_that_has_looked_at_nothing(tmp_path: Path) -> None:
@@ -225,4 +256,9 @@ def test_files(tmp_path: Path) -> None:
     ],
 )
 def test_what_must_be_the_same(reader: Reader, facts: dict[str, str]) -> None:
+    """Else the job neither begins with it nor goes on from it, and what differs is named."""
     assert resume.usable(reader, facts, JOB, VALUES) == 0
+    then = reader.head["facts"]
+    [name] = resume.differences(FACTS, facts)
+    with pytest.raises(InputError, match=f"--resume 7: not the same as then: {name}; run it anew"):
+        resume.check(reader, then | facts)

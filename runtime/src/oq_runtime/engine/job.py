@@ -522,7 +522,7 @@ class Jobs:
         directory = journal.directory_of(self.datadir, job.calc_id)
         number = len(self.spec["files"]) - len(self.rest)
         hazard = job.params.get("hazard_calculation_id")
-        spec = {name: self.spec[name] for name in ("params", "exports", "export_dir")}
+        spec = {name: self.spec[name] for name in ("params", "exports", "export_dir", "reuse")}
         spec |= {"files": self.spec["files"][number:], "hc": hazard and str(hazard)}
         if not self.values[number] and (oq := self.check(dict(job.params), lacking=True)):
             # what it lacked is there by now
@@ -557,7 +557,7 @@ class Jobs:
             # of what is there already the disk need not have room
             budget_bytes = min(most_bytes, journal.size(directory) + free_bytes // 2)
             claimed = self.claimed if before is not None else None
-            if self.spec["reuse"] and head["values"]:
+            if before is None and self.spec["reuse"] and head["values"]:
                 before, claimed = self.take_over(directory, head, budget_bytes)
             if before is not None:
                 before.cut_tail()
