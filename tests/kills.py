@@ -418,7 +418,6 @@ def drill(runs: int, seed: int, home: Path) -> int:
             equal += not differences
         left = master.left() + [path.name for path in master.tmpdir.glob(f"{launch.PREFIX}*")]
         left += [f"journal of {one}" for one in master.numbers()] if ended.datastore else []
-        left += [path.name for path in master.datadir.glob("calc_*_tmp.hdf5")]
         left += unused_shm(shm() - memory)
         left_behind += bool(left)
         name = f"{job.parent.name}/{job.stem}"

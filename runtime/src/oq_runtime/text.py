@@ -12,6 +12,8 @@ from collections.abc import Iterable
 MOST_NAMES = 5
 #: characters of a name or a reason that are shown
 MOST_CHARACTERS = 500
+#: the engine's process begins with it each line of a message of its log but the first
+CONTINUED = "\x1e"
 
 
 def clean(words: str, most: int = MOST_CHARACTERS) -> str:

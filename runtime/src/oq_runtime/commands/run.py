@@ -36,6 +36,7 @@ from oq_runtime.cluster import jobs as cluster_jobs
 from oq_runtime.cluster.pool import Pool
 from oq_runtime.commands import checks, sessions
 from oq_runtime.commands.checks import EXIT_INPUT, BadInput
+from oq_runtime.commands.enginelog import LINE_CHARACTERS, EngineLog
 from oq_runtime.commands.lines import (
     describe,
     exports,
@@ -81,12 +82,6 @@ STATUS_SECS = 0.3
 LOCK_SECS = 1.5
 #: of a session, in the order of their pids
 PROCESSES = ("engine process", "broker process", "agent process")
-#: characters of a line of the engine's log that are shown
-LINE_CHARACTERS = 2000
-#: lines of the engine's log that say what the display says, or nothing; and rows of its tables
-PERCENT = re.compile(r" \d+% \[\d+ submitted, \d+ queued\]$")
-EMPTY = re.compile(r"\[[^]]*\]\s*")
-ROW = re.compile(r"\s*[|+]|.* \| ")
 #: the comma before another parameter
 NEXT_PARAM = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
 #: options of which nothing is a value
@@ -531,8 +526,7 @@ class Run:
         self.process: subprocess.Popen[bytes] | None = None
         self.outcome: int | None = None  # exit code, as the engine process says itself
         self.pending: dict[int, bytes] = {}  # descriptor -> what has come of its next line
-        self.traceback = False  # the engine's log is in the middle of one
-        self.held = ""  # the last line of the log, which may be the head of a table
+        self.log = EngineLog(lambda line: self.display.print(line), percents=quiet)
         self.table: jobtable.Outside | None = None
         self.current: int | None = None  # the job that has its turn
         self.turn_s = 0.0  # since when
@@ -644,7 +638,7 @@ class Run:
         """Show what the engine process says until it has ended."""
         selector = selectors.DefaultSelector()
         selector.register(reports, selectors.EVENT_READ, self._take)
-        selector.register(log, selectors.EVENT_READ, self._show)
+        selector.register(log, selectors.EVENT_READ, self.log.take)
         next_s = ended_s = 0.0
         started_s = time.monotonic()
         # its children may keep the log open
@@ -657,7 +651,7 @@ class Run:
                 ended_s = now
             if now >= next_s:
                 next_s = now + STATUS_SECS
-                self._release()
+                self.log.release()
                 if found := status.poll():
                     self.slots = max(self.slots, sum(node.slots for node in found.nodes))
                     self.status = found
@@ -670,7 +664,7 @@ class Run:
                 self.loaded = True
             if self.interrupted_s and now - self.interrupted_s > STOP_SECS and not self.closing:
                 process.kill()
-        self._release()
+        self.log.release()
 
     def _show_stage(self) -> None:
         """Have those who watch the job see what is done besides tasks."""
@@ -687,25 +681,6 @@ class Run:
         for line in lines:
             take(line)
         return bool(data)
-
-    def _show(self, raw: bytes) -> None:
-        """Show a line of the engine's log."""
-        line = raw.decode(errors="replace")
-        # a traceback is for the log (the job database has it), not for the screen
-        traceback = line.startswith("Traceback (") or (self.traceback and line.startswith(" "))
-        self.traceback = traceback
-        if line.startswith("["):
-            self._release()
-            if not EMPTY.fullmatch(line) and (self.quiet or not PERCENT.search(line)):
-                self.held = line
-        elif ROW.match(line):
-            self.held = ""  # a table is for the log, too; its first row would say nothing alone
-
-    def _release(self) -> None:
-        """Show the line that is held, when no row of a table came behind it."""
-        if self.held:
-            self._print(self.held)
-            self.held = ""
 
     def _print(self, line: str) -> None:
         self.display.print(clean(line, LINE_CHARACTERS))

@@ -46,7 +46,7 @@ from oq_runtime.errors import (
 from oq_runtime.files import compiling, detached, journal
 from oq_runtime.files.journal import Consumed, Reader, Writer
 from oq_runtime.session.client import Session
-from oq_runtime.text import clean
+from oq_runtime.text import CONTINUED, clean
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -667,9 +667,15 @@ def summary(logs: Any, job_id: int, started_s: float) -> dict[str, Any]:
 
 
 def load() -> None:
-    """Import the engine."""
+    """Import the engine, and have the lines of a message of its log known as such."""
     with compiling.once():
         importlib.import_module("openquake.engine.engine")
+    from openquake.commonlib import logs
+
+    def marked(self: logging.StreamHandler[Any], record: logging.LogRecord) -> str:
+        return logging.StreamHandler.format(self, record).replace("\n", f"\n{CONTINUED}")
+
+    logs.LogStreamHandler.format = marked
 
 
 def run(report: Report) -> int:
