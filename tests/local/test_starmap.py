@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.leftovers import wait_for
+from tests.leftovers import SHM, shm, wait_for
 
 from .conftest import leftovers_of, session_processes, sessions
 
@@ -347,6 +348,37 @@ def test_without_room_in_shared_memory_the_disk_is_used(env: dict[str, str], tmp
     assert code == 0, err
     expected = [2 * sum((b"abcdefg" * 1_500_000)[::4099]), [[50_000_000, True]] * 2]
     assert rows == [{"value": expected}], err
+
+
+def test_shared_memory_that_is_removed_in_the_midst(env: dict[str, str], tmpdir: Path) -> None:
+    """As systemd does at a last log-out (RemoveIPC): right results, or a line that says so."""
+    before = shm()
+    process = start(env, tmpdir, """
+big = bytes(range(256)) * 40_000
+def lazy():
+    for i in range(24):
+        if i == 12:
+            say(at=i)
+            sys.stdin.readline()
+        yield (i, big, 4_000_000) if i % 2 else (i, big + bytes([i]), 4_000_000)
+try: say(value=go(tasks.grow, lazy())['in'])
+except Exception as exc: say(type=type(exc).__name__, text=str(exc))
+""", stdin=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    for name in shm() - before:
+        for path in [*(SHM / name).rglob("*"), SHM / name]:
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+    try:
+        out, err = process.communicate("\n", timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    [row] = [json.loads(line) for line in out.splitlines()]
+    big = bytes(range(256)) * 40_000
+    right = 12 * sum(big[::4099]) + sum(sum((big + bytes([i]))[::4099]) for i in range(0, 24, 2))
+    assert row.get("value") == right or "RemoveIPC" in row["text"], (row, err)
 
 
 def test_no_room_anywhere_says_where(env: dict[str, str], tmpdir: Path) -> None:

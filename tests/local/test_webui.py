@@ -347,3 +347,40 @@ def test_wrong_settings_are_told_in_a_line(
     )
     assert done.returncode == 2
     assert sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_what_a_start_lacks_is_told_in_a_line(env: dict[str, str], tmp_path: Path) -> None:
+    """One thing after the other, as somebody does who does not read on."""
+    site = Site(env, tmp_path)
+    key = tmp_path / "key"
+    key.write_text("k" * 50)
+    key.chmod(0o600)
+
+    def refused(**more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "oq_runtime.webui", "--listen", f"127.0.0.1:{site.port}"],
+            env=site.env | {"OQ_WEBUI_SECRET_KEY_FILE": str(key)} | more,
+            capture_output=True, text=True, timeout=START_S,
+        )  # fmt: skip
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert f"{site.database}: there is no job database; " in refused()
+    site.python("-m", "openquake.commands", "engine", "--upgrade-db")
+    site.database.chmod(0o600)
+    assert "the tables of accounts are not there" in refused()
+    key.unlink()
+    site.prepare()
+    site.env.pop("OQ_WEBUI_SECRET_KEY_FILE", None)
+    with sqlite3.connect(site.database) as db:
+        db.execute("DELETE FROM auth_user")
+    key.write_text("k" * 50)
+    key.chmod(0o600)
+    line = refused()
+    assert "there is no account to log in with; " in line and "oq-webui --init" in line
+    site.prepare()
+    mail = {"EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend"}
+    line = refused(**mail)
+    assert "EMAIL_HOST_PASSWORD" in line and "without EMAIL_BACKEND the site sends no mail" in line
+    mail |= {f"EMAIL_{name}": "1" for name in ("HOST", "PORT", "USE_TLS", "USER", "PASS")}
+    assert "copy it from the file *.default.tmpl beside it" in refused(**mail)

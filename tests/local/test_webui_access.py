@@ -10,17 +10,19 @@ import sqlite3
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import requests
 
 from tests.conftest import Attacks
-from tests.local.test_webui import PASSWORD, Site
+from tests.leftovers import wait_for
+from tests.local.test_webui import EXAMPLE, JOB_S, PASSWORD, Site
 from tests.squatter import AS_ANYBODY
 
 pytestmark = [pytest.mark.timeout(600)]
+EXAMPLES = EXAMPLE.parent
 
 #: all routes of the site, as JSON: pattern, rule, and whether it takes the number of a calculation
 ROUTES = """
@@ -313,6 +315,14 @@ def test_conditions_of_the_list_are_no_sql(site: Sites, attacks: Attacks) -> Non
         ({"JOB.INI": "x"}, "JOB.INI: write it in small letters"),
         ({"job.ini": "x", "in\\tree.xml": ""}, "has a backslash"),
         ({"job.ini": "[general]\ncalculation_mode = classical\nsites_csv = s.csv"}, "No such file"),
+        (
+            {
+                "job.ini": "[general]\ncalculation_mode = scenario_risk\n"
+                "exposure_file = an exposure.xml",
+                "an exposure.xml": "",
+            },
+            "(a blank ends a file name here)",
+        ),
     ],
 )
 def test_a_bad_archive_gets_one_sentence(
@@ -324,6 +334,43 @@ def test_a_bad_archive_gets_one_sentence(
     error = answer.json()["error"]
     assert sentence in error and "\n" not in error and "Traceback" not in error
     assert "calc_" not in error and site.env["TMPDIR"] not in error, "a path that nobody gave"
+
+
+@pytest.mark.slow
+def test_a_file_in_another_encoding_is_named(site: Sites) -> None:
+    """As a spreadsheet saves it: on the page in one line as well, with what to do."""
+    members = {path.name: path.read_bytes() for path in (EXAMPLES / "event_based_risk").iterdir()}
+    members["exposure.csv"] = members["exposure.csv"].replace(b"Port_Anselm", b"Puerto_A\xf1o")
+    alice = site.login_as("alice")
+    answer = upload(alice, f"{site.url}/v1/calc/run", members)
+    assert answer.ok, answer.text
+    job = answer.json()["job_id"]
+    assert wait_for(lambda: site.ended(job), JOB_S)
+    assert site.status(job) == "failed"
+    [line] = alice.get(f"{site.url}/v1/calc/{job}/traceback").json()
+    assert line.startswith("exposure.csv is not UTF-8 at byte ") and "iconv" in line
+    site.forget(job)
+
+
+@pytest.mark.slow
+def test_an_archive_of_a_mac_with_two_job_files(site: Sites) -> None:
+    """Its resource files are no jobs; which one runs is said, and which does not."""
+    folder = {path.name: path.read_bytes() for path in (EXAMPLES / "hazard_classical").iterdir()}
+    small = folder["job.ini"].replace(b"spacing = 10\n", b"spacing = 60\n")
+    folder |= {"job.ini": small, "other.ini": small}
+    members = {f"My job/{name}": data for name, data in folder.items()}
+    members |= {f"__MACOSX/My job/._{name}": b"\0\x05\x16\x07" for name in folder}
+    alice = site.login_as("alice")
+    answer = upload(alice, f"{site.url}/v1/calc/run", members)
+    assert answer.ok, answer.text
+    job = answer.json()["job_id"]
+    assert wait_for(lambda: site.ended(job), JOB_S)
+    assert site.status(job) == "complete"
+    log = alice.get(f"{site.url}/v1/calc/{job}/log/0:1000").json()
+    [said] = [row for row in log if "not run are the other job files" in row[3]]
+    assert said[1] == "WARNING"
+    assert said[3] == "My job/job.ini runs; not run are the other job files: My job/other.ini"
+    site.forget(job)
 
 
 @pytest.mark.attack
@@ -482,7 +529,7 @@ EXPOSURE = """<?xml version="1.0" encoding="utf-8"?>
 def upload(
     session: requests.Session,
     url: str,
-    members: dict[str, str] | None,
+    members: Mapping[str, str | bytes] | None,
     form: dict[str, str] | None = None,
 ) -> requests.Response:
     data = io.BytesIO()

@@ -155,9 +155,8 @@ def explain(exc: BaseException) -> str:
     name = type(exc).__name__
     while text.startswith(f"{name}: "):
         text = text.removeprefix(f"{name}: ")
-    said = text = " ".join(text.split())
-    for pattern, words in REWORDED:
-        text = re.sub(pattern, words, text)
+    said = " ".join(text.split())
+    text = reworded(said)
     if "No such file" in text:
         text += " (folders are parted by / here)" if "\\" in text else similar(text)
     if (isinstance(exc, UNFORESEEN) and text == said) or not text or text.startswith(VALUES):
@@ -167,6 +166,13 @@ def explain(exc: BaseException) -> str:
         path, function, line = (own or trace)[-1]
         text += f" ({function} in {path.rpartition('/openquake/')[2]}: {line})"
     return clean(text, MOST_CHARACTERS)
+
+
+def reworded(text: str) -> str:
+    """Return what the engine says in the words of a user."""
+    for pattern, words in REWORDED:
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def other_sites(own: Path, results: Path, parent: int) -> str:

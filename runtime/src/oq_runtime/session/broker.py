@@ -405,8 +405,8 @@ class Broker:
         for path in self.blobs[digest]:
             try:
                 return payload.map_file(path, private=True)
-            except (OSError, ValueError) as exc:  # the latter for one that is empty now
-                gone = exc if isinstance(exc, OSError) else OSError(str(exc))
+            except OSError as exc:
+                gone = exc
         assert gone is not None, "a blob that is known has a file"
         raise gone
 
@@ -417,12 +417,8 @@ class Broker:
             for number, submission in self.submissions.items()
             if any(blob.digest == digest for blob in submission.sent.blobs)
         ]
-        reason = (
-            f"a big argument is not there any more ({exc}): were files of this session deleted, "
-            "or its user logged out with RemoveIPC=yes in logind.conf?"
-        )
         for number in needing:
-            self._handle(core.Unrunnable(number, reason))
+            self._handle(core.Unrunnable(number, f"a big argument: {exc}"))
 
     # ---- effects out
 

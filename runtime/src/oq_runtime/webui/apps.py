@@ -8,6 +8,7 @@ from openquake.server import apps
 from openquake.server.db import actions
 
 from oq_runtime.engine import jobtable, reading
+from oq_runtime.errors import ConfigError
 from oq_runtime.webui import uploads
 
 
@@ -16,7 +17,13 @@ class ServerConfig(apps.ServerConfig):  # type: ignore[misc]
 
     def ready(self) -> None:
         jobtable.install_actions(actions)  # also where the runtime is not active
-        super().ready()
+        try:
+            super().ready()
+        except NameError as exc:  # as the engine calls a setting that lacks
+            raise ConfigError(
+                f"{exc}; user and password are taken from the variables EMAIL_USER and "
+                "EMAIL_PASS; without EMAIL_BACKEND the site sends no mail"
+            ) from None
         from openquake.server import views  # it needs the settings
 
         reading.install_hdf5(hdf5)

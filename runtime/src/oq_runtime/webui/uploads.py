@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from oq_runtime.engine import archives
+from oq_runtime.engine import archives, messages
 from oq_runtime.errors import InputError
 from oq_runtime.text import clean
 
@@ -236,7 +236,7 @@ def install(views: Any) -> None:
 
 def _in_terms_of_the_upload(exc: Exception) -> str:
     """Return an error of the engine on one line, without directories that the user has not made."""
-    text = str(exc) or type(exc).__name__
+    text = messages.reworded(str(exc)) or type(exc).__name__
     if upload.root is not None:
         text = text.replace(f"{upload.root}/", "")
     return clean(text, 1000)

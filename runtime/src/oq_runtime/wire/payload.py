@@ -104,11 +104,17 @@ def writable(body: Buffer) -> memoryview:
 def map_file(path: Path | str, *, private: bool) -> memoryview:
     """Map a file for reading and writing; ``private``: what is written is seen by nobody else.
 
-    Raises OSError when the file is not there.
+    Raises OSError, with what may have been the cause where the file is not there, or empty.
     """
     mode, access = ("rb", mmap.ACCESS_COPY) if private else ("r+b", mmap.ACCESS_WRITE)
-    with patiently(lambda: open(path, mode)) as file:
-        return memoryview(patiently(lambda: mmap.mmap(file.fileno(), 0, access=access)))
+    try:
+        with patiently(lambda: open(path, mode)) as file:
+            return memoryview(patiently(lambda: mmap.mmap(file.fileno(), 0, access=access)))
+    except (FileNotFoundError, ValueError) as exc:  # the latter for one that is empty
+        raise FileNotFoundError(
+            f"{path} is not there any more: were files of this session deleted, or its user logged "
+            "out with RemoveIPC=yes in logind.conf?"
+        ) from exc
 
 
 def nbytes(buffers: Iterable[Buffer]) -> int:
