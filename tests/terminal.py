@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,6 +28,12 @@ FIRST_LINE_S = 1.0
 REDRAW_S = 30.0
 #: behind a command that has ended, not stopped
 ENDED = re.compile(r"^exit (?!147)(\d+)", re.MULTILINE)
+#: behind a frame of ``oq-run``, and before what ``oq-workers top`` shows anew
+DRAWN = re.compile(rb"\x1b\[(\?7h|2J)")
+#: the first words of a line of a frame
+IN_FRAME = re.compile(r"(?:(\w+) +\d+/\d+ tasks |(job) \d+  )")
+#: the last words of a line of a frame, alone in a row
+REST = re.compile(r"\s*(\d+\.\d MB|(\d+/\d+ )?slots busy|busy)")
 #: in a line of columns, as those of frames and tables are; a sentence is folded by the terminal
 IN_COLUMNS = re.compile(r"\S {2,}\S")
 
@@ -43,6 +49,7 @@ class Terminal:
         self, env: dict[str, str], folder: Path, columns: int, prefix: Sequence[str] = ()
     ) -> None:
         self.socket = folder / f"tmux{columns}"
+        self.written = folder / f"written{columns}"
         self.env = {name: value for name, value in env.items() if name not in ("COLUMNS", "TMUX")}
         size = ("-x", str(columns), "-y", str(ROWS))
         shell = " ".join([*prefix, "env PS1='$ ' sh -i"])
@@ -126,18 +133,57 @@ class Terminal:
         for width in columns or (self.columns,):
             if columns:
                 self.resize(width)
-            fits = partial(self._fits, width, table)
-            assert wait_for(fits, REDRAW_S), self.screen()
+                self._drawn_anew(width)
+            shown = ""
+
+            def is_tidy(width: int = width) -> bool:
+                nonlocal shown
+                shown = self._tidy(width, table)
+                return bool(shown)
+
+            assert wait_for(is_tidy, REDRAW_S), self.screen()
             SCREENS.mkdir(parents=True, exist_ok=True)
-            shown = "\n".join(line.rstrip() for line in self.screen().splitlines())
             (SCREENS / f"{name}-{width}.txt").write_text(f"{shown}\n")
 
-    def _fits(self, columns: int, table: bool) -> bool:
-        lines = [line.rstrip() for line in self("capture-pane", "-p", "-J").splitlines()]
-        return all(
+    def _drawn_anew(self, columns: int) -> None:
+        """Wait until a program that goes on has drawn at this width what it shows."""
+        tty = self("display-message", "-p", "#{pane_tty}").strip()
+
+        def is_heard() -> bool:  # tmux tells a second change with a delay
+            descriptor = os.open(tty, os.O_RDONLY | os.O_NOCTTY)
+            try:
+                return os.get_terminal_size(descriptor).columns == columns
+            finally:
+                os.close(descriptor)
+
+        def is_drawn() -> bool:  # the first one may have been begun before
+            drawn = DRAWN.findall(self.written.read_bytes())
+            return len(drawn) > 1 or bool(ENDED.search(self.screen()))
+
+        assert wait_for(is_heard)
+        self.written.write_bytes(b"")
+        self("pipe-pane", f"exec cat >>{self.written}")
+        assert wait_for(is_drawn, REDRAW_S), self.screen()
+        self("pipe-pane")
+
+    def _tidy(self, columns: int, table: bool) -> str:
+        """Return what is on the screen; nothing where that is torn, or not drawn to its end.
+
+        :param table: no line is a sentence
+        """
+        both = self("capture-pane", "-p", ";", "capture-pane", "-p", "-J").splitlines()
+        rows, lines = [[row.rstrip() for row in part] for part in (both[:ROWS], both[ROWS:])]
+        torn = len(names := in_frame(rows)) > len(set(names)) or any(map(REST.fullmatch, rows))
+        fits = all(
             # where an older, longer line was folded, tmux joins rows that fill the new width
             re.match(r"\S.*?\S {2,}\S", line[at : at + columns])
             for line in lines
             if len(line) > columns and (table or IN_COLUMNS.search(line))
             for at in range(0, len(line), columns)
         )
+        return "\n".join(rows).rstrip("\n") if fits and not torn else ""
+
+
+def in_frame(rows: Sequence[str]) -> list[str]:
+    """Return the first word of each row that is one of a frame: a phase, or ``job``."""
+    return ["".join(found.groups("")) for row in rows if (found := IN_FRAME.match(row))]

@@ -20,9 +20,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
+from oq_runtime.commands.progress import Display
+from oq_runtime.wire.protocol import Phase, Status
 from tests.leftovers import wait_for
-from tests.terminal import COLUMNS, ENDED, FIRST_LINE_S, Terminal, needs_tmux
+from tests.terminal import COLUMNS, ENDED, FIRST_LINE_S, ROWS, Terminal, needs_tmux
 
 from .test_oq_run import corpus, example, jobs, run, start
 from .test_resume import detached_runs
@@ -115,6 +118,50 @@ def test_screens(terminal: Callable[[int], Terminal], tmp_path: Path, columns: i
         one.run(words)
         assert ENDED.findall(one.until(ENDED.search)) == [code]
         one.record(name)
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+@pytest.mark.parametrize("meanwhile", ["nothing", "a frame", "a line"])
+def test_a_width_that_is_heard_of_late(
+    terminal: Callable[[int], Terminal], columns: int, meanwhile: str
+) -> None:
+    """No piece of a frame is left behind, and no line above it is taken away.
+
+    :param columns: of the terminal after it was changed
+    :param meanwhile: what is drawn before that is heard of
+    """
+    before = sum(COLUMNS) - columns
+    one = terminal(before)
+    one.type("clear; exec sleep 600")
+    assert wait_for(lambda: not one.screen())
+    tty = os.open(one("display-message", "-p", "#{pane_tty}").strip(), os.O_WRONLY | os.O_NOCTTY)
+    with open(tty, "w") as file:
+        console = Console(file=file, force_terminal=True, width=before, height=ROWS)
+        display = Display(console, quiet=False)
+        display.enter("the engine is at work", "job 7")
+        lines = [f"line {number}" for number in range(ROWS)]
+        for line in lines:
+            display.print(line)
+        phases = [Phase(name=name, total=40, done=20, took_s=9.0) for name in ("first", "second")]
+        display.show(Status(phases=phases, nodes=[]))
+        assert wait_for(lambda: one.screen().endswith(display.drawn[-1]))
+        one.resize(columns)
+        if meanwhile == "a frame":
+            display.show()
+        elif meanwhile == "a line":
+            display.print(meanwhile)
+            lines.append(meanwhile)
+        console.width = columns
+        display.print("a line")
+        lines.append("a line")
+
+        def shown() -> list[str]:
+            return one("capture-pane", "-p", "-S", "-").rstrip("\n").splitlines()
+
+        *of_phases, _ = frame = display.drawn
+        assert wait_for(lambda: shown() == lines + frame), "\n".join(shown())
+        display.close()
+        assert wait_for(lambda: shown() == lines + of_phases), "\n".join(shown())
 
 
 @pytest.mark.slow

@@ -8,7 +8,17 @@ import re
 import pytest
 from rich.console import Console
 
-from oq_runtime.commands.progress import AT_WORK, OVERDUE, Display, clock, fitting, left, rate
+from oq_runtime.commands.progress import (
+    AT_WORK,
+    CUT,
+    FOLD,
+    OVERDUE,
+    Display,
+    clock,
+    fitting,
+    left,
+    rate,
+)
 from oq_runtime.wire.protocol import Node, NodeState, Phase, Status
 
 NODE = Node(host="n1", slots=4, busy=3, state=NodeState.LEASED)
@@ -73,6 +83,25 @@ def test_frame(columns: int, encoding: str) -> None:
         assert re.match(r"classical +20/40 tasks +0:00", display.drawn[0])
     display.close()
     file.flush()
+
+
+def test_a_kill_leaves_no_terminal_that_cuts() -> None:
+    """It is told to and to fold again in the same piece; what stays at the end may be folded."""
+    pieces: list[str] = []
+
+    class Pieces(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.extend([text] if text else [])
+            return len(text)
+
+    display = Display(Console(file=Pieces(), force_terminal=True, width=80), quiet=False)
+    display.show(Status(phases=[Phase(name="classical", total=40)], nodes=[NODE]))
+    display.print("a line")
+    assert len(pieces) == 2
+    assert all(piece.count(CUT) == 1 and piece.endswith(FOLD) for piece in pieces)
+    pieces.clear()
+    display.close()
+    assert CUT not in "".join(pieces)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -1,8 +1,11 @@
 """What the user sees while jobs run: a frame at the foot of a terminal, else plain lines.
 
 The frame has a line per phase and one for the whole. It is drawn by hand: a display that hides the
-cursor leaves it hidden at Ctrl-Z, and one that does not know that a narrower terminal wraps what it
-has drawn leaves pieces of it behind.
+cursor leaves it hidden at Ctrl-Z, and one that counts the rows back to its top miscounts them when
+the terminal has become narrower: some terminals fold what was drawn, some cut it, and a program
+hears of a new width only after its output has gone by it. So a line that is too long is cut, never
+folded, and the cursor rests at the top of the frame, a place that terminals keep. The price is that
+a shell prompts there, too, when the program is killed.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ NAME_COLUMNS = 18
 AT_WORK = "the engine is at work"
 #: where the time that was left has passed
 OVERDUE = "longer than expected"
-#: clears from the cursor to the end of the screen (ED, ECMA-48 8.3.39)
-CLEAR_BELOW = "\x1b[J"
+#: clears from the cursor to the end of the line, or of the screen (EL and ED, ECMA-48 8.3.41, 39)
+CLEAR_LINE, CLEAR_BELOW = "\x1b[K", "\x1b[J"
+#: a line that is too long is cut, or folded (DECAWM, VT100)
+CUT, FOLD = "\x1b[?7l", "\x1b[?7h"
 
 
 class StatusReader:
@@ -153,31 +158,24 @@ class Display:
 
     def print(self, line: str) -> None:
         """Print a line, above the frame."""
-        frame = self.drawn
-        self.clear()
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        self._draw(frame)
+        with self.console.capture() as said:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        # the frame anew, not as it was: the width may be another one by now
+        frame = self._frame(time.monotonic()) if self.drawn else []
+        self._write(self._away() + said.get(), frame)
 
     def show(self, status: protocol.Status | None = None) -> None:
         """Draw the counters of the broker; None: it has not answered anew."""
         self.status = status or self.status
         if self.framed:
-            self.clear(erase=False)
-            self._draw(self._frame(time.monotonic()))
+            # over the one that is there: it would flicker if it were taken away
+            self._write("", self._frame(time.monotonic()))
         elif not self.quiet:
             self._tell()
 
-    def clear(self, *, erase: bool = True) -> None:
-        """Take the frame away.
-
-        :param erase: False where another one comes at once, so that nothing flickers
-        """
-        if self.drawn:
-            # a terminal that has become narrower meanwhile has wrapped the lines
-            rows = sum(-(-cell_len(line) // self.console.width) for line in self.drawn)
-            self.console.file.write(f"\x1b[{rows}A\r" + (CLEAR_BELOW if erase else ""))
-            self.console.file.flush()
-            self.drawn = []
+    def clear(self) -> None:
+        """Take the frame away."""
+        self._write(self._away(), [])
 
     def mind_stop(self, said: str) -> None:
         """Have nothing half drawn on the screen when Ctrl-Z stops this process.
@@ -196,18 +194,27 @@ class Display:
         """Leave the phases on the screen, with their times."""
         if self.framed:
             self.clear()
-            self._draw(self._frame(time.monotonic())[:-1])
             self.framed = False
+            for line in self._frame(time.monotonic())[:-1]:
+                self.print(line)
 
-    def _draw(self, lines: Sequence[str]) -> None:
-        if not lines:
-            return
-        with self.console.capture() as frame:
-            for line in lines:
-                self.console.print(self._styled(line), no_wrap=True, crop=False, highlight=False)
-        self.console.file.write(frame.get().replace("\n", "\x1b[K\n") + CLEAR_BELOW)
+    def _away(self) -> str:
+        # whatever ``drawn`` says: Ctrl-Z may come between a frame and the note that it is there
+        return f"\r{CLEAR_BELOW}" if self.framed else ""
+
+    def _write(self, text: str, frame: Sequence[str]) -> None:
+        """Write a text and a frame below it, in one piece: a kill leaves no terminal that cuts."""
+        if frame:
+            with self.console.capture() as lines:
+                for line in frame:
+                    self.console.print(
+                        self._styled(line), no_wrap=True, crop=False, highlight=False
+                    )
+            rows = lines.get().replace("\n", f"{CLEAR_LINE}\n")
+            text += f"\r{CUT}{rows}{CLEAR_BELOW}\x1b[{len(frame)}A{FOLD}"
+        self.console.file.write(text)
         self.console.file.flush()
-        self.drawn = list(lines)
+        self.drawn = list(frame)
 
     def _styled(self, line: str) -> Text:
         text = Text(line)
