@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -238,6 +239,12 @@ def test_colours_of_a_map(values: list[float], wide: bool) -> None:
     assert drawn.axis(4).logarithmic is wide
 
 
+@pytest.mark.parametrize("most", [51.0, 90.0, 1e3, 1e9])
+def test_a_wide_scale_of_colours_can_be_read(most: float) -> None:
+    scale = Drawn(draw.points([1.0, 2.0], [1.0, 2.0], [0.15, 0.15 * most], "x")).axis(4)
+    assert scale.logarithmic and scale.labels == [f"{float(label):g}" for label in scale.labels]
+
+
 HYPOCENTRES = [(178.9, -17.0, 10.0), (-178.8, -18.5, 20.0), (179.4, -16.25, 30.0)]
 ASSETS = [(178.0, -17.0), (-178.5, -18.25), (179.25, -16.0)]
 
@@ -311,6 +318,31 @@ def test_curves(log_x: bool, log_y: bool) -> None:
     assert (drawn.x.title, drawn.y.title) == ("PGA (g)", "probability")
     assert (drawn.x.logarithmic, drawn.y.logarithmic) == (log_x, log_y)
     check_named(drawn, CURVES, log_x=log_x, log_y=log_y)
+
+
+SPANS = [
+    (0.2, 0.8),
+    (0.5, 0.51),
+    (3.0, 3.0),
+    (0.15, 9.0),
+    (100.0, 900.0),
+    (1e-3, 1.0),
+    (1e-30, 1.0),
+]
+
+
+@pytest.mark.parametrize("least, most", SPANS)
+def test_a_logarithmic_axis_can_be_read(least: float, most: float) -> None:
+    """Also where there is no power of ten on it; and its numbers have room."""
+    values = numpy.geomspace(least, most, 5).tolist()
+    drawn = Drawn(draw.curves([Curve("", values, values)], "x", "y"))
+    for axis in (drawn.x, drawn.y):
+        assert 2 <= len(axis.labels) <= 9 and axis.labels == [f"{float(n):g}" for n in axis.labels]
+    wide = [6.0 * len(label) for label in drawn.x.labels]
+    for (one, other), room in zip(
+        itertools.pairwise(drawn.x.ticks), itertools.pairwise(wide), strict=True
+    ):
+        assert other[0] - one[0] > sum(room) / 2
 
 
 def test_what_a_logarithmic_axis_has_no_place_for_is_left_out() -> None:

@@ -48,6 +48,8 @@ MOST_TICKS = 14
 LABEL_CHARACTERS = 60
 #: the greatest by the least value from which a scale of colours is logarithmic
 WIDE_RANGE = 50.0
+#: the end of a logarithmic axis by its begin from which powers of ten alone have a number
+MANY_TENS = 100.0
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # of words of others
     "svg.fonttype": "path",
@@ -102,8 +104,11 @@ def _axes(height_in: float = HEIGHT_IN) -> tuple[Figure, Any]:
 
 
 def _logarithmic(axis: Any) -> None:
+    least, most = axis.get_view_interval()
+    # powers of ten alone would be one number there, or none
+    steps = (1.0,) if most >= MANY_TENS * least else (1.0, 2.0, 5.0)
     axis.set_major_formatter(FuncFormatter(_plain))
-    axis.set_major_locator(LogLocator(numticks=7))
+    axis.set_major_locator(LogLocator(subs=steps, numticks=7))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -218,7 +223,9 @@ def points(lons: Any, lats: Any, values: Any, name: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.set(xlabel="longitude (°)", ylabel="latitude (°)")
-        figure.colorbar(drawn, ax=axes, label=name, format=FuncFormatter(_plain))
+        bar = figure.colorbar(drawn, ax=axes, label=name, format=FuncFormatter(_plain))
+        if norm:
+            _logarithmic(bar.ax.yaxis)
         return _picture(figure)
 
 
