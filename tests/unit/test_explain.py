@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from oq_runtime.core.explain import Attempt, Cause, Job, Share, Use, causes, divide
 from oq_runtime.core.ledger import Outcome
-from oq_runtime.report.words import MOST_LINES, lines
+from oq_runtime.report.words import MOST_LINES, lines, parts
 
 SENDS_S = 0.01
 
@@ -164,6 +164,15 @@ def test_what_a_slow_node_waits_for_is_said(waits: str) -> None:
     [found] = [one for one in causes(job, divide(job)) if one.cause is Cause.SLOW_NODE]
     what = "a CPU" if waits == "queued_s" else "files"
     assert (found.node, found.reason) == ("b", f"its tasks wait for {what}")
+
+
+def test_a_cause_of_two_nodes_has_cost_what_both_have() -> None:
+    nodes = dict.fromkeys("abcde", 4)
+    job = run(nodes, [*EVEN, *EVEN], longer={"b": 3.0, "c": 2.0})
+    found = causes(job, divide(job))
+    worst, other = [one.part for one in found if one.cause is Cause.SLOW_NODE]
+    assert parts(found)["slow_node"] == pytest.approx(worst + other, abs=1e-4)
+    assert next(iter(parts(found))) == found[0].cause.name.lower()
 
 
 def test_a_straggler_of_few_tasks_counts_once() -> None:

@@ -84,8 +84,16 @@ def _explained(path: Path, file: h5py.File) -> dict[str, Any]:
     return {
         "lines": [f"{about}: {facts['state']}, {first}", *others],
         "uses": {use.name.lower(): round(division.part(use), 4) for use in Use},
-        "causes": {one.cause.name.lower(): round(one.part, 4) for one in causes},
+        "causes": parts(causes),
     }
+
+
+def parts(causes: Sequence[Finding]) -> dict[str, float]:
+    """Return what each cause has cost, of all nodes or functions that have it; the worst first."""
+    found: dict[str, float] = defaultdict(float)
+    for one in causes:
+        found[one.cause.name.lower()] += one.part
+    return {name: round(part, 4) for name, part in found.items()}
 
 
 def _about(path: Path, file: h5py.File) -> str:
