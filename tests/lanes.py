@@ -52,6 +52,7 @@ def tests(folder: str, *more: str, marks: str = "") -> tuple[tuple[str, ...], ..
 
 CONFORMANCE = (("tests.conformance", "--fixed"),)
 MOLECULE = (("molecule/run", "test"),)
+REPORTS = (("tests.reports", "--browser"),)
 DOCS = ("sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")
 LANES = (
     Lane("provisioning", "tests/provisioning", tests("provisioning"), ".venv-provision"),
@@ -63,6 +64,7 @@ LANES = (
     Lane("contract-3.25", "tests/contract", tests("contract"), ".venv-3.25"),
     Lane("contract-3.23", "tests/contract", tests("contract"), ".venv-3.23"),
     Lane("conformance", "tests/conformance/__main__.py", CONFORMANCE),
+    Lane("reports", "tests/reports.py", REPORTS, asked_by="SLOW", why="takes minutes"),
     Lane("types", "runtime/src", (("mypy",),)),
     Lane("docs", "docs/conf.py", (DOCS,), ".venv-docs"),
     Lane("lint", "tests", (("ruff", "check", "."), ("ruff", "format", "--check", "."))),

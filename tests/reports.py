@@ -1,16 +1,18 @@
 """The reports of twelve jobs of the engine's corpus, one for each calculation mode.
 
-    python -m tests.reports [DIRECTORY [JOB ...]]
+    python -m tests.reports [--browser] [DIRECTORY [JOB ...]]
 
 Each job is run by ``oq-run --report --exports csv``, and the figures below its pictures are
 compared with the files that the engine has exported. In a browser, where there is one, every
 picture must be drawn, and nothing be asked for, and a telephone has room for the page; a screenshot
 of each page is kept in the directory.
-Exit code 1 when a figure differs, or an output that a mode has is not in its report.
+Exit code 1 when a figure differs, or an output that a mode has is not in its report; 77 when
+``--browser`` asks for a browser and there is none, with the reason in one line.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -42,6 +44,7 @@ JOBS = {
     "scenario_damage/case_12/job": "avg_gmf damages",
     "multi_risk/case_1/job_2": "agg_risk",
 }
+CANNOT_RUN = 77
 #: of the browser, in pixels
 SCREEN = (1280, 1024)
 #: the exports have six digits
@@ -355,13 +358,20 @@ def judge(job: str, out: Path, browser: Browser | None) -> list[str]:
 
 
 def main() -> int:
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "build/reports").resolve()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--browser", action="store_true")
+    parser.add_argument("directory", nargs="?", default="build/reports")
+    parser.add_argument("job", nargs="*", default=list(JOBS))
+    asked = parser.parse_args()
+    missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+    if missing and asked.browser:
+        print(f"reports: left out: not installed: {', '.join(missing)}")
+        return CANNOT_RUN
+    out, wanted = Path(asked.directory).resolve(), asked.job
     (out / "oqdata").mkdir(parents=True, exist_ok=True)
-    wanted = sys.argv[2:] or list(JOBS)
     chosen = [job for job in wanted if (corpus_dir() / f"{job}.ini").exists()]
     if absent := set(wanted) - set(chosen):
         print(f"not in the corpus of this engine: {' '.join(sorted(absent))}")
-    missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
     if missing:
         print(f"not opened in a browser; not installed: {', '.join(missing)}")
         problems = [problem for job in chosen for problem in judge(job, out, None)]
