@@ -13,6 +13,7 @@ prints one JSON object per finished job on the file descriptor given by ``--repo
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -36,12 +37,15 @@ def begin(job: Any, directory: Path, replay: bool, told: list[str]) -> Any:
     :param directory: of its journal
     :param told: gets what the user is told
     """
+    from openquake.commonlib import readinput
+
     from oq_runtime.engine import reads, resume
     from oq_runtime.engine.history import History
     from oq_runtime.files.journal import Reader, Writer, claim
 
     before = Reader(directory) if replay else None
-    head = {"values": resume.values(job.get_oqparam())}
+    # of a copy: the engine changes what it is given
+    head = {"values": resume.values(readinput.get_oqparam(copy.deepcopy(job.params)))}
     claimed = claim(directory) if replay else None
     writer = Writer(directory, head, budget_bytes=BUDGET_BYTES, claimed=claimed)
     history = History(writer, before, told.append, reads.begin())

@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from tests import reports
+from tests.conformance.compare import compare
 from tests.leftovers import wait_for
 from tests.reports import Page
 
@@ -772,6 +773,20 @@ def test_dry_run(env: dict[str, str], tmpdir: Path, tmp_path: Path) -> None:
     assert code == 0 and 1 < row["sites"] < 181
     assert jobs(env) == before
     assert not list(tmpdir.iterdir()), "the engine makes a file there for its sources"
+
+
+def test_a_job_that_was_checked_is_the_one_that_the_engine_runs(env: dict[str, str]) -> None:
+    """The engine changes the parameters that it checks: sites of a file become a site model."""
+    job = corpus("classical/case_13/job.ini")
+    code, out, err = run(env, job, "--json")
+    assert code == 0, err
+    [ours] = json.loads(out)["jobs"]
+    alone = env | {"OQ_DISTRIBUTE": "no"}
+    argv = [sys.executable, "-m", "openquake.commands", "engine", "--run", str(job)]
+    done = subprocess.run(argv, env=alone, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    [path] = Path(env["OQ_DATADIR"]).glob(f"calc_{ours['job'] + 1}.hdf5")
+    assert compare(path, Path(ours["datastore"])) == []
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ Tracebacks go to the engine's log, which is in the job database.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import json
@@ -365,7 +366,8 @@ class Jobs:
         checked = None
         try:
             with Ignored() as ignored, contextlib.suppress(*[Exception] if lacking else []):
-                checked = self.readinput.get_oqparam(params)
+                # it changes what it is given, and would take that for another job when it runs it
+                checked = self.readinput.get_oqparam(copy.deepcopy(params))
         except (Exception, SystemExit) as exc:
             inputs = messages.files(params["inputs"])
             text = messages.encoding(exc, inputs) or messages.explain(exc)
@@ -524,7 +526,7 @@ class Jobs:
         hazard = job.params.get("hazard_calculation_id")
         spec = {name: self.spec[name] for name in ("params", "exports", "export_dir", "reuse")}
         spec |= {"files": self.spec["files"][number:], "hc": hazard and str(hazard)}
-        if not self.values[number] and (oq := self.check(dict(job.params), lacking=True)):
+        if not self.values[number] and (oq := self.check(job.params, lacking=True)):
             # what it lacked is there by now
             self.inputs[number] = resume.inputs(job.params, oq)
             self.values[number] = resume.values(oq)
