@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from openquake.commonlib.oqvalidation import OqParam
 
 from oq_runtime.engine import resume
 from oq_runtime.errors import JournalError
+from tests.conformance.corpus import list_jobs
 
 #: a new virtual environment compiles the engine for minutes
 pytestmark = pytest.mark.timeout(900)
@@ -44,6 +46,25 @@ def test_parents_of_parents(tmp_path: Path) -> None:
     results(tmp_path / "2.hdf5", of=1)
     with pytest.raises(JournalError, match=r"the results of job 1, .*: No such file"):
         resume.of_parent(table, 3, "")
+
+
+@pytest.mark.filterwarnings("ignore")  # the engine's, of models that are experimental
+def test_a_check_leaves_no_trace_in_the_engine() -> None:
+    """Of a copy of what is in a job file; then the engine reads the same of it when it runs it."""
+    read = changed = 0
+    for job in list_jobs():
+        try:
+            params = readinput.get_params(str(job.path))
+            given = copy.deepcopy(params)
+            checked = resume.values(readinput.get_oqparam(given))
+            again = resume.values(readinput.get_oqparam(params))
+        except (Exception, SystemExit):  # no job that can be run
+            continue
+        read += 1
+        changed += given["inputs"] != readinput.get_params(str(job.path))["inputs"]
+        assert resume.differences(checked, again) == [], job.name
+    assert read > 100
+    assert changed > 10, "then no copy is needed"
 
 
 def test_files_that_others_name() -> None:
