@@ -34,6 +34,7 @@ def shown(*lines: str, percents: bool = False) -> list[str]:
          [0, 3]),
         ([f"{HEAD} ", "~  a | b", "~text"], []),
         ([f"{HEAD} Received", "{'printed': 1}", "~of the message"], [0, 2]),
+        ([f"{HEAD} Received 2 * 8 KB", "~{'rmap': '8 KB'}"], [0]),
         (["printed before there is a log", "~a line of no message"], []),
         ([f"{HEAD} exported hcurves: ['/tmp/a.csv', '/tmp/b.csv']"], []),
         ([f"{HEAD} exported by hand"], [0]),

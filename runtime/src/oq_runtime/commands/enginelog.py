@@ -17,12 +17,15 @@ LINE_CHARACTERS, MOST_LINES = 2000, 20
 PERCENT = re.compile(r" \d+% \[\d+ submitted, \d+ queued\]$")
 #: what says nothing, or what the summary says: ``exported hcurves: ['...', ...]``
 NOTHING = re.compile(r"\[[^]]*\]\s*(exported \S+: .*)?")
+#: what begins a line that is values alone, such as the bytes received of each kind
+VALUES = ("{", "[")
 #: of a table
 ROW = re.compile(r"\s*[|+]|.* \| ")
 
 
 class EngineLog:
-    """
+    """The engine's log, line by line as it comes.
+
     :param show: is given each line that is to be shown
     :param percents: show the engine's own progress, because there is no other
     """
@@ -46,7 +49,7 @@ class EngineLog:
             )
             if ROW.match(line):
                 self.message = []  # its first row would say nothing alone
-            elif line.strip() and not self.traceback:
+            elif line.strip() and not line.startswith(VALUES) and not self.traceback:
                 self.message.append(line)
 
     def release(self) -> None:
