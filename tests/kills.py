@@ -57,8 +57,8 @@ CORPUS_JOBS, FEWEST_CORPUS_JOBS = 12, 10
 VICTIMS = ("oq-run", "engine", "broker", "agent", "all")
 #: seconds between two looks at the counts of a job: what is committed since the last one is unseen
 LOOK_SECS = 0.05
-#: the same where the next write of a journal is waited for
-WRITE_LOOK_SECS = 0.001
+#: the same where the next write of a journal is waited for, or a moment of a replay
+CLOSE_LOOK_SECS = 0.001
 #: seconds in which a killed master's other processes end
 END_SECS = 30.0
 TOOK_OVER = re.compile(r"took over the results of (\d+) tasks")
@@ -66,8 +66,8 @@ TOOK_OVER = re.compile(r"took over the results of (\d+) tasks")
 GOES_ON = "going on with job"
 #: of the first writes of a journal one is drawn
 MOST_WRITES = 12
-#: seconds after GOES_ON in which most replays are over
-REPLAY_SECS = 4.0
+#: seconds after GOES_ON in which most replays are over: the engine is loaded by then
+REPLAY_SECS = 0.5
 #: plans for a run, of which the first that kills something counts
 MOST_PLANS = 10
 
@@ -214,7 +214,8 @@ class Master:
                     written = size
                     if writes >= kill.write:
                         return self._end(process, kill.victim), committed
-                time.sleep(LOOK_SECS if kill.after_s is not None else WRITE_LOOK_SECS)
+                close = kill.after_s is None or kill.replay
+                time.sleep(CLOSE_LOOK_SECS if close else LOOK_SECS)
         finally:
             if reader is not None:
                 reader.close()
