@@ -108,6 +108,23 @@ assert digest([getter(7, [0, 1])]) != digest([getter(7, [0, 2])])
 """)
 
 
+def test_a_tree_is_its_points() -> None:
+    """Its nodes hold addresses of this process, and follow from the points."""
+    check("""
+import numpy
+from scipy.spatial import KDTree
+
+points = numpy.random.default_rng(1).random((500, 3))
+first, same = KDTree(points), KDTree(points.copy())
+assert digest([first]) == digest([same]) == digest([pickle.loads(pickle.dumps(first))])
+others = points.copy()
+others[7] += 1e-9
+assert digest([first]) != digest([KDTree(others)])
+assert digest([first]) != digest([KDTree(first.data, leafsize=5)])
+assert digest([first]) != digest([KDTree(first.data, boxsize=9)])
+""")
+
+
 def test_tasks(tmp_path: Path) -> None:
     """A request begins where it is loaded, for all tasks of a job; in its own process it is one."""
     requests = tmp_path / "requests"

@@ -37,7 +37,11 @@ PARTS: dict[tuple[str, str], frozenset[str]] = {
 }
 
 
-def mark(name: str) -> None:
+#: classes whose objects hold addresses of their process, and follow from their points
+TREES = frozenset({("scipy.spatial._ckdtree", "cKDTree")})
+
+
+def mark(name: str, *_: object) -> None:
     """Stand in a pickle for an object of the surroundings; never called."""
 
 
@@ -48,10 +52,18 @@ class Canonical(pickle.Pickler):
         # numpy's own generator, begun by chance in each process, which every scipy distribution has
         if obj is numpy.random.mtrand._rand:
             return mark, ("RandomState",)
-        if left_out := _left_out(cls := obj.__class__):
+        if _is_among(cls := obj.__class__, TREES):
+            return mark, (cls.__qualname__, obj.leafsize), (obj.data, obj.boxsize)
+        if left_out := _left_out(cls):
             state = {name: value for name, value in vars(obj).items() if name not in left_out}
             return mark, (cls.__qualname__,), state
         return (mark, (name,)) if (name := _surroundings(cls)) else NotImplemented
+
+
+@functools.cache
+def _is_among(cls: type, names: frozenset[tuple[str, str]]) -> bool:
+    """Whether a class, or one that it is made of, is one of these."""
+    return any((one.__module__, one.__qualname__) in names for one in cls.__mro__)
 
 
 @functools.cache
