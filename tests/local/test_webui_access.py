@@ -342,10 +342,7 @@ def test_a_file_in_another_encoding_is_named(site: Sites) -> None:
     members = {path.name: path.read_bytes() for path in (EXAMPLES / "event_based_risk").iterdir()}
     members["exposure.csv"] = members["exposure.csv"].replace(b"Port_Anselm", b"Puerto_A\xf1o")
     alice = site.login_as("alice")
-    answer = upload(alice, f"{site.url}/v1/calc/run", members)
-    assert answer.ok, answer.text
-    job = answer.json()["job_id"]
-    assert wait_for(lambda: site.ended(job), JOB_S)
+    job = calculated(site, alice, members)
     assert site.status(job) == "failed"
     [line] = alice.get(f"{site.url}/v1/calc/{job}/traceback").json()
     assert line.startswith("exposure.csv is not UTF-8 at byte ") and "iconv" in line
@@ -361,10 +358,7 @@ def test_an_archive_of_a_mac_with_two_job_files(site: Sites) -> None:
     members = {f"My job/{name}": data for name, data in folder.items()}
     members |= {f"__MACOSX/My job/._{name}": b"\0\x05\x16\x07" for name in folder}
     alice = site.login_as("alice")
-    answer = upload(alice, f"{site.url}/v1/calc/run", members)
-    assert answer.ok, answer.text
-    job = answer.json()["job_id"]
-    assert wait_for(lambda: site.ended(job), JOB_S)
+    job = calculated(site, alice, members)
     assert site.status(job) == "complete"
     log = alice.get(f"{site.url}/v1/calc/{job}/log/0:1000").json()
     [said] = [row for row in log if "not run are the other job files" in row[3]]
@@ -524,6 +518,15 @@ EXPOSURE = """<?xml version="1.0" encoding="utf-8"?>
 <costType name="structural" type="aggregated" unit="USD"/></costTypes></conversions>
 <tagNames></tagNames><assets>{assets}</assets></exposureModel></nrml>
 """
+
+
+def calculated(site: Sites, session: requests.Session, members: Mapping[str, bytes]) -> int:
+    """Run an uploaded job to its end; return its number."""
+    answer = upload(session, f"{site.url}/v1/calc/run", members)
+    assert answer.ok, answer.text
+    job = int(answer.json()["job_id"])
+    assert wait_for(lambda: site.ended(job), JOB_S)
+    return job
 
 
 def upload(

@@ -37,8 +37,8 @@ PARTS: dict[tuple[str, str], frozenset[str]] = {
 }
 
 
-#: classes whose objects hold addresses of their process, and follow from their points
-TREES = frozenset({("scipy.spatial._ckdtree", "cKDTree")})
+#: the class of trees, which hold addresses of their process, and follow from their points
+TREE = ("scipy.spatial._ckdtree", "cKDTree")
 
 
 def mark(name: str, *_: object) -> None:
@@ -52,7 +52,7 @@ class Canonical(pickle.Pickler):
         # numpy's own generator, begun by chance in each process, which every scipy distribution has
         if obj is numpy.random.mtrand._rand:
             return mark, ("RandomState",)
-        if _is_among(cls := obj.__class__, TREES):
+        if _is_tree(cls := obj.__class__):
             return mark, (cls.__qualname__, obj.leafsize), (obj.data, obj.boxsize)
         if left_out := _left_out(cls):
             state = {name: value for name, value in vars(obj).items() if name not in left_out}
@@ -61,9 +61,9 @@ class Canonical(pickle.Pickler):
 
 
 @functools.cache
-def _is_among(cls: type, names: frozenset[tuple[str, str]]) -> bool:
-    """Whether a class, or one that it is made of, is one of these."""
-    return any((one.__module__, one.__qualname__) in names for one in cls.__mro__)
+def _is_tree(cls: type) -> bool:
+    """Whether objects of a class are trees of points."""
+    return any((one.__module__, one.__qualname__) == TREE for one in cls.__mro__)
 
 
 @functools.cache
