@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     if os.geteuid() or not (THROTTLE / "blkio.throttle.write_iops_device").exists():
         sys.exit(f"this needs root, and the blkio controller of cgroup version 1 at {THROTTLE}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the disk is removed
     with (
         tempfile.TemporaryDirectory(prefix="oq-slow-disk-") as name,
         slow_disk(Path(name), args.iops, args.bps) as disk,
