@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.systems import ROOT
-from tests.chaos import private_engine
+from tests.private import OQ_RUN, private_engine
 
 JOBS = ("hazard_classical", "event_based_risk")
 WAYS = ("--no-journal", "", "--reuse")
@@ -87,7 +87,7 @@ def measure(disk: Path, rounds: int) -> None:
         for name in JOBS:
             for way in WAYS:
                 job = ROOT / "examples" / name / "job.ini"
-                argv = [sys.executable, "-m", "oq_runtime.commands.run", str(job), "--no-progress"]
+                argv = [*OQ_RUN, str(job), "--no-progress"]
                 began_s = time.monotonic()
                 done = subprocess.run(
                     [*argv, *([way] if way else [])],

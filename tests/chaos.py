@@ -31,6 +31,7 @@ import h5py
 import psutil
 
 from tests.conformance.compare import compare
+from tests.private import OQ_RUN, private_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = [ROOT / "examples/hazard_classical/job.ini", ROOT / "examples/event_based_risk/job.ini"]
@@ -61,25 +62,6 @@ class Outcome:
         return self.code == 0 and self.datastore is not None
 
 
-def private_engine(home: Path) -> dict[str, str]:
-    """Return the environment of an engine with its own configuration, database and TMPDIR."""
-    for name in ("oqdata", "tmp"):
-        (home / name).mkdir(parents=True, exist_ok=True)
-    cfg = home / "openquake.cfg"
-    cfg.write_text(
-        "[dbserver]\nmulti_user = false\nhost = 127.0.0.1\n"
-        f"file = {home}/oqdata/db.sqlite3\n[oq_runtime]\ncode = import oq_runtime.activate\n"
-    )
-    env = {name: value for name, value in os.environ.items() if not name.startswith("OQ_")}
-    return env | {
-        "OQ_CONFIG_FILE": str(cfg),
-        "OQ_DATADIR": str(home / "oqdata"),
-        "TMPDIR": str(home / "tmp"),
-        "CI": "true",
-        "PYTHONHASHSEED": "0",
-    }
-
-
 def workers(tmpdir: Path) -> list[psutil.Process]:
     """The worker processes of the session under ``tmpdir``, ready or not.
 
@@ -96,14 +78,7 @@ def workers(tmpdir: Path) -> list[psutil.Process]:
 
 def run(job: Path, env: dict[str, str], kill_at: list[float], rng: random.Random) -> Outcome:
     """Run a job; SIGKILL a random worker ``kill_at`` seconds after the workers appeared."""
-    argv = [
-        sys.executable,
-        "-m",
-        "oq_runtime.commands.run",
-        str(job),
-        "--json",
-        f"--cores={CORES}",
-    ]
+    argv = [*OQ_RUN, str(job), "--json", f"--cores={CORES}"]
     log = Path(env["TMPDIR"]) / "oq-run.log"
     started_s = time.monotonic()
     kills: list[str] = []

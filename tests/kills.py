@@ -45,10 +45,11 @@ from oq_runtime.errors import JournalError
 from oq_runtime.files import journal
 from oq_runtime.files.journal import Consumed, Submitted
 from oq_runtime.session import launch
-from tests.chaos import JOBS, LIMIT_S, command, private_engine, workers
+from tests.chaos import JOBS, LIMIT_S, command, workers
 from tests.conformance.compare import compare
 from tests.conformance.corpus import list_jobs, parent_of
 from tests.leftovers import shm, unused_shm, wait_for
+from tests.private import OQ_RUN, private_engine
 
 #: of the seconds of committed tasks, those that may be computed again
 MOST_AGAIN = 0.05
@@ -164,7 +165,7 @@ class Master:
 
     def run(self, *args: object, kill: Kill | None = None) -> Ended:
         """Run ``oq-run`` with these arguments, and kill what is to be killed."""
-        argv = [sys.executable, "-m", "oq_runtime.commands.run", *map(str, args)]
+        argv = [*OQ_RUN, *map(str, args)]
         log_path = self.tmpdir / "oq-run.log"
         began_s = time.monotonic()
         with log_path.open("wb") as log:

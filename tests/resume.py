@@ -21,12 +21,12 @@ from pathlib import Path
 
 from oq_runtime.engine.reads import ALL
 from oq_runtime.files.journal import Consumed, Reader, Submitted, Used
-from tests.conformance.__main__ import Row, Side, choose, parser_of_jobs, with_parents
+from tests.conformance.__main__ import InOneProcess, Row, choose, parser_of_jobs, with_parents
 from tests.conformance.compare import compare
 from tests.conformance.corpus import Job, list_jobs
 
 
-def verdict(job: Job, first: Side, again: Side) -> str:
+def verdict(job: Job, first: InOneProcess, again: InOneProcess) -> str:
     """Return what is wrong with the replay of a job; nothing when all is well."""
     row = again.rows[job.key]
     if row["state"] != "complete":
@@ -80,12 +80,12 @@ def main() -> int:
     journals.mkdir(parents=True)
     options = ["--journals", str(journals)]
     where = base / "run"  # of both: a job that goes on has the same data directory
-    first = Side("first", "zmq", where, args.cores, keep=False, options=options)
+    first = InOneProcess("first", "zmq", where, args.cores, keep=False, options=options)
     first.run(chosen, parents)
     shutil.rmtree(base / "first", ignore_errors=True)
     first.out = where.rename(base / "first")
     options.append("--replay")
-    again = Side("replay", "zmq", where, args.cores, keep=False, options=options)
+    again = InOneProcess("replay", "zmq", where, args.cores, keep=False, options=options)
     again.run(chosen, parents)  # also those that have failed, so that each has its number of then
     chosen = [job for job in chosen if first.rows[job.key]["state"] == "complete"]
 

@@ -12,20 +12,17 @@ when a job fails with ``--reuse`` alone.
 from __future__ import annotations
 
 import configparser
-import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.chaos import private_engine
 from tests.conformance.__main__ import choose, parser_of_jobs
 from tests.conformance.compare import compare
-from tests.conformance.corpus import Job, list_jobs, parent_of
+from tests.conformance.corpus import list_jobs, parent_of
+from tests.private import private_engine, run
 
-LIMIT_S = 600
 NUMBERS = re.compile(r"[-+.\deE]+([\s,]+[-+.\deE]+)*")
 TOOK_OVER = re.compile(r"took over the results of (\d+) tasks")
 
@@ -49,28 +46,7 @@ def changes(path: Path) -> list[str]:
     return [f"{name}={other}" for name, value in found.items() if (other := changed(value))]
 
 
-def run(env: dict[str, str], job: Job, *options: str) -> tuple[Path | None, str]:
-    """Run a job; return its datastore if it is complete, and what it has said, or its error."""
-    argv = [
-        sys.executable,
-        "-m",
-        "oq_runtime.commands.run",
-        str(job.path),
-        "--json",
-        "--export-dir",
-        env["TMPDIR"],
-        *options,
-    ]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=LIMIT_S)
-    if not done.stdout.startswith("{"):
-        return None, done.stderr.strip()
-    report = json.loads(done.stdout)
-    if done.returncode:
-        return None, report["error"]
-    return Path(report["jobs"][0]["datastore"]), done.stderr
-
-
-def held_against(env: dict[str, str], job: Job, change: str) -> tuple[str, bool]:
+def held_against(env: dict[str, str], job: Path, change: str) -> tuple[str, bool]:
     """Return a line about a change, and whether all is well."""
     fresh, said = run(env, job, "-p", change, "--no-journal")
     if fresh is None:
@@ -98,13 +74,13 @@ def main() -> int:
             if not possible:
                 print(f"{job.name}: needs another job, or nothing in it can be changed")
                 continue
-            begun, said = run(env, job, "--reuse")
+            begun, said = run(env, job.path, "--reuse")
             if begun is None:
-                wrong += run(env, job, "--no-journal")[0] is not None
+                wrong += run(env, job.path, "--no-journal")[0] is not None
                 print(f"{job.name}: {said}")
                 continue
             for change in rng.sample(possible, min(args.changes, len(possible))):
-                said, good = held_against(env, job, change)
+                said, good = held_against(env, job.path, change)
                 tried, wrong = tried + 1, wrong + (not good)
                 print(f"{job.name} {change}: {said}", flush=True)
     print(f"changes={tried} wrong={wrong}")

@@ -1,10 +1,11 @@
-"""Run jobs with the engine's process pool and with the runtime and compare the datastores.
+"""Run jobs with the engine's process pool and by ``oq-run``, and compare the datastores.
 
     python -m tests.conformance [--sample N --seed S | --jobs "p1 p2" | --all | --fixed]
 
 Covers the two runs (the reference is kept under ``build/conformance/<engine version>/reference``,
-the runtime run is always done again), the comparison, the progress, the report and the exit code:
-1 when a job differs or fails in the runtime only. Not covered: what counts as equal (``compare``).
+the runtime run is always done again, of the jobs that complete there), the comparison, the
+progress, the report and the exit code: 1 when a job differs or fails in the runtime only. Not
+covered: what counts as equal (``compare``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 from tests.conformance.compare import compare
 from tests.conformance.corpus import Job, list_jobs, parent_of, sample
+from tests.private import private_engine, run
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXED = Path(__file__).with_name("fixed.txt")
@@ -39,14 +41,10 @@ class Side:
     """One way to run the jobs: a folder with its database, datastores and results.
 
     :param keep: the results that are there already
-    :param options: of the runner
     """
 
-    def __init__(
-        self, name: str, mode: str, out: Path, cores: int, keep: bool, options: Sequence[str] = ()
-    ) -> None:
-        self.options = options
-        self.name, self.mode, self.out, self.cores = name, mode, out, cores
+    def __init__(self, name: str, out: Path, cores: int, keep: bool) -> None:
+        self.name, self.out, self.cores = name, out, cores
         if out.exists() and not keep:
             shutil.rmtree(out)
         self.oqdata = out / "oqdata"
@@ -59,6 +57,58 @@ class Side:
                 complete = row["state"] == "complete" and (out / f"{row['key']}.hdf5").exists()
                 if (complete or row["state"] == "failed") and row["cores"] == cores:
                     self.rows[row["key"]] = row
+
+    def record(self, row: Row) -> None:
+        row["cores"] = self.cores
+        self.rows[str(row["key"])] = row
+        with self.results.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        name = str(row["key"]).replace("__", "/")
+        text = f"{self.name} {name} {row['state']} {row['seconds']}s {row['error']}"
+        print(text.rstrip(), flush=True)
+
+
+class Command(Side):
+    """The jobs by ``oq-run``, each by itself, as their user runs them."""
+
+    def run(self, jobs: Sequence[Job], parents: dict[str, Job]) -> None:
+        env = private_engine(self.out)
+        for number, job in enumerate(jobs):
+            if number % BATCH == 0:
+                print(f"{self.name}: {len(jobs) - number} jobs left", flush=True)
+            options = [f"--cores={self.cores}", "--param=exports="]
+            if parent := parents.get(job.key):
+                if "number" not in self.rows[parent.key]:
+                    self.record(_row(job.key, "failed", "its parent failed", 0))
+                    continue
+                options.append(f"--hc={self.rows[parent.key]['number']}")
+            began = time.monotonic()
+            try:
+                datastore, said = run(env, job.path, *options, limit_s=LIMIT)
+            except subprocess.TimeoutExpired:
+                self.record(_row(job.key, "timeout", "", LIMIT))
+                continue
+            row = _row(job.key, "complete", "", round(time.monotonic() - began, 2))
+            if datastore is None:
+                row |= {"state": "failed", "error": said}
+            else:
+                row["number"] = int(datastore.stem.removeprefix("calc_"))
+                os.link(datastore, self.out / f"{job.key}.hdf5")
+            self.record(row)
+
+
+class InOneProcess(Side):
+    """Many jobs in one process, which imports the engine once.
+
+    :param mode: the engine's ``oq_distribute``: ``processpool``, or ``zmq`` for the runtime
+    :param options: of the runner
+    """
+
+    def __init__(
+        self, name: str, mode: str, out: Path, cores: int, keep: bool, options: Sequence[str] = ()
+    ) -> None:
+        super().__init__(name, out, cores, keep)
+        self.mode, self.options = mode, options
 
     def environment(self) -> dict[str, str]:
         config = self.out / "openquake.cfg"
@@ -89,15 +139,6 @@ class Side:
                 if parent and self.rows.get(parent.key, {}).get("state", "complete") != "complete":
                     self.record(_row(job.key, "failed", "its parent failed", 0))
             left = [job for job in left if job.key not in self.rows]
-
-    def record(self, row: Row) -> None:
-        row["cores"] = self.cores
-        self.rows[str(row["key"])] = row
-        with self.results.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        name = str(row["key"]).replace("__", "/")
-        text = f"{self.name} {name} {row['state']} {row['seconds']}s {row['error']}"
-        print(text.rstrip(), flush=True)
 
     def _batch(self, cases: list[list[str | None]]) -> None:
         """Run the cases in one process, as far as it lives, and record their rows."""
@@ -221,20 +262,20 @@ def with_parents(chosen: list[Job], jobs: list[Job]) -> tuple[list[Job], dict[st
 
 
 def judge(job: Job, reference: Side, runtime: Side) -> dict[str, object]:
-    ref, run = reference.rows[job.key], runtime.rows[job.key]
+    ref, ours = reference.rows[job.key], runtime.rows.get(job.key)
     report: dict[str, object] = {
         "job": job.name,
         "mode": job.mode,
         "reference_seconds": ref["seconds"],
-        "runtime_seconds": run["seconds"],
+        "runtime_seconds": ours["seconds"] if ours else None,
         "differences": [],
     }
-    if ref["state"] != "complete":
+    if ours is None:
         report["state"] = "reference_failed"
         report["differences"] = [f"reference {ref['state']}: {ref['error']}"]
-    elif run["state"] != "complete":
+    elif ours["state"] != "complete":
         report["state"] = "runtime_failed"
-        report["differences"] = [f"runtime {run['state']}: {run['error']}"]
+        report["differences"] = [f"runtime {ours['state']}: {ours['error']}"]
     else:
         name = f"{job.key}.hdf5"
         diffs = compare(reference.out / name, runtime.out / name)
@@ -247,16 +288,19 @@ def main() -> int:
     parser = parser_of_jobs("tests.conformance")
     parser.add_argument("--build", type=Path, default=Path("build/conformance"))
     parser.add_argument("--report", type=Path, help="JSON file with the result of each job")
-    parser.add_argument("--runtime-mode", default="zmq", help=argparse.SUPPRESS)
+    parser.add_argument("--runtime-mode", help="in one process, with this of the engine's modes")
     args = parser.parse_args()
 
     jobs = list_jobs()
     chosen, parents = with_parents(choose(args, jobs), jobs)
     base = args.build.resolve() / importlib.metadata.version("openquake.engine")
-    reference = Side("reference", "processpool", base / "reference", args.cores, keep=True)
+    reference = InOneProcess("reference", "processpool", base / "reference", args.cores, keep=True)
     reference.run(chosen, parents)
-    runtime = Side("runtime", args.runtime_mode, base / "runtime", args.cores, keep=False)
-    runtime.run(chosen, parents)
+    runtime: Command | InOneProcess = Command("runtime", base / "runtime", args.cores, keep=False)
+    if mode := args.runtime_mode:
+        runtime = InOneProcess("runtime", mode, base / "runtime", args.cores, keep=False)
+    possible = [job for job in chosen if reference.rows[job.key]["state"] == "complete"]
+    runtime.run(possible, parents)
 
     reports = [judge(job, reference, runtime) for job in chosen]
     for report in reports:

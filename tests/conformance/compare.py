@@ -40,6 +40,7 @@ IGNORED = {
     r"source_data/taskno": "number of the task which did the source",
     r"_csm(/.*)?": "zlib pickles of the sources with the seconds spent (src.dt), hence any bytes",
     r"oqparam\.hdf5path": "path of the datastore with the job id",
+    r"oqparam\.export_dir": "where exports go, which oq-run decides for each call",
     r"oqparam\.parentdir": "path of the folder with the parent's datastore",
     r"oqparam\.hazard_calculation_id": "job id of the parent",
     r"(ruptimes|gmf_data/rup_info)\.time": "seconds spent per rupture",
