@@ -125,6 +125,44 @@ assert digest([first]) != digest([KDTree(first.data, boxsize=9)])
 """)
 
 
+def test_a_string_is_its_characters() -> None:
+    """Which of them are one object depends on what the process has had before."""
+    check("""
+name = "a name"
+other = "".join(["a", " name"])
+assert name is not other
+assert digest([name, name]) == digest([name, other])
+assert digest([{name: 1}, {name: 2}]) == digest([{name: 1}, {other: 2}])
+assert digest([name, "a name!"]) != digest([name, name])
+assert digest([name, b"a name"]) != digest([name, name])
+""")
+
+
+def test_a_model_is_the_same_wherever_its_files_lay() -> None:
+    """A datastore's data files lie in a directory of their own while its models are read."""
+    check("""
+import shutil
+from openquake.hazardlib.gsim.gmpe_table import GMPETable
+from openquake.qa_tests_data.scenario import case_35
+from oq_runtime.engine import reading
+
+def model(name):
+    place = reading.make()
+    try:
+        path = shutil.copy(case_35.__path__[0] + "/Wcrust_med_rhypo.hdf5", f"{place}/{name}")
+        return GMPETable(gmpe_table=path)
+    finally:
+        reading.remove(place)
+
+first, same = model("table.hdf5"), model("table.hdf5")
+assert first.gmpe_table != same.gmpe_table
+assert digest([first]) == digest([same])
+assert digest([first]) != digest([model("another.hdf5")])
+same.m_w[0] += 1
+assert digest([first]) != digest([same])
+""")
+
+
 def test_tasks(tmp_path: Path) -> None:
     """A request begins where it is loaded, for all tasks of a job; in its own process it is one."""
     requests = tmp_path / "requests"

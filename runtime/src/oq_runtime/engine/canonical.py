@@ -5,6 +5,10 @@ their clocks, and open files. Fixed marks stand in their places. What a mark is 
 two digests differ, which costs a task that is computed again, never a result that is wrong; so
 marks are for objects that are the task's surroundings and never its input. Parameters are compared
 apart (``resume``, ``reads``), so an ``OqParam`` has a mark too.
+
+Strings count by their characters. A pickle would also tell which of them are one object, and Python
+makes them one where another job of the process has had the same; and a model of ground motion
+remembers in which directory, made by chance, the files of its datastore lay for a moment.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 import numpy
 import xxhash
 
+from oq_runtime.engine.reading import BELOW
 from oq_runtime.engine.reads import CARRIED
 
 #: classes of which every object is as good as another, by module and name
@@ -47,6 +52,16 @@ def mark(name: str, *_: object) -> None:
 
 class Canonical(pickle.Pickler):
     """A pickler with marks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.texts: dict[str, str] = {}
+
+    def persistent_id(self, obj: Any) -> str | None:
+        if obj.__class__ is not str:
+            return None
+        text = obj.rpartition(BELOW)[2]
+        return self.texts.setdefault(text, text)
 
     def reducer_override(self, obj: Any) -> Any:
         # numpy's own generator, begun by chance in each process, which every scipy distribution has

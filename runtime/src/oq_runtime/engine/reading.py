@@ -25,6 +25,8 @@ PICKLED = {"CompositeSourceModel", "SourceGroup"}
 #: directories below each other in which the data files lie for a moment; so many times their names
 #: may lead upwards
 LEVELS = 16
+#: how the names of these directories go on below the one that is made by chance
+BELOW = "/d" * LEVELS + "/"
 
 
 def install_hdf5(_: Any = None) -> None:
@@ -87,7 +89,7 @@ def stays(name: str) -> bool:
 
 def make() -> str:
     """Return a new directory that is as deep below one of ours as names may lead upwards."""
-    place = Path(tempfile.mkdtemp(), *["d"] * LEVELS)
+    place = Path(tempfile.mkdtemp() + BELOW)
     place.mkdir(parents=True)
     return str(place)
 
