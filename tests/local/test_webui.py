@@ -307,6 +307,27 @@ def check_report(site: Site, session: requests.Session, job: int) -> None:
     assert "Refused: the report was not made within 0 s" in done.stderr.splitlines()[-1]
 
 
+def test_a_data_directory_that_takes_nothing_gets_a_line(site: Site, home: Path) -> None:
+    """Before the calculation has a number."""
+
+    def jobs() -> int:
+        with sqlite3.connect(site.database) as db:
+            return int(db.execute("SELECT count(*) FROM job").fetchone()[0])
+
+    session, before, datadir = site.login(), jobs(), home / "oqdata"
+    files = {"archive": ("job.zip", b"PK")}
+    kept = datadir.rename(home / "kept")
+    try:
+        datadir.touch()
+        answer = session.post(f"{site.url}/v1/calc/run", files=files)
+    finally:
+        datadir.unlink()
+        kept.rename(datadir)
+    remedy = "it is a file: move it away or tell the administrator of this site"
+    assert answer.json() == {"error": f"{datadir}: File exists; {remedy}"}
+    assert (answer.status_code, jobs()) == (503, before)
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -369,6 +390,9 @@ def test_what_a_start_lacks_is_told_in_a_line(env: dict[str, str], tmp_path: Pat
     site.python("-m", "openquake.commands", "engine", "--upgrade-db")
     site.database.chmod(0o600)
     assert "the tables of accounts are not there" in refused()
+    (tmp_path / "file").touch()
+    line = refused(OQ_DATADIR=f"{tmp_path}/file")
+    assert f"{tmp_path}/file: File exists; it is a file: move it away or set OQ_DATADIR" in line
     key.unlink()
     site.prepare()
     site.env.pop("OQ_WEBUI_SECRET_KEY_FILE", None)

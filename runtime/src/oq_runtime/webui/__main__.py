@@ -12,6 +12,7 @@ import ipaddress
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from setproctitle import setproctitle
@@ -19,6 +20,7 @@ from setproctitle import setproctitle
 from oq_runtime import processes
 from oq_runtime.descriptors import raise_limit
 from oq_runtime.errors import ConfigError
+from oq_runtime.files import places
 from oq_runtime.webui.site import Site
 
 #: what is above the limit of uploads must be received to be told so; from so many times as much on
@@ -31,11 +33,13 @@ def application() -> Any:
     from django.conf import settings
     from django.contrib.staticfiles import finders
     from django.core.wsgi import get_wsgi_application
+    from openquake.commonlib import logs
     from whitenoise import WhiteNoise
 
     from oq_runtime.webui import prepare
 
     prepare.check_database(settings.JOB_DATABASE)
+    places.room(Path(logs.get_datadir()), places.OTHER_DATADIR)
     app = WhiteNoise(get_wsgi_application())
     prepare.check_tables()
     try:

@@ -28,7 +28,8 @@ from openquake.server import utils, views
 
 from oq_runtime.engine import abort
 from oq_runtime.engine.jobtable import MOST_ROWS, UNFINISHED, JobTable, Status
-from oq_runtime.errors import InputError
+from oq_runtime.errors import ConfigError, InputError
+from oq_runtime.files import places
 from oq_runtime.files.places import owner
 from oq_runtime.text import clean
 from oq_runtime.webui import uploads
@@ -379,6 +380,10 @@ def check_run(request: Any) -> None:
         if not (parent.isascii() and parent.isdigit()):
             raise InputError("hazard_job_id takes the number of a calculation")
         check_parents(request, [int(parent)])
+    try:
+        places.room(Path(logs.get_datadir()), "tell the administrator of this site")
+    except ConfigError as exc:  # before it has a number
+        raise Refused(503, str(exc)) from None
     ending = request.POST.get("job_ini") or ("risk.ini" if parent else ".ini")
     uploads.check(request.FILES.getlist("archive"), ending)
     check_parents(request, uploads.upload.parents)
