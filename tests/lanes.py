@@ -50,7 +50,7 @@ def tests(folder: str, *more: str, marks: str = "") -> tuple[tuple[str, ...], ..
     return (("pytest", *expression, *(f"tests/{name}" for name in (folder, *more))),)
 
 
-CONFORMANCE = (("tests.conformance", "--fixed"),)
+CONFORMANCE = (("tests.conformance", "--fixed", "--runtime-mode", "zmq"),)
 MOLECULE = (("molecule/run", "test"),)
 REPORTS = (("tests.reports", "--browser"),)
 DOCS = ("sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")

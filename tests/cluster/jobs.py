@@ -43,6 +43,8 @@ SHORT_BEATS: dict[str, float] = {
     "lost_s": 4,
     "no_nodes_limit_s": 6,
 }
+#: [oq_runtime] of jobs of whose end ``notice`` is to hear
+NOTICES = {"notify": """sh -c 'cat >"$TMPDIR/notice"'"""}
 #: a calculation that is still there when it is aborted
 MANY_YEARS = "ses_per_logic_tree_path=100000"
 
@@ -94,6 +96,15 @@ def result(run: Process, limit_s: float = JOB_LIMIT_S) -> dict[str, Any]:
     assert out.strip(), f"the job said nothing, exit code {run.returncode}\n{log}"
     found: dict[str, Any] = json.loads(out)
     return found | {"log": log}
+
+
+def notice(cluster: Cluster) -> dict[str, Any]:
+    """What was told of the end of a job."""
+    path = cluster.tmpdir(MASTER) / "notice"
+    assert wait_for(lambda: path.exists() and path.read_text(), 60)
+    told: dict[str, Any] = json.loads(path.read_text())
+    path.unlink()
+    return told
 
 
 def datastore(calculation: dict[str, Any]) -> Path:

@@ -16,11 +16,13 @@ import pytest
 
 from tests.cluster.cluster import USER, Cluster
 from tests.cluster.jobs import (
+    NOTICES,
     SHORT_BEATS,
     broker,
     busy,
     calculate,
     check_calculation,
+    notice,
     number,
     result,
     status,
@@ -85,10 +87,13 @@ def test_engine_is_killed(cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.settings(**NOTICES)
 def test_oq_run_is_killed(cluster: Cluster) -> None:
     run = under_way(cluster, calculate(cluster))
     run.kill()
     check_free(cluster)
+    told = notice(cluster)
+    assert (told["state"], told["error"]) == ("failed", "oq-run was killed"), told
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ from tests.cluster.jobs import (
     EXAMPLE,
     JOB_LIMIT_S,
     MANY_YEARS,
+    NOTICES,
     SHORT_BEATS,
     busy,
     calculate,
     check_calculation,
     drive,
+    notice,
     result,
     status,
     under_way,
@@ -51,7 +53,7 @@ def test_node_that_joins_gets_tasks(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.settings(notify="""sh -c 'cat >"$TMPDIR/notice"'""")
+@pytest.mark.settings(**NOTICES)
 def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
     """Its command has ended, with a number; who watches it hears of its end, as who is told of it.
 
@@ -68,11 +70,7 @@ def test_a_detached_job_is_watched(cluster: Cluster, undisturbed: Path) -> None:
     assert ended["nodes"].keys() == {cluster.net.address[node] for node in cluster.slots}, said
     # the others were alone in their phase: the engine has done these itself
     assert 0 < sum(ended["nodes"].values()) <= ended["tasks"], said
-    notice = cluster.tmpdir(MASTER) / "notice"
-    assert cluster.wait_for(notice.exists, 60)
-    assert cluster.wait_for(notice.read_text, 60)
-    told = json.loads(notice.read_text())
-    notice.unlink()
+    told = notice(cluster)
     assert (told["state"], told["jobs"]) == ("complete", [row["job"]]), told
 
 
