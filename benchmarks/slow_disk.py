@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.systems import ROOT
-from tests.private import OQ_RUN, private_engine
+from tests.own_engine import OQ_RUN, private_engine
 
 JOBS = ("hazard_classical", "event_based_risk")
 WAYS = ("--no-journal", "", "--reuse")

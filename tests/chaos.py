@@ -31,7 +31,7 @@ import h5py
 import psutil
 
 from tests.conformance.compare import compare
-from tests.private import OQ_RUN, private_engine
+from tests.own_engine import OQ_RUN, private_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = [ROOT / "examples/hazard_classical/job.ini", ROOT / "examples/event_based_risk/job.ini"]

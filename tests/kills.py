@@ -49,7 +49,7 @@ from tests.chaos import JOBS, LIMIT_S, command, workers
 from tests.conformance.compare import compare
 from tests.conformance.corpus import list_jobs, parent_of
 from tests.leftovers import shm, unused_shm, wait_for
-from tests.private import OQ_RUN, private_engine
+from tests.own_engine import OQ_RUN, private_engine
 
 #: of the seconds of committed tasks, those that may be computed again
 MOST_AGAIN = 0.05

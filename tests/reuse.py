@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.conformance.__main__ import choose, parser_of_jobs
 from tests.conformance.compare import compare
 from tests.conformance.corpus import list_jobs, parent_of
-from tests.private import private_engine, run
+from tests.own_engine import private_engine, run
 
 NUMBERS = re.compile(r"[-+.\deE]+([\s,]+[-+.\deE]+)*")
 TOOK_OVER = re.compile(r"took over the results of (\d+) tasks")

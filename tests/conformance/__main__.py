@@ -28,7 +28,7 @@ from typing import Any
 
 from tests.conformance.compare import compare
 from tests.conformance.corpus import Job, list_jobs, parent_of, sample
-from tests.private import private_engine, run
+from tests.own_engine import private_engine, run
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXED = Path(__file__).with_name("fixed.txt")
