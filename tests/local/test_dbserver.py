@@ -478,6 +478,31 @@ def test_stops_at_a_signal(engine_home: dict[str, str], tmp_path: Path) -> None:
     assert os.path.exists(server.database)
 
 
+#: the engine with a DbServer whose threads, but the first, begin two seconds late
+LATE = """
+import runpy, sqlite3, sys, threading, time
+first, connect = [], sqlite3.connect
+def late(*args, **kwargs):
+    thread = threading.current_thread()
+    if thread is not threading.main_thread() and (first or first.append(thread)):
+        time.sleep(2)
+    return connect(*args, **kwargs)
+sqlite3.connect = late
+runpy.run_module("openquake.commands", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_signal_before_its_threads_have_begun_is_not_missed(
+    engine_home: dict[str, str], tmp_path: Path
+) -> None:
+    class LateServer(Server):
+        python_arguments = ("-c", LATE)
+
+    server = LateServer(engine_home | {"TMPDIR": str(tmp_path)}, tmp_path)
+    server.stop()
+    assert server.process.wait() == 0
+
+
 def test_a_signal_in_the_midst_of_messages_is_not_missed(
     engine_home: dict[str, str], tmp_path: Path
 ) -> None:

@@ -157,7 +157,9 @@ def proxy(frontend: Any, backend: Any) -> None:
             while True:
                 for source, _ in poller.poll():
                     if source == woken.fileno():
-                        woken.recv(4096)  # the handlers of what has come have been called by now
+                        # the handler's exception is lost where it falls into a destructor
+                        if signal.SIGINT in woken.recv(4096):
+                            raise KeyboardInterrupt
                     elif source is backend:
                         frontend.send_multipart(backend.recv_multipart(copy=False), copy=False)
                     elif frames := transport.receive_frames(frontend):
@@ -270,10 +272,9 @@ def install_dbserver(dbserver: Any) -> None:
         self.db.conn.set_authorizer(authorize)
         patience = Patience()
         self.db.conn.set_progress_handler(patience, STEPS)
-        sock.running = True
         # not that of ``sock``, which the main thread would close at the end, in the midst of a poll
         with dbserver.z.connect(self.backend, zmq.REP) as own:
-            while sock.running:
+            while self.serving:  # not ``sock.running``, which a thread that begins late would set
                 if own.poll(POLL_SECS * 1000):
                     frames = own.recv_multipart()
                     patience.begin()
@@ -288,7 +289,11 @@ def install_dbserver(dbserver: Any) -> None:
         for job in JobTable(lambda *command: perform(self, *command)).mend():
             log.warning("job %d has failed: its process is gone", job.id)
         zmq.proxy = proxy  # type: ignore[assignment]  # which the engine calls
-        engines_start(self)
+        self.serving = True
+        try:
+            engines_start(self)
+        finally:
+            self.serving = False
 
     dbserver.DbServer.dworker = dworker
     dbserver.DbServer.start = start
